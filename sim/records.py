@@ -1,0 +1,101 @@
+"""The record types every room of the house speaks in. They import nothing of the project.
+
+An *interaction* is one thing a user did (input, output, date). A *query* is a held-out interaction that a device
+must answer offline. A *user* is a history of interactions and the queries asked of it. A *sample* is one synthetic
+input-output pair that a cloud wrote for a user.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Interaction:
+    """One item of a user's history.
+
+    `input` and `output` are the content alone (the article, its headline); the instruction around them belongs to the
+    task (`sim.population.tasks`). `form` says how the pair is shaped: `"query"` like the task's own queries, or the
+    name of the auxiliary shape the task trains on where profiles are not shaped like queries (LaMP-1: `"title"`,
+    abstract -> title; LaMP-7: `"complete"`, first words -> rest). `time_s` is seconds since 1970 (UTC), None if undated.
+    """
+
+    item_id: str
+    task: str
+    input: str
+    output: str
+    time_s: float | None = None
+    form: str = "query"
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A held-out question. `input` is the content without the instruction, `gold` the expected answer.
+
+    `visible` is how many of the user's interactions of this task, in history order, precede this query.
+    """
+
+    query_id: str
+    task: str
+    input: str
+    gold: str
+    time_s: float | None = None
+    visible: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A user: history in time order (all tasks together) and queries. Histories are per task via `of_task`."""
+
+    user_id: str
+    history: tuple[Interaction, ...]
+    queries: tuple[Query, ...]
+
+    def of_task(self, task: str) -> tuple[Interaction, ...]:
+        """The history's items of one task, in history order."""
+        return tuple(item for item in self.history if item.task == task)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks this user has queries for, in order of first appearance."""
+        return tuple(dict.fromkeys(query.task for query in self.queries))
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusion:
+    """Why a user, an item or a question of the source was left out: counted and reported, never silent."""
+
+    reason: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A synthetic pair as the cloud wrote it, before any filter. `form` as in Interaction."""
+
+    sample_id: str
+    request_id: str
+    task: str
+    input: str
+    output: str
+    form: str = "query"
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedSample:
+    """A sample with the score of every filter that read it and the verdict.
+
+    `verdict` is `accepted` or `rejected_by:<filter>`. A score is None where an earlier, cheaper check decided first
+    and the filter could not be computed.
+    """
+
+    sample: Sample
+    semantic: float | None
+    diversity: float | None
+    length_ratio: float | None
+    verdict: str
+    extra: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> bool:
+        return self.verdict == "accepted"
