@@ -70,7 +70,7 @@ TASK_FORMS: dict[str, TaskForm] = {
     "LaMP_1": TaskForm(
         "Decide which of two papers the user would cite in a paper of theirs.",
         'A pair: "input" is the title of a paper that the user could write and two candidate references, in the form '
-        '`title: <title>\\n[1]: <title of a paper>\\n[2]: <title of a paper>`; "output" is `[1]` or `[2]`, the one that '
+        '`"<title>" [1]: "<title of a paper>" [2]: "<title of a paper>"`; "output" is `[1]` or `[2]`, the one that '
         "fits the user's research; the other one is plausible, and of another field. Use both answers equally often.",
         '"title": the input is the abstract of a paper that the user wrote, the output its title',
     ),
@@ -106,10 +106,12 @@ TASK_FORMS: dict[str, TaskForm] = {
 class TaskLike(Protocol):
     """What this module needs to know of a task (`sim.population.tasks` has the tasks)."""
 
-    name: str
-    title: str
-    kind: str
-    labels: Sequence[str]
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def labels(self) -> Sequence[str] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +299,11 @@ def parse_samples(text: str) -> ParsedSamples:
     _count(problems, "not_strict_json")
     _salvage(text[:_SALVAGE_MAX_CHARS], pairs, problems)
     return ParsedSamples(tuple(pairs), problems)
+
+
+def estimate_tokens(text: str) -> int:
+    """Tokens of a text where no tokenizer is known: one for every four characters begun (common for English text)."""
+    return -(-len(text) // 4)
 
 
 def clean(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The wire between device and cloud: what is asked can be read back, and answers are read forgivingly, never blindly."""
+"""The wire between device and cloud: what is asked can be read back, and answers are read forgivingly."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_profiles_in_another_form_are_marked_and_the_query_form_is_described():
     prompt = build_samples_request(task, [item(1, "an abstract", "a title", form="title")], 2)
     text = prompt.messages[1]["content"]
     assert '{"form": "title", "input": "an abstract", "output": "a title"}' in text
-    assert "the output its title" in text and "[1]: <title of a paper>" in text
+    assert "the output its title" in text and '[1]: "<title of a paper>"' in text
     request = parse_request(prompt.messages)
     assert request.items[0].form == "title" and request.labels == ("[1]", "[2]")
 
@@ -160,4 +160,7 @@ def test_templates_carry_a_version_and_a_hash_of_their_words():
 def test_labels_restrict_the_schema():
     pair = response_format(("a", "b"))["json_schema"]["schema"]["properties"]["samples"]["items"]
     assert pair["properties"]["output"]["enum"] == ["a", "b"]
-    assert "enum" not in response_format()["json_schema"]["schema"]["properties"]["samples"]["items"]["properties"]["output"]
+    assert (
+        "enum"
+        not in response_format()["json_schema"]["schema"]["properties"]["samples"]["items"]["properties"]["output"]
+    )
