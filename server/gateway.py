@@ -1,0 +1,232 @@
+"""Any generator behind an OpenAI-compatible endpoint, so that devices meet one kind of cloud only: HTTP.
+
+`serve` blocks (`untether cloud serve`); `start_background` serves from a process of its own on a free loopback port, so
+that the caller's event loop and this one do not share a core's GIL, and ends with its parent, however that one dies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+from server import generator as generators
+from server.background import Gateway, start_background
+from server.batching import Batcher
+from server.generator import Completion, GenerationRequest, Generator
+from sim.errors import UserError
+from sim.protocol import NotARequest
+
+__all__ = ["ApiError", "Gateway", "create_app", "serve", "start_background"]
+
+
+class ApiError(Exception):
+    """An error as OpenAI's API shapes it."""
+
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str = "", param: str = ""):
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param or None, "code": code or None}}
+
+
+def create_app(generator: Generator, api_key: str | None = None, max_wait_s: float = 0.01) -> FastAPI:
+    """The endpoint: `POST /v1/chat/completions`, `GET /v1/models`, `GET /health`.
+
+    A batched generator gets what arrives within `max_wait_s` of the first waiting request in one call.
+    """
+    batcher = Batcher(generator, max_wait_s) if generator.batched else None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        if batcher is not None:
+            await batcher.close()
+
+    app = FastAPI(title="untether cloud", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        try:
+            _authorize(request, api_key)
+            wanted = _read(await request.body(), generator)
+            if batcher is not None:
+                done = await batcher.submit(wanted)
+            else:
+                done = generator.generate([wanted])[0]
+        except ApiError as error:
+            return _json(error.body, error.status)
+        except NotARequest as error:
+            return _json(ApiError(400, f"{generator.model_id} answers untether's own requests only: {error}").body, 400)
+        except Exception as error:  # the endpoint must outlive a request that its generator fails on
+            return _json(ApiError(500, f"{type(error).__name__}: {error}", "server_error").body, 500)
+        return _json(_completion(generator, done))
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        try:
+            _authorize(request, api_key)
+        except ApiError as error:
+            return _json(error.body, error.status)
+        entry = {"id": generator.model_id, "object": "model", "created": 0, "owned_by": "untether"}
+        return _json({"object": "list", "data": [entry]})
+
+    @app.get("/health")
+    async def health() -> Response:
+        return _json({"status": "ok", "model": generator.model_id, "fingerprint": generator.fingerprint})
+
+    return app
+
+
+def serve(
+    generator: Generator | str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    options: Mapping[str, Any] | None = None,
+    api_key: str | None = None,
+) -> None:
+    """Serve until interrupted. `generator` may be a registered name, with its `options`.
+
+    Raises UserError where the port is taken.
+    """
+    if isinstance(generator, str):
+        generator = generators.create(generator, options)
+    with _bind(host, port) as listening:
+        _server(generator, api_key).run(sockets=[listening])
+
+
+def _server(generator: Generator, api_key: str | None) -> uvicorn.Server:
+    app = create_app(generator, api_key)
+    return uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=2))
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise UserError(
+            f"cannot serve on {host}:{port}: {error.strerror or error}. Choose another --port, or 0 for any free one"
+        ) from error
+    return listening
+
+
+def _authorize(request: Request, api_key: str | None) -> None:
+    if api_key is None:
+        return
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if not hmac.compare_digest(given.encode(), api_key.encode()):
+        raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
+
+
+def _read(body: bytes, generator: Generator) -> GenerationRequest:
+    """The request in a body, or an ApiError that names the field."""
+    try:
+        asked = json.loads(body)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+    if not isinstance(asked, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    model = asked.get("model")
+    if model != generator.model_id:
+        message = f"The model `{model}` does not exist: this endpoint serves `{generator.model_id}`."
+        raise ApiError(404, message, code="model_not_found", param="model")
+    messages = asked.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise ApiError(400, "messages must be a non-empty list of objects", param="messages")
+    if asked.get("stream"):
+        raise ApiError(400, "streaming is not supported: leave stream out or set it to false", param="stream")
+    if asked.get("n") not in (None, 1):
+        raise ApiError(400, "n must be 1", param="n")
+    wants = asked.get("response_format") or {}
+    if isinstance(wants, dict) and wants.get("type", "text") != "text" and not generator.structured:
+        message = f"{generator.model_id} does not support response_format {wants['type']!r}"
+        raise ApiError(400, message, param="response_format")
+    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+    return GenerationRequest(
+        tuple(messages),
+        int(_number(asked, "seed", secrets.randbits(31), -(2**63), 2**63 - 1)),
+        _number(asked, "temperature", 1.0, 0, 2),
+        _number(asked, "top_p", 1.0, 0, 1),
+        int(_number({"max_tokens": limit}, "max_tokens", 1024, 1, 2**31)),
+    )
+
+
+def _number(asked: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    value = asked.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ApiError(400, f"{name} must be a number from {low} to {high}, not {value!r}", param=name)
+    return value
+
+
+def _completion(generator: Generator, done: Completion) -> dict[str, Any]:
+    message = {"role": "assistant", "content": None if done.refusal else done.text, "refusal": done.refusal}
+    return {
+        "id": f"chatcmpl-{secrets.token_hex(12)}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": done.model or generator.model_id,
+        "system_fingerprint": generator.fingerprint,
+        "choices": [{"index": 0, "message": message, "finish_reason": done.finish_reason, "logprobs": None}],
+        "usage": {
+            "prompt_tokens": done.tokens_in,
+            "completion_tokens": done.tokens_out,
+            "total_tokens": done.tokens_in + done.tokens_out,
+        },
+    }
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(
+        json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"), status, media_type="application/json"
+    )
+
+
+def _child() -> None:
+    """The background process: announce the port on stdout as one JSON line, serve, end when the parent is gone."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("generator")
+    parser.add_argument("options", type=json.loads)
+    parser.add_argument("parent", type=int)
+    given = parser.parse_args()
+    threading.Thread(target=_end_with_parent, args=(given.parent,), daemon=True).start()
+    try:
+        made = generators.create(given.generator, given.options)
+        listening = _bind("127.0.0.1", 0)
+    except Exception as error:
+        kind = "user" if isinstance(error, UserError) else type(error).__name__
+        print(json.dumps({"error": str(error), "kind": kind}), flush=True)
+        raise SystemExit(1) from error
+    ready = {"port": listening.getsockname()[1], "model": made.model_id, "fingerprint": made.fingerprint}
+    print(json.dumps(ready), flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads this pipe from now on: never block on it
+    _server(made, os.environ.get("UNTETHER_GATEWAY_KEY")).run(sockets=[listening])
+
+
+def _end_with_parent(parent: int) -> None:
+    """Poll for the parent: a closed pipe alone does not tell, for a forked sibling may hold its other end."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(_child())

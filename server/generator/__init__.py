@@ -1,0 +1,122 @@
+"""Who writes the cloud's answers: one small interface, and the named generators behind `untether cloud serve`.
+
+A generator gets what an OpenAI-compatible endpoint gets, chat messages and sampling parameters, and nothing else: no
+user id, no ground truth, no other request. Named factories load lazily, so that serving one does not import the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sim.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One chat completion to write. `seed` and the other fields mean what they mean in OpenAI's API."""
+
+    messages: tuple[dict[str, Any], ...]
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was written. `finish_reason` is `stop`, `length` or `content_filter`; `refusal` replaces the text.
+
+    `model` names who wrote this one, where that is not the generator as a whole (a fallback).
+    """
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+    finish_reason: str = "stop"
+    refusal: str | None = None
+    model: str | None = None
+
+
+class Generator(Protocol):
+    """Writes completions. The same request (seed included) is answered the same way, in whatever batch it comes.
+
+    `batched`: one call with many requests is cheaper than many calls (the gateway then gathers them). `structured`:
+    answers to a samples request are always JSON, so a `response_format` can be honoured. `fingerprint` changes
+    whenever the same request may be answered differently: code version, options, weights.
+    """
+
+    name: str
+    model_id: str
+    fingerprint: str
+    batched: bool
+    structured: bool
+
+    def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
+        """One completion a request, in order. Raises `sim.protocol.NotARequest` for messages it cannot read."""
+        ...
+
+
+Factory = Callable[..., Generator]
+_factories: dict[str, Factory] = {}
+
+
+def register(name: str, factory: Factory) -> None:
+    """Add a generator under a name. The factory takes the options as keywords. A taken name is a ValueError."""
+    if name in _factories:
+        raise ValueError(f"a generator named {name!r} is registered already")
+    _factories[name] = factory
+
+
+def names() -> tuple[str, ...]:
+    """The names of all registered generators."""
+    return tuple(_factories)
+
+
+def create(name: str, options: Mapping[str, Any] | None = None) -> Generator:
+    """The generator of that name. Raises UserError for an unknown name or option, listing the known ones."""
+    factory = _factories.get(name)
+    if factory is None:
+        raise UserError(f"unknown generator {name!r}: the known ones are {', '.join(_factories)}")
+    options = dict(options or {})
+    parameters = inspect.signature(factory).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        for option in options:
+            if option not in parameters:
+                known = ", ".join(parameters) or "none"
+                raise UserError(f"generator {name!r} has no option {option!r}: its options are {known}")
+    return factory(**options)
+
+
+def fingerprint(*parts: object) -> str:
+    """A short digest of whatever determines a generator's answers, in the manner of OpenAI's `system_fingerprint`."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
+    return "fp_" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _recombine() -> Generator:
+    from server.generator.recombine import RecombineGenerator
+
+    return RecombineGenerator()
+
+
+def _world(**options: Any) -> Generator:
+    from server.generator.fallback import WorldOrRecombine
+    from server.generator.world import WorldGenerator
+
+    return WorldOrRecombine(WorldGenerator(**options))
+
+
+def _transformers(model: str, device: str = "", dtype: str = "auto", max_batch: int = 8, threads: int = 0) -> Generator:
+    from server.generator.local_model import LocalModelGenerator
+
+    return LocalModelGenerator(model, device=device, dtype=dtype, max_batch=max_batch, threads=threads)
+
+
+register("world", _world)
+register("recombine", _recombine)
+register("transformers", _transformers)
