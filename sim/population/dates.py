@@ -35,17 +35,24 @@ def parse_date(value: object) -> float | None:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def period(value: object) -> str:
-    """How finely a date is given: "none", "year", "month", "day" or "instant".
+def calendar_key(value: object) -> tuple[int, ...]:
+    """(year,), (year, month) or (year, month, day) in UTC, as finely as the date is given; () for none.
 
-    Two dates are compared at the coarser of their precisions, so that nothing of the same year counts as earlier than
-    something known by its year alone.
+    A day is the finest: items of the same day have no order that can be trusted. Raises ValueError as `parse_date`.
     """
-    if value is None or value == "":
-        return "none"
-    text = str(int(value)) if isinstance(value, (int, float)) and 1000 <= value <= 9999 else str(value).strip()
-    if _YEAR.match(text):
-        return "year"
-    if _MONTH.match(text):
-        return "month"
-    return "day" if len(text) <= 10 else "instant"
+    time_s = parse_date(value)
+    if time_s is None:
+        return ()
+    moment = datetime.fromtimestamp(time_s, UTC)
+    text = str(value).strip()
+    parts = 1 if _YEAR.match(text) else 2 if _MONTH.match(text) else 3
+    return (moment.year, moment.month, moment.day)[:parts]
+
+
+def strictly_earlier(key: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether one calendar key is surely before another: compared at the coarser of both, False where one is undated.
+
+    So nothing of the same year counts as earlier than something known by its year alone.
+    """
+    known = min(len(key), len(other))
+    return key[:known] < other[:known]

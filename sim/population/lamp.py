@@ -1,0 +1,178 @@
+"""Real users from LaMP's files: who may be asked what, and what each of them may have learned from before.
+
+The files are read twice and never held whole: once to see who is eligible, once to load the users that were drawn.
+What decides whether a result can be trusted is the order: a dated query sees only items of strictly earlier days, and
+an undated set (`order_of` = "unknown") must at least not hold what is scored.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from sim.errors import UserError
+from sim.leaks import scored_texts
+from sim.population.dates import calendar_key, parse_date, strictly_earlier
+from sim.population.lamp_files import TaskFiles, find_files, read_golds, stream_questions
+from sim.population.order import Collected, Key, assemble, one_shot_history, order_of, reveals
+from sim.population.tasks import Task, clean_rating
+from sim.records import Exclusion, Interaction, Query, User
+from sim.seeding import derive
+
+__all__ = ["one_shot_history", "order_of", "read_lamp"]
+
+
+def read_lamp(
+    path: str | Path,
+    tasks: Iterable[str] = (),
+    split: str = "dev",
+    users: int | None = None,
+    seed_index: int = 0,
+    *,
+    skip: int = 0,
+    draw_seed: int = 0,
+    min_history: int = 3,
+    queries: int = 10,
+    fewer: bool = False,
+) -> tuple[list[User], list[Exclusion]]:
+    """Users from the LaMP files of one task's folder or of a parent of several, and what was left out and why.
+
+    Users are drawn by a seeded order of their ids: those at positions `skip + seed_index * users` and the following,
+    `users` of them (None: all). So several seeds, and a pool for a shared adapter (`skip` = seeds x users), are
+    disjoint. `fewer` allows the draw to come out short; otherwise too few eligible users are a UserError.
+
+    A user is a `user_id`, with several tasks where it appears in several folders; a question without one is a user of
+    its own, `{task}-{question id}`. The history is the union of the profiles of the user's questions, in time order
+    (file order where undated), later items included: `one_shot_history` is what a one-shot run may train on. At most
+    `queries` queries a user and task are kept, the earliest. Users and questions left out are listed for the whole
+    source, history items that are scored for the users drawn.
+
+    Raises UserError for files that are missing, malformed or inconsistent (see `lamp_files`), a gold without question,
+    a profile without a field the task needs, or a date that does not parse.
+    """
+    sources = find_files(path, tuple(tasks), split)
+    golds = {files.task.name: read_golds(files) for files in sources}
+    exclusions: list[Exclusion] = []
+    eligible: dict[str, set[str]] = defaultdict(set)
+    for files in sources:
+        for user_id in _eligible(files, golds[files.task.name], min_history, exclusions):
+            eligible[user_id].add(files.task.name)
+    drawn = _draw(sorted(eligible), users, skip, seed_index, draw_seed, fewer, path, min_history)
+    collected: dict[str, dict[str, Collected]] = {user_id: {} for user_id in drawn}
+    for files in sources:
+        _load(files, golds[files.task.name], {u for u in drawn if files.task.name in eligible[u]}, collected)
+    loaded = []
+    for user_id in drawn:
+        user, left_out = assemble(user_id, collected[user_id], min_history, queries)
+        exclusions += left_out
+        if user.queries:
+            loaded.append(user)
+    return loaded, list(dict.fromkeys(exclusions))
+
+
+def _eligible(files: TaskFiles, golds: dict[str, str], min_history: int, exclusions: list[Exclusion]) -> list[str]:
+    """First pass: the users with enough history before their earliest question. Keeps counts only."""
+    task = files.task
+    seen: dict[str, list[tuple[float | None, int]]] = {}
+    asked: set[str] = set()
+    for question in stream_questions(files):
+        asked.add(question["id"])
+        if (gold := golds.get(question["id"])) is None:
+            exclusions.append(Exclusion("question without gold", f"{task.name} {question['id']}"))
+            continue
+        query, key = _query(files, question, gold)
+        if task.labels and query.gold not in task.labels:
+            exclusions.append(Exclusion("gold is no label of the task", f"{task.name} {question['id']}: {gold!r}"))
+            continue
+        scored = set() if key else set(scored_texts(query))
+        profile = _profile(files, question, exclusions)
+        count = sum(strictly_earlier(k, key) if key else not reveals(item, scored) for item, k in profile)
+        user_id = _user_id(task, question)
+        seen.setdefault(user_id, []).append((query.time_s, count))
+    if strangers := sorted(golds.keys() - asked):
+        raise UserError(
+            f"{files.outputs}: {len(strangers)} golds without a question in {files.questions.name}, the first is "
+            f"{strangers[0]!r}: both files must be of the same split; remove it or download both again"
+        )
+    enough = {user_id: _first_sees(asked) >= min_history for user_id, asked in seen.items()}
+    exclusions += [
+        Exclusion("too little history", f"{task.name} {u}") for u, is_enough in enough.items() if not is_enough
+    ]
+    return [user_id for user_id, is_enough in enough.items() if is_enough]
+
+
+def _first_sees(asked: list[tuple[float | None, int]]) -> int:
+    """Items before the earliest of a user's questions; over all of them where one is undated."""
+    dates = [time_s for time_s, _ in asked]
+    earliest = None if None in dates else min(dates)
+    return max(count for time_s, count in asked if earliest in (None, time_s))
+
+
+def _load(files: TaskFiles, golds: dict[str, str], asked: set[str], into: dict[str, dict[str, Collected]]) -> None:
+    """Second pass: the questions of the drawn users alone."""
+    task = files.task
+    for question in stream_questions(files) if asked else ():
+        user_id, gold = _user_id(task, question), golds.get(question["id"])
+        if user_id in asked and gold is not None:
+            query, key = _query(files, question, gold)
+            if not task.labels or query.gold in task.labels:
+                own = into[user_id].setdefault(task.name, Collected())
+                own.add(query, key, _profile(files, question, []))
+
+
+def _draw(
+    ids: list[str], users: int | None, skip: int, seed_index: int, draw_seed: int, fewer: bool, path: object, least: int
+) -> list[str]:
+    """Rank ids by a hash of (draw_seed, id), so that adding an id moves no other one's place relative to a third."""
+    ranked = sorted(ids, key=lambda user_id: (derive(draw_seed, "lamp", "user", user_id), user_id))
+    if not ranked:
+        raise UserError(
+            f"population.path = {str(path)!r}: no user has {least} items of history (population.min_history)"
+        )
+    start = skip + seed_index * (users or 0)
+    stop = len(ranked) if users is None else start + users
+    if stop > len(ranked) and not fewer:
+        raise UserError(
+            f"population.users = {users}: seed number {seed_index + 1} draws users {start + 1} to {stop}, but "
+            f"{path} has {len(ranked)} with at least {least} items of history. Ask for fewer users or seeds"
+        )
+    return ranked[start:stop]
+
+
+def _user_id(task: Task, question: dict) -> str:
+    given = question.get("user_id")
+    return f"{task.name}-{question['id']}" if given in (None, "") else str(given)
+
+
+def _query(files: TaskFiles, question: dict, gold: str) -> tuple[Query, Key]:
+    task, date = files.task, question.get("date")
+    try:
+        key, time_s = calendar_key(date), parse_date(date)
+    except ValueError as error:
+        raise UserError(f"{files.questions}: question {question['id']!r}: date: {error}") from None
+    gold = clean_rating(gold) if task.kind == "rating" else gold.strip()
+    return Query(question["id"], task.name, task.content(question["input"]), gold, time_s), key
+
+
+def _profile(files: TaskFiles, question: dict, exclusions: list[Exclusion]) -> list[tuple[Interaction, Key]]:
+    """A question's profile as training pairs with calendar keys; items that make no pair are counted."""
+    pairs = []
+    for position, item in enumerate(question["profile"]):
+        where = f"{files.questions}: question {question['id']!r}, profile item {position + 1}"
+        if not isinstance(item, dict):
+            raise UserError(f"{where} is a {type(item).__name__}: expected an object with {_needed(files.task)}")
+        try:
+            made, key = files.task.interactions(item), calendar_key(item.get("date"))
+        except KeyError as error:
+            raise UserError(f"{where}: no field {error}; {files.task.name} needs {_needed(files.task)}") from None
+        except ValueError as error:
+            raise UserError(f"{where}: date: {error}") from None
+        if not made:
+            exclusions.append(Exclusion("history item without text", f"{files.task.name} {item.get('id', where)}"))
+        pairs += [(one, key) for one in made]
+    return pairs
+
+
+def _needed(task: Task) -> str:
+    return ", ".join(dict.fromkeys(task.fields))

@@ -1,0 +1,143 @@
+"""What a query may know: the rules of order that decide whether a result on real histories can be trusted.
+
+Dated: a query sees items of strictly earlier days only. Undated: nothing that is scored may be in training, and the
+order is reported as unknown.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from sim.leaks import normalize, scored_texts
+from sim.population.dates import DAY_S, strictly_earlier
+from sim.population.tasks import get_task
+from sim.records import Exclusion, Interaction, Query, User
+
+Key = tuple[int, ...]
+_UNDATED = -float("inf")
+
+
+def one_shot_history(user: User, task: str, most: int = 0) -> tuple[Interaction, ...]:
+    """What a one-shot run may train on, retrieve or upload for a task: what the user's earliest query may see.
+
+    Earliest over all the user's dated tasks, because one adapter and one history serve them all: another task's query
+    may ask about the very item. `most` keeps the latest so many (0: all).
+    """
+    visible = [query.visible for query in user.queries if query.task == task and query.visible is not None]
+    items = user.of_task(task)
+    items = items[: min(visible)] if visible else items
+    dates = [query.time_s for query in user.queries if query.time_s is not None]
+    if dates:
+        day = min(dates) // DAY_S
+        items = tuple(item for item in items if item.time_s is None or item.time_s // DAY_S < day)
+    return items[-most:] if most else items
+
+
+def order_of(user: User, task: str | None = None) -> str:
+    """ "time" where every query (of a task) is dated, so that what precedes it is known; otherwise "unknown"."""
+    asked = [query for query in user.queries if task in (None, query.task)]
+    return "time" if asked and all(query.time_s is not None for query in asked) else "unknown"
+
+
+def reveals(item: Interaction, scored: set[str]) -> bool:
+    """Whether a history item holds a scored text (`sim.leaks.scored_texts`). Its label or rating never counts."""
+    texts = [item.input, f"{item.input} {item.output}"]
+    if item.form != "query" or get_task(item.task).kind == "generation":
+        texts.append(item.output)
+    return bool(scored) and any(normalize(text) in scored for text in texts)
+
+
+@dataclass(slots=True)
+class Collected:
+    """One user's questions of one task, as read: queries with calendar keys, and the union of their profiles."""
+
+    queries: list[tuple[Query, Key]] = field(default_factory=list)
+    items: dict[tuple, tuple[Interaction, Key]] = field(default_factory=dict)
+
+    def add(self, query: Query, key: Key, profile: list[tuple[Interaction, Key]]) -> None:
+        """An item is known by its content and date, not by its id; twice in one profile it is two items."""
+        self.queries.append((query, key))
+        copies: dict[tuple, int] = defaultdict(int)
+        for item, item_key in profile:
+            same = (item.input, item.output, item.time_s)
+            copies[same] += 1
+            self.items.setdefault((*same, copies[same]), (item, item_key))
+
+    @property
+    def dated(self) -> bool:
+        """Whether every query is dated."""
+        return all(key for _, key in self.queries)
+
+
+def assemble(
+    user_id: str, collected: Mapping[str, Collected], min_history: int, most_queries: int
+) -> tuple[User, list[Exclusion]]:
+    """A user of one or more tasks: items and queries in time order, and for each query how many items it sees.
+
+    Where no date decides (the item's task or the query's is undated), an item that holds what a query is scored by,
+    kept or not, is left out. A task is left out if its `one_shot_history` has fewer than `min_history` items.
+    """
+    history: list[Interaction] = []
+    queries: list[Query] = []
+    exclusions: list[Exclusion] = []
+    for task, own in collected.items():
+        scored = {
+            text
+            for other in collected.values()
+            if not (own.dated and other.dated)
+            for query, _ in other.queries
+            for text in scored_texts(query)
+        }
+        items = []
+        for item, key in own.items.values():
+            if own.dated and not key:
+                exclusions.append(Exclusion("undated item in a dated history", f"{task} {item.item_id}"))
+            elif reveals(item, scored):
+                exclusions.append(Exclusion("history item is scored (order unknown)", f"{task} {item.item_id}"))
+            else:
+                items.append((item, key))
+        items.sort(key=lambda pair: _time(pair[0]))
+        asked = sorted(own.queries, key=lambda pair: _time(pair[0])) if own.dated else own.queries
+        for query, _ in asked[most_queries:]:
+            exclusions.append(Exclusion("more queries than population.queries", f"{task} {query.query_id}"))
+        keys = [key for _, key in items]
+        kept = [replace(q, visible=_prefix(keys, key) if own.dated else None) for q, key in asked[:most_queries]]
+        history += _unique_ids([item for item, _ in items])
+        queries += kept
+    user = User(user_id, tuple(sorted(history, key=_time)), tuple(queries))
+    while short := [task for task in user.tasks if len(one_shot_history(user, task)) < min_history]:
+        exclusions.append(Exclusion("too little history", f"{short[0]} {user_id}"))
+        user = _without(user, short[0])
+    return user, exclusions
+
+
+def _without(user: User, task: str) -> User:
+    return User(
+        user.user_id,
+        tuple(item for item in user.history if item.task != task),
+        tuple(query for query in user.queries if query.task != task),
+    )
+
+
+def _time(dated: Interaction | Query) -> float:
+    """For sorting: the undated first, in the order of the file."""
+    return _UNDATED if dated.time_s is None else dated.time_s
+
+
+def _prefix(keys: list[Key], before: Key) -> int:
+    """How many leading items are strictly earlier: with dates of mixed precision, none after the first doubtful one."""
+    return next((place for place, key in enumerate(keys) if not strictly_earlier(key, before)), len(keys))
+
+
+def _unique_ids(items: list[Interaction]) -> list[Interaction]:
+    """The items with ids that name one each: a repeated or missing id gets its place in the history behind a tilde."""
+    seen: set[str] = set()
+    named = []
+    for place, item in enumerate(items):
+        if not item.item_id or item.item_id in seen:
+            item = replace(item, item_id=f"{item.item_id}~{place}")
+        seen.add(item.item_id)
+        named.append(item)
+    return named
