@@ -1,0 +1,79 @@
+"""What a filter is given (a case: one device's candidates for one task) and what it must answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from sim.records import Interaction, Sample
+
+Reads = Literal["input", "output", "pair"]
+
+
+def text_of(item: Interaction | Sample, reads: Reads) -> str:
+    """The text a filter reads: the input, the output, or the pair.
+
+    The pair puts the output first: an encoder cuts long texts at the end, and the short, personal output must not be
+    what it cuts.
+    """
+    if reads == "input":
+        return item.input
+    if reads == "output":
+        return item.output
+    return f"{item.output}\n{item.input}"
+
+
+class Finding(NamedTuple):
+    """One filter's answer on one sample. `score` is None where there was nothing to compare with; that passes."""
+
+    score: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """One device's candidate samples for one task, beside its real samples of that task.
+
+    `sample_vectors` and `real_vectors` hold unit vectors by what was read: float32 `[samples, dim]` and `[real, dim]`.
+    """
+
+    samples: Sequence[Sample]
+    real: Sequence[Interaction]
+    sample_vectors: Mapping[str, np.ndarray]
+    real_vectors: Mapping[str, np.ndarray]
+
+
+class Examination(Protocol):
+    """A filter at work on one case. Samples are asked about once each, in order."""
+
+    def finding(self, index: int) -> Finding:
+        """The filter's answer on sample `index`, given what was accepted so far."""
+
+    def accept(self, index: int) -> None:
+        """Told that every filter let sample `index` pass."""
+
+
+class Filter(Protocol):
+    """A named rule. `embeds` says which text's vectors the case must hold for it; None: it needs none."""
+
+    name: str
+    embeds: Reads | None
+
+    def examine(self, case: Case) -> Examination:
+        """Begin work on a case."""
+
+
+class Fixed:
+    """The examination of a filter whose answer does not depend on what was accepted before."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        self._findings = findings
+
+    def finding(self, index: int) -> Finding:
+        return self._findings[index]
+
+    def accept(self, index: int) -> None:
+        pass

@@ -1,0 +1,112 @@
+"""Applies the filters to the samples of many devices: one pass through the encoder, then each device by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from clients.filters.case import Case, Filter, text_of
+from clients.filters.registry import create
+from sim.records import Interaction, JudgedSample, Sample
+
+Key = TypeVar("Key", bound=Hashable)
+COLUMNS = {"semantic": "semantic", "diversity": "diversity", "length": "length_ratio"}
+
+
+class TextEncoder(Protocol):
+    """What `judge` needs of an encoder: see `clients.embedding.Encoder`."""
+
+    def encode(self, texts: Sequence[str], *, remember: Any = None) -> np.ndarray:
+        """Unit vectors, float32 `[texts, dim]`."""
+
+
+def judge(
+    candidates: Mapping[Key, Sequence[Sample]],
+    real: Mapping[Key, Sequence[Interaction]],
+    filters: Any,
+    encoder: TextEncoder | None,
+    leaks: Callable[[Sample], bool] | None = None,
+) -> dict[Key, list[JudgedSample]]:
+    """A verdict for every sample of every device, in the samples' order.
+
+    A sample is compared with its own device's real samples of its own task, and with nothing else: the verdicts of a
+    device do not depend on the other devices. `filters` is the experiment's section; `encoder` may be None where no
+    enabled filter embeds. The verdict names the first filter in `filters.order` that turns the sample away; every
+    enabled filter's score is kept all the same (another than the three official ones: in `extra`).
+
+    `leaks` is the evaluator's check. It comes last: `extra["leak"]` is 1 for every sample that leaks, and one that all
+    filters accepted becomes `rejected_by:leak`. What the filters decide is what they would decide without it.
+
+    Raises UserError for an unknown filter.
+    """
+    rules = create(filters)
+    vectors = _Vectors(candidates, real, rules, encoder)
+    return {
+        key: _judge_device(samples, real.get(key, ()), rules, vectors, leaks) for key, samples in candidates.items()
+    }
+
+
+def _judge_device(
+    samples: Sequence[Sample],
+    real: Sequence[Interaction],
+    rules: Sequence[Filter],
+    vectors: _Vectors,
+    leaks: Callable[[Sample], bool] | None,
+) -> list[JudgedSample]:
+    judged: list[JudgedSample | None] = [None] * len(samples)
+    for task in dict.fromkeys(sample.task for sample in samples):
+        rows = [row for row, sample in enumerate(samples) if sample.task == task]
+        case = vectors.case([samples[row] for row in rows], [item for item in real if item.task == task])
+        for row, verdict in zip(rows, _judge_case(case, rules, leaks), strict=True):
+            judged[row] = verdict
+    return judged
+
+
+def _judge_case(case: Case, rules: Sequence[Filter], leaks: Callable[[Sample], bool] | None) -> list[JudgedSample]:
+    examinations = [(rule.name, rule.examine(case)) for rule in rules]
+    judged = []
+    for index, sample in enumerate(case.samples):
+        findings = {name: examination.finding(index) for name, examination in examinations}
+        rejecting = next((name for name, finding in findings.items() if not finding.passed), None)
+        if rejecting is None:
+            for _, examination in examinations:
+                examination.accept(index)
+        scores = {name: finding.score for name, finding in findings.items() if finding.score is not None}
+        extra = {name: score for name, score in scores.items() if name not in COLUMNS}
+        if leaks is not None and leaks(sample):
+            extra["leak"] = 1.0
+            rejecting = rejecting or "leak"
+        verdict = f"rejected_by:{rejecting}" if rejecting else "accepted"
+        columns = {column: scores.get(name) for name, column in COLUMNS.items()}
+        judged.append(JudgedSample(sample, **columns, verdict=verdict, extra=extra))
+    return judged
+
+
+class _Vectors:
+    """The vectors of all texts that any filter reads, embedded in one call: distinct texts once."""
+
+    def __init__(
+        self,
+        candidates: Mapping[Key, Sequence[Sample]],
+        real: Mapping[Key, Sequence[Interaction]],
+        rules: Sequence[Filter],
+        encoder: TextEncoder | None,
+    ) -> None:
+        self._reads = tuple(dict.fromkeys(rule.embeds for rule in rules if rule.embeds is not None))
+        own = [item for key in candidates for item in real.get(key, ())] if self._reads else []
+        owned = {text_of(item, reads) for reads in self._reads for item in own}
+        asked = {text_of(s, reads) for reads in self._reads for samples in candidates.values() for s in samples}
+        texts = sorted(owned | asked)
+        self._row = {text: row for row, text in enumerate(texts)}
+        self._matrix = encoder.encode(texts, remember=owned) if texts else np.zeros((0, 1), dtype=np.float32)
+
+    def case(self, samples: Sequence[Sample], real: Sequence[Interaction]) -> Case:
+        return Case(samples, real, self._take(samples), self._take(real))
+
+    def _take(self, items: Sequence[Sample | Interaction]) -> dict[str, np.ndarray]:
+        return {
+            reads: self._matrix[[self._row[text_of(item, reads)] for item in items]].reshape(len(items), -1)
+            for reads in self._reads
+        }

@@ -1,0 +1,41 @@
+"""Length: is the sample about as long as what this user writes?"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from clients.filters.case import Case, Finding, Fixed, text_of
+
+
+class Length:
+    """Words of the sample over the median of the user's own: `low <= ratio <= high`.
+
+    Words are what white space separates. The user's own are the real samples of the task that have the sample's form,
+    or all of the task where none has. Where there are none, or their median is no word, there is no ratio, and the
+    sample passes.
+    """
+
+    name = "length"
+    embeds = None
+
+    def __init__(self, section: Any) -> None:
+        self._reads = section.reads
+        self._low, self._high = section.low, section.high
+
+    def examine(self, case: Case) -> Fixed:
+        own = {form: self._own(case, form) for form in {sample.form for sample in case.samples}}
+        return Fixed([self._finding(self._words(sample), own[sample.form]) for sample in case.samples])
+
+    def _words(self, item: Any) -> int:
+        return len(text_of(item, self._reads).split())
+
+    def _own(self, case: Case, form: str) -> float:
+        alike = [item for item in case.real if item.form == form] or case.real
+        return float(median(map(self._words, alike))) if alike else 0.0
+
+    def _finding(self, words: int, own: float) -> Finding:
+        if own == 0.0:
+            return Finding(None, True)
+        ratio = words / own
+        return Finding(ratio, self._low <= ratio <= self._high)
