@@ -1,0 +1,82 @@
+"""The words of the world: readable English kept in small TOML files, loaded once and found again in a text."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from importlib.resources import files
+from random import Random
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@cache
+def bank(name: str) -> dict[str, Any]:
+    """The parsed word bank `banks/<name>.toml`."""
+    return tomllib.loads((files(__package__) / "banks" / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def split(text: str, separator: str = ";") -> tuple[str, ...]:
+    """The items of a bank's string."""
+    return tuple(item.strip() for item in text.split(separator) if item.strip())
+
+
+def rows(text: str) -> tuple[tuple[str, ...], ...]:
+    """The lines of a bank's block, each split at `|`."""
+    return tuple(split(line, "|") for line in text.strip().splitlines())
+
+
+def common(name: str) -> tuple[str, ...]:
+    """A bank that several tasks draw from: first, town, job, trait, day."""
+    return split(bank("common")[name], ",")
+
+
+def pick(rng: Random, items: tuple[T, ...] | list[T]) -> T:
+    """One item, uniformly, from one `random()` call (so that streams stay stable across Python versions)."""
+    return items[int(rng.random() * len(items))]
+
+
+def pick_distinct(rng: Random, items: tuple[T, ...] | list[T], count: int) -> list[T]:
+    """`count` different items in random order."""
+    left = list(items)
+    return [left.pop(int(rng.random() * len(left))) for _ in range(count)]
+
+
+def capital(text: str) -> str:
+    """`text` with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
+
+
+def article(noun: str) -> str:
+    """`a` or `an`."""
+    return "an" if noun[0] in "aeiou" or noun.startswith("hon") else "a"
+
+
+class Finder:
+    """Finds known phrases in a text, in order of appearance; what a phrase stands for is its value in `phrases`."""
+
+    def __init__(self, phrases: dict[str, Any]) -> None:
+        self._by_first: dict[str, list[tuple[str, Any]]] = {}
+        for phrase, value in phrases.items():
+            self._by_first.setdefault(phrase.lower().split()[0], []).append((phrase.lower(), value))
+        for found in self._by_first.values():
+            found.sort(key=lambda pair: -len(pair[0]))
+
+    def find(self, text: str) -> list[Any]:
+        """The values of all phrases in `text`, longest match first at each word."""
+        low = text.lower()
+        values = []
+        at = 0
+        while at < len(low):
+            end = at
+            while end < len(low) and (low[end].isalnum() or low[end] in "-'"):
+                end += 1
+            if end > at:
+                for phrase, value in self._by_first.get(low[at:end], ()):
+                    if low.startswith(phrase, at):
+                        values.append(value)
+                        end = at + len(phrase)
+                        break
+            at = end + 1
+        return values
