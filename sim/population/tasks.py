@@ -2,7 +2,7 @@
 
 A history item and a query hold content alone (an article, a review); the instruction around it is the task's, and is
 put on and taken off here and nowhere else. Wording of the queries: the official LaMP files. Wording of retrieved
-history: the LaMP paper (Salemi et al., 2023, arXiv 2304.11406), the table of its per-task prompts.
+history: the per-task prompts of LaMP (Salemi et al., 2023, arXiv 2304.11406, and its public `prompts.py`).
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ _OFFICIAL = (
     ),
     Task(
         "LaMP_5", "Scholarly title", "generation", _ROUGE, "rouge1", 48,
-        {"query": _ABSTRACT}, ("abstract", "title"), '"{output}" is the title for "{input}"',
+        {"query": _ABSTRACT}, ("abstract", "title"), '"{output}" is a title for "{input}"',
         "{history}. Following the given patterns {query}",
     ),
     _Tweet(
