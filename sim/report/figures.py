@@ -1,0 +1,164 @@
+"""The figures of a run, as SVG and PDF a paper can use: what the contrasts say, and what the filters let through.
+
+The same data give the same bytes: fonts that come with matplotlib, salted ids, no dates. Colours are Okabe and Ito's,
+which colour-blind readers can tell apart, and no meaning is carried by colour alone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from sim.population.tasks import higher_is_better
+from sim.report.funnel import Funnel
+from sim.report.summary import CONTRASTS, Contrast, Summary, metric_name, title
+from sim.results import write_atomically
+
+#: Ink is one colour of its own, and so is the gap between bars: the report turns them into the page's own colours.
+INK, FAINT, PAPER = "#1a1a1a", "#8a8a8a", "#fefefd"
+BLUE, ORANGE, GREEN, YELLOW, SKY, PURPLE, VERMILION = (
+    "#0072B2", "#E69F00", "#009E73", "#F0E442", "#56B4E9", "#CC79A7", "#D55E00",
+)  # fmt: skip
+_STYLE = {
+    "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9, "axes.labelsize": 9,
+    "axes.titlesize": 9.5,    "xtick.labelsize": 8, "ytick.labelsize": 9, "legend.fontsize": 8, "pdf.fonttype": 42, "svg.fonttype": "path",
+    "svg.hashsalt": "untether", "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
+    "ytick.color": INK, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.0,
+    "savefig.transparent": True, "figure.dpi": 100, "axes.unicode_minus": True,
+}  # fmt: skip
+
+
+_TIGHT = {"bbox_inches": "tight", "pad_inches": 0.04}
+
+
+@contextmanager
+def style():
+    """The look of every figure of the project; matplotlib's own settings come back afterwards."""
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def save(figure: Figure, folder: Path, name: str) -> str:
+    """Writes `name.svg` and `name.pdf` reproducibly, closes the figure and returns the SVG's text."""
+    with style():
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": "untether"}, **_TIGHT)
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": "untether"}, **_TIGHT)
+    plt.close(figure)
+    write_atomically(folder / f"{name}.svg", text.getvalue())
+    return text.getvalue()
+
+
+def forest(summary: Summary, margin: float) -> Figure | None:
+    """The contrasts by task, gain and 95% interval, a panel a contrast; None where the run compared nothing.
+
+    Filled: significant after Holm (primary contrasts) or not worse than the margin (against the cloud). A task whose
+    metric is an error is turned, so that right is better everywhere.
+    """
+    contrasts = [contrast for contrast in summary.contrasts() if contrast.gain is not None]
+    panels = [(arm, reference) for arm, reference, _ in CONTRASTS
+              if any((c.arm, c.reference) == (arm, reference) for c in contrasts)]  # fmt: skip
+    if not panels:
+        return None
+    tasks = [task for task in summary.tasks if any(c.task == task for c in contrasts)]
+    with style():
+        figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 1.9 * len(panels), 0.85 + 0.44 * len(tasks)),
+                                    sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+        for axis, (arm, reference) in zip(axes[0], panels, strict=True):
+            own = {c.task: c for c in contrasts if (c.arm, c.reference) == (arm, reference)}
+            _forest_panel(axis, [own.get(task) for task in tasks], margin if reference == "cloud" else None)
+            axis.set_title(f"against {reference.replace('_', ' ')}", pad=8)
+        tested = [axis for axis, (_, reference) in zip(axes[0], panels, strict=True) if reference != "cloud"]
+        limits = [limit for axis in tested for limit in axis.get_xlim()]
+        for axis in tested:
+            axis.set_xlim(min(limits), max(limits))
+        axes[0][0].set_yticks(range(len(tasks)), [_task_label(summary, task) for task in tasks], linespacing=1.25)
+        axes[0][0].set_ylim(len(tasks) - 0.5, -0.5)
+        label = "\N{LEFTWARDS ARROW} worse      gain of collaborative (95% CI)      better \N{RIGHTWARDS ARROW}"
+        figure.supxlabel(label, fontsize=9)
+        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.03)
+    return figure
+
+
+def _forest_panel(axis: plt.Axes, contrasts: Sequence[Contrast | None], margin: float | None) -> None:
+    axis.axvline(0, color=INK, linewidth=0.7, zorder=1)
+    if margin is not None:
+        axis.axvline(-margin, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        axis.annotate("margin", (-margin, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 1),
+                      textcoords="offset points", ha="center", va="bottom", fontsize=7, color=FAINT)  # fmt: skip
+    for row, contrast in enumerate(contrasts):
+        if contrast is None or contrast.gain is None:
+            continue
+        colour = BLUE if contrast.gain >= 0 else VERMILION
+        low = contrast.gain if contrast.gain_low is None else contrast.gain_low
+        high = contrast.gain if contrast.gain_high is None else contrast.gain_high
+        solid = low > -margin if margin is not None else contrast.significant
+        axis.hlines(row, low, high, color=colour, linewidth=1.4, zorder=2)
+        axis.plot(contrast.gain, row, marker="o", markersize=5.2, color=colour, markeredgewidth=1.2,
+                  markerfacecolor=colour if solid else "none", zorder=3)  # fmt: skip
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    axis.grid(axis="x", color=FAINT, alpha=0.25, linewidth=0.5)
+    axis.locator_params(axis="x", nbins=4)
+    axis.margins(x=0.08)
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, 0 - 0.04 * (high - low)), max(high, 0.04 * (high - low)))
+    axis.tick_params(axis="y", length=0)
+
+
+def _task_label(summary: Summary, task: str) -> str:
+    metric = summary.primary(task)
+    turned = "" if higher_is_better(metric) else ", turned"
+    name = title(task) or task.replace("_", "-")
+    return f"{name}\n{task.replace('_', '-')}, {metric_name(metric)}{turned}"
+
+
+def filters(funnel: Funnel) -> Figure | None:
+    """What became of every sample asked for, a bar a task; None where the cloud was asked for nothing."""
+    tasks = [task for task in funnel.tasks if funnel.asked(task)]
+    if not tasks:
+        return None
+    colours = dict(zip(funnel.fates, _fate_colours(funnel.fates), strict=True))
+    with style():
+        figure, axis = plt.subplots(figsize=(6.8, 0.6 + 0.44 * len(tasks)))
+        for row, task in enumerate(tasks):
+            left, asked = 0.0, funnel.asked(task)
+            for fate in funnel.fates:
+                share = funnel.count(task, fate) / asked
+                if share == 0:
+                    continue
+                axis.barh(row, share, left=left, height=0.62, color=colours[fate], edgecolor=PAPER, linewidth=0.8,
+                          label=fate)  # fmt: skip
+                if share >= 0.06:
+                    dark = fate == "accepted" or fate.startswith("not received")
+                    axis.text(left + share / 2, row, f"{funnel.count(task, fate)}", ha="center", va="center",
+                              fontsize=7.5, color="#ffffff" if dark else "#1b1b1b")  # fmt: skip
+                left += share
+        labels = [f"{title(task) or task}\n{task.replace('_', '-')}, {funnel.asked(task)} asked" for task in tasks]
+        axis.set_yticks(range(len(tasks)), labels, linespacing=1.25)
+        axis.tick_params(axis="y", length=0)
+        axis.set_ylim(len(tasks) - 0.5, -0.5)
+        axis.set_xlim(0, 1)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+        for side in ("top", "right", "left"):
+            axis.spines[side].set_visible(False)
+        handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False,
+                      handlelength=0.9, handletextpad=0.5, columnspacing=1.3, bbox_to_anchor=(0.5, 1.0))  # fmt: skip
+        figure.tight_layout(pad=0.4)
+    return figure
+
+
+def _fate_colours(fates: Sequence[str]) -> list[str]:
+    rejected = iter([ORANGE, SKY, PURPLE, YELLOW, VERMILION, "#bdbdbd", "#e0c28c"] * (len(fates) // 7 + 1))
+    fixed = {"accepted": GREEN, "not received": "#6f6f6f"}
+    return [fixed.get(fate) or next(rejected) for fate in fates]

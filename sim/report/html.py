@@ -1,0 +1,188 @@
+"""Writes a run's report: one HTML file that needs nothing else, and the figures and tables beside it.
+
+Only what the run directory holds is shown. A fact that is missing leaves its part out; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from sim.experiment import ARMS, Experiment, fields
+from sim.report import figures, prose
+from sim.report import summary as reading
+from sim.report.fleet import Fleet
+from sim.report.funnel import Funnel, faults, precision
+from sim.report.summary import Summary
+from sim.report.tables import write_tables
+from sim.results import TABLES, RunDirectory, write_atomically
+
+
+def write_report(run: RunDirectory) -> Path:
+    """Writes `report.html`, `figures/` and `tables/` of a finished run and returns the report's path.
+
+    Reads experiment.toml, summary.json, environment.json and the Parquet tables; a table or file that is missing is
+    reported as empty. Writing it again gives the same bytes.
+    """
+    experiment = run.experiment
+    summary = Summary(run.read_json("summary.json"))
+    environment = run.read_json("environment.json") or {}
+    margin = experiment.evaluation.margin
+    tables = {name: _read(run, name) for name in TABLES if name not in ("metrics", "training")}
+    asked = summary.facts.get("asked")
+    funnel = Funnel(tables["samples"], tables["predictions"], experiment, asked if isinstance(asked, Mapping) else None)
+    truth = faults(tables["samples"], funnel.filters)
+
+    write_tables(run, summary, margin)
+    drawn = {}
+    for name, figure in (("contrasts", figures.forest(summary, margin)), ("filters", figures.filters(funnel))):
+        if figure is not None:
+            drawn[name] = _inline(figures.save(figure, run.path / "figures", name), name)
+
+    page = _template().render(
+        experiment=experiment,
+        summary=summary,
+        failures=summary.facts.get("failures") or [],
+        contrasts=summary.contrasts(),
+        secondary=[c for c in summary.contrasts(primary_metric_only=False) if c.metric != summary.primary(c.task)],
+        margin=margin,
+        arms=ARMS,
+        title=reading.title,
+        meaning={(arm, reference): text for arm, reference, text in reading.CONTRASTS},
+        answer=prose.answer(summary, experiment),
+        scale=prose.scale(summary, experiment),
+        notes=prose.notes(summary, experiment, environment),
+        figures=drawn,
+        captions=prose.captions(summary, margin),
+        funnel=funnel,
+        truth=truth,
+        precision=lambda name: precision(truth, name),
+        fleet=Fleet(tables["events"], tables["ledger"], tables["predictions"]),
+        purposes={"augment": "write samples", "answer": "answer queries"},
+        exclusions=_exclusions(summary.facts),
+        settings=list(_settings(experiment)),
+        environment=_environment(environment),
+        prompts=_prompts(environment),
+        command=f"untether run {run.path.name}/experiment.toml",
+        commit=environment.get("commit"),
+    )
+    path = run.path / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def _read(run: RunDirectory, table: str) -> pd.DataFrame:
+    try:
+        return run.read(table)
+    except FileNotFoundError:
+        return pd.DataFrame(columns=TABLES[table].names)
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sim.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters.update(
+        number=reading.number, interval=reading.interval, p=reading.p_value, metric=reading.metric_name,
+        arrow=reading.arrow, count=_count, size=_size, words=lambda text: str(text).replace("_", " "),
+    )  # fmt: skip
+    return environment.get_template("report.html.jinja")
+
+
+def _inline(svg: str, name: str) -> Markup:
+    """An SVG's text for the middle of a page: its ids its own, its ink the page's text colour."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(xlink:href="|href="|url\()#', rf"\1#{name}-", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace(figures.INK, "currentColor").replace(figures.PAPER, "var(--paper)")
+    return Markup(svg.replace("<svg ", '<svg role="img" ', 1))
+
+
+def _exclusions(facts: Mapping[str, Any]) -> list[tuple[str, int]]:
+    counted = facts.get("exclusions") or {}
+    pairs = [(str(reason), int(count)) for reason, count in counted.items()]
+    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+
+
+def _settings(experiment: Experiment) -> Iterator[tuple[str, str, str, bool]]:
+    """Every field as (name, value, meaning, whether it differs from the default)."""
+    values = experiment.model_dump(mode="json")
+    for name, default, meaning in fields():
+        value: Any = values
+        for part in name.split("."):
+            value = value[part]
+        changed = json.dumps(value, sort_keys=True) != json.dumps(_plain(default), sort_keys=True)
+        yield name, _show(value), meaning, changed
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_show, value)) or "\N{EN DASH}"
+    if isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False) if value else "\N{EN DASH}"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if value not in ("", None) else "\N{EN DASH}"
+
+
+def _environment(environment: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """The environment, flat, without the prompts and the package list's length of lines."""
+    rows: list[tuple[str, str]] = []
+    for key, value in environment.items():
+        if key == "prompts" and not prefix:
+            continue
+        if key == "packages" and isinstance(value, Mapping):
+            versions = [f"{name} {version}" for name, version in sorted(value.items()) if version]
+            rows.append(("packages", ", ".join(versions)))
+        elif isinstance(value, Mapping):
+            rows += _environment(value, f"{prefix}{key}.")
+        elif value is not None:
+            rows.append((f"{prefix}{key}".replace("_", " "), _show(value)))
+    return rows
+
+
+def _prompts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every prompt as (where it stands, its text), however deep the record nests them."""
+
+    def walk(value: Any, name: str) -> Iterator[tuple[str, str]]:
+        if isinstance(value, str):
+            yield name, value
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from walk(inner, f"{name} / {key}" if name else str(key))
+        elif isinstance(value, (list, tuple)):
+            for index, inner in enumerate(value, 1):
+                yield from walk(inner, f"{name} {index}".strip())
+
+    return list(walk(environment.get("prompts") or {}, ""))
+
+
+def _count(value: float | int | None) -> str:
+    """A count with thin spaces between thousands."""
+    if value is None or pd.isna(value):
+        return "\N{EN DASH}"
+    return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def _size(value: float | int | None) -> str:
+    """Bytes as people read them (powers of 1000)."""
+    if value is None or pd.isna(value):
+        return "\N{EN DASH}"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

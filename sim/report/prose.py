@@ -1,0 +1,200 @@
+"""The report's sentences, made from the numbers: the answer, what it rests on, and what a reader must not overlook.
+
+A negative or an unclear result is printed as plainly as a positive one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sim.experiment import Experiment
+from sim.report.summary import Contrast, Summary, interval, metric_name, number, p_value
+
+_FEW_USERS = 20
+_NBSP = "\N{NO-BREAK SPACE}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer in one line, then in full sentences."""
+
+    headline: str
+    sentences: tuple[str, ...]
+
+
+def answer(summary: Summary, experiment: Experiment) -> Answer:
+    """Does the cloud's help pay? The primary contrasts first, then how close the device comes to the cloud."""
+    margin = experiment.evaluation.margin
+    against = {
+        reference: [c for c in summary.contrasts() if (c.arm, c.reference) == ("collaborative", reference)]
+        for reference in ("local_matched", "placebo", "cloud")
+    }
+    sentences = []
+    for reference, what in (
+        ("local_matched", "training as many steps on the user's own history alone (local_matched)"),
+        ("placebo", "as many samples written for another user (placebo)"),
+    ):
+        if against[reference]:
+            sentences.append(_against(against[reference], what, margin))
+        else:
+            missing = [arm for arm in ("collaborative", reference) if arm not in summary.arms]
+            why = f"{' and '.join(missing)} did not run" if missing else "the summary holds no such contrast"
+            sentences.append(f"Whether it beats {what} cannot be told: {why}.")
+    if against["cloud"]:
+        sentences.append(_close_to_cloud(against["cloud"], margin))
+    return Answer(_headline(against["local_matched"], against["placebo"], margin), tuple(sentences))
+
+
+def _headline(local: list[Contrast], placebo: list[Contrast], margin: float) -> str:
+    if not local or not placebo:
+        return "This run does not hold both primary contrasts, so it cannot answer whether the cloud's help pays."
+    tasks = list(dict.fromkeys(c.task for c in (*local, *placebo)))
+    won = {name: {c.task for c in group if c.verdict(margin) == "better"} for name, group in
+           (("local", local), ("placebo", placebo))}  # fmt: skip
+    lost = {c.task for c in (*local, *placebo) if c.verdict(margin) == "worse"}
+    both = won["local"] & won["placebo"]
+    where = f"{len(both)} of {_several(len(tasks), 'task')}"
+    if len(both) == len(tasks):
+        text = "Collaborative beat both local training and the placebo"
+        text += " on every task." if len(tasks) > 1 else f" on {_name(tasks[0])}."
+    elif both:
+        text = f"Collaborative beat both local training and the placebo on {where}."
+    elif won["local"]:
+        text = (f"Collaborative beat local training on {len(won['local'])} of {_several(len(tasks), 'task')}, "
+                "but nowhere beat the placebo as well: the gain is not shown to be personal.")  # fmt: skip
+    else:
+        text = "No: on no task was collaborative shown to beat local training with as many steps."
+    if lost:
+        text += f" It was worse than one of them on {_list(sorted(lost))}."
+    return text
+
+
+def _against(contrasts: list[Contrast], what: str, margin: float) -> str:
+    """One sentence a contrast: where it is better, where worse, where nothing was shown."""
+    groups: dict[str, list[Contrast]] = {}
+    for contrast in contrasts:
+        groups.setdefault(contrast.verdict(margin), []).append(contrast)
+    total = len(contrasts)
+    better = groups.pop("better", [])
+    if better:
+        text = f"Against {what}, collaborative is better on {len(better)} of {_several(total, 'task')}: "
+        text += "; ".join(map(_detail, better)) + "."
+    elif total == 1:
+        text = f"Against {what}, collaborative is not shown to be better."
+    else:
+        text = f"Against {what}, collaborative is shown to be better on none of {_several(total, 'task')}."
+    for verdict, words in (
+        ("worse", "It is worse on"),
+        ("better, not after Holm", "Its interval lies above zero, but not after Holm's correction, on"),
+        ("worse, not after Holm", "Its interval lies below zero, though not after Holm's correction, on"),
+        ("no difference shown", "No difference was shown on"),
+        ("cannot be told", "There are too few users to tell on"),
+    ):
+        if groups.get(verdict):
+            text += f" {words} " + "; ".join(map(_detail, groups[verdict])) + "."
+    return text
+
+
+def _close_to_cloud(contrasts: list[Contrast], margin: float) -> str:
+    fine = [c for c in contrasts if c.verdict(margin).startswith(("better", "not worse"))]
+    worse = [c for c in contrasts if c.verdict(margin) == "worse"]
+    open_ = [c for c in contrasts if c not in fine and c not in worse]
+    text = (f"Against asking the cloud model itself, with the history in its prompt, it is not worse by more than "
+            f"{margin:g} on {len(fine) or 'none'} of {_several(len(contrasts), 'task')}")  # fmt: skip
+    text += f" ({_list([c.task for c in fine])})" if fine else ""
+    text += f", worse on {_list([c.task for c in worse])}" if worse else ""
+    text += f", undecided on {_list([c.task for c in open_])}" if open_ else ""
+    return text + "."
+
+
+def _detail(contrast: Contrast) -> str:
+    around = interval(contrast.diff_ci_low, contrast.diff_ci_high, signed=True)
+    difference = f"{metric_name(contrast.metric)} {number(contrast.diff, signed=True)} {around}"
+    text = f"{_name(contrast.task)} ({difference}".rstrip()
+    if contrast.p_holm is not None:
+        p = p_value(contrast.p_holm)
+        text += f", p {p}" if p.startswith("<") else f", p = {p}"
+    text = text.replace("p ", f"p{_NBSP}").replace("= ", f"={_NBSP}").replace("< ", f"<{_NBSP}")
+    return text.replace(", +", f",{_NBSP}+").replace(", \N{MINUS SIGN}", f",{_NBSP}\N{MINUS SIGN}") + ")"
+
+
+def scale(summary: Summary, experiment: Experiment) -> str:
+    """What the answer rests on: users, queries, seeds, models."""
+    counted = {task: summary.users(task) for task in summary.tasks}
+    users = sorted({count for count in counted.values() if count})
+    queries = sum(
+        max((row["n_queries"] for row in summary.rows if row["task"] == task and row.get("n_queries")), default=0)
+        for task in summary.tasks
+    )
+    many = f"{users[0]} to {users[-1]} users a task" if len(users) > 1 else _several(users[0] if users else 0, "user")
+    count = len(experiment.seeds)
+    seeds = f"{count} seeds (each with its own users)" if count > 1 else "one seed"
+    parts = [f"{_several(len(summary.tasks), 'task')}, {many}, {queries} held-out queries, {seeds}."]
+    base = "the embedded model" if experiment.model.base == "embedded" else experiment.model.base
+    parts.append(f"On the device: {base}, LoRA rank {experiment.lora.rank}.")
+    return " ".join([*parts, f"In the cloud: {_cloud(summary, experiment)}."])
+
+
+def _cloud(summary: Summary, experiment: Experiment) -> str:
+    facts = summary.facts.get("cloud") or {}
+    provider = facts.get("provider") or experiment.cloud.provider
+    model = facts.get("model") or experiment.cloud.model
+    known = {"world": "the embedded world's generator", "recombine": "the embedded recombiner"}
+    name = known.get(provider, provider)
+    return f"{model} ({name})" if model and model != provider and provider not in known else name
+
+
+def notes(summary: Summary, experiment: Experiment, environment: Mapping[str, Any]) -> list[str]:
+    """What limits the answer. The run's own notes come last."""
+    facts, found = summary.facts, []
+    cloud = facts.get("cloud") or {}
+    provider = cloud.get("provider") or experiment.cloud.provider
+    if experiment.population.source == "world":
+        found.append("These users are synthetic. The embedded world is a check of the mechanism: it shows whether the "
+                     "method can work where preferences are known, not how well it works on people.")  # fmt: skip
+    if provider == "recombine":
+        found.append("No language model wrote the synthetic samples: the embedded generator recombined each user's own "
+                     "items.")  # fmt: skip
+    elif provider == "world" or cloud.get("wrote_by_language_model") is False:
+        found.append("No language model wrote the synthetic samples: the embedded generator composed them by rule.")
+    if provider == "world" and experiment.cloud.knowledge == "full":
+        found.append('The cloud knew the users\' own archetypes (cloud.knowledge = "full"): an oracle, an upper bound.')
+    if facts.get("order") == "unknown":
+        found.append("Order unknown: the data carry no dates, so it is asserted that no scored item was trained on, "
+                     "not that queries are later than what was.")  # fmt: skip
+    few = [task for task in summary.tasks if (summary.users(task) or 0) < _FEW_USERS]
+    if few:
+        found.append(f"Few users (under {_FEW_USERS}) on {_list(few)}: intervals are wide and a missing difference "
+                     "means little.")  # fmt: skip
+    if experiment.model.base == "embedded":
+        found.append("The device's model is the small embedded one. Its scores stand for themselves and say nothing "
+                     "about larger models' level.")  # fmt: skip
+    if len(experiment.seeds) == 1:
+        found.append("One seed: the spread between draws of users is not measured.")
+    return found + [str(note) for note in facts.get("notes") or []]
+
+
+def captions(summary: Summary, margin: float) -> dict[str, str]:
+    """What each figure shows."""
+    return {
+        "contrasts": "Gain of the collaborative adapter over each reference, by task: mean over users and 95% "
+        "interval; right of zero is better on every task. Filled points: significant after Holm\N{RIGHT SINGLE QUOTATION MARK}s "
+        f"correction; against the cloud, not worse than the margin of {margin:g} (dashed).",
+        "filters": "What became of every synthetic sample asked of the cloud: accepted, rejected by a filter, or not "
+        "received as a well-formed pair.",
+    }
+
+
+def _name(task: str) -> str:
+    return task.replace("_", "-")
+
+
+def _list(tasks: list[str]) -> str:
+    names = [_name(task) for task in tasks]
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _several(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
