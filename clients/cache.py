@@ -1,78 +1,68 @@
-"""Answers already paid for, in one SQLite file that several processes and runs may share.
-
-The key holds everything that a new answer would depend on: messages, model, sampling and the draw's name (seed, device,
-round, purpose, draw). It does not hold the endpoint's URL: the same model behind another port or replica is the same
-model. A model served under one name with different options must be told apart by `variant`.
-"""
+"""A key-value cache with room to grow: writes in place, where the stock one copies itself for every token."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sqlite3
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from sim.errors import ResumableStop, UserError
-
-_VERSION = 1
-_BUSY_TIMEOUT_S = 60.0
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
-def cache_key(**content: Any) -> str:
-    """sha256 over the canonical JSON of `content`."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values [rows, heads, tokens, width], views into buffers with room for `room` tokens."""
+
+    _layer_type = None
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+        self.filled = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append the new tokens and return all."""
+        if not self.is_initialized:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            rows, heads, _, _ = key_states.shape
+            self.key_buffer = key_states.new_empty(rows, heads, self.room, key_states.shape[-1])
+            self.value_buffer = value_states.new_empty(rows, heads, self.room, value_states.shape[-1])
+            self.is_initialized = True
+        end = self.filled + key_states.shape[-2]
+        self.key_buffer[:, :, self.filled : end] = key_states
+        self.value_buffer[:, :, self.filled : end] = value_states
+        self.filled = end
+        self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.filled
+
+    def take(self, rows: Tensor) -> None:
+        """Keep (or repeat) these rows only."""
+        if self.is_initialized:
+            buffers = []
+            for filled in (self.keys, self.values):
+                buffer = filled.new_empty(len(rows), filled.shape[1], self.room, filled.shape[3])
+                torch.index_select(filled, 0, rows, out=buffer[:, :, : self.filled])
+                buffers.append(buffer)
+            self.key_buffer, self.value_buffer = buffers
+            self.keys, self.values = (buffer[:, :, : self.filled] for buffer in buffers)
 
 
-class AnswerCache:
-    """A table key -> JSON. Write-ahead logging and a busy timeout make it safe for several processes of one machine.
+class RoomyCache(DynamicCache):
+    """A cache for `room` tokens a row. Sliding-window layers stay as the model's configuration asks."""
 
-    (SQLite's write-ahead log needs shared memory: on a network file system, one machine at a time.)
-    """
+    def __init__(self, config, room: int):
+        super().__init__(config=config)
+        self.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self._room = room
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
-            self._open()
-        except (sqlite3.DatabaseError, OSError) as error:
-            raise UserError(
-                f"cloud.cache: {self.path} cannot be used as a cache ({error}). "
-                "Give the path of a file that untether made, or of one that does not exist yet"
-            ) from error
-
-    def _open(self) -> None:
-        database = self._database
-        found = database.execute("PRAGMA user_version").fetchone()[0]
-        tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if tables - {"answers"} or found not in (0, _VERSION):
-            raise sqlite3.DatabaseError("it is another database, or a cache of another version")
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = NORMAL")
-        database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
-        database.execute(f"PRAGMA user_version = {_VERSION}")
-        database.commit()
-
-    def first(self, keys: Sequence[str]) -> dict[str, Any] | None:
-        """The value of the first key that is there."""
-        marks = ",".join("?" * len(keys))
-        found = dict(self._database.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", list(keys)))
-        return next((json.loads(found[key]) for key in keys if key in found), None)
-
-    def put(self, key: str, value: Mapping[str, Any]) -> None:
-        """Keep a value; the first one kept under a key stays. Raises ResumableStop where the disk does not take it."""
-        try:
-            with self._database:
-                self._database.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, json.dumps(value)))
-        except sqlite3.OperationalError as error:
-            raise ResumableStop(f"cannot write the cloud cache {self.path}: {error}") from error
-
-    def __len__(self) -> int:
-        return self._database.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
-
-    def close(self) -> None:
-        """Close the file."""
-        self._database.close()
+    def take(self, rows: Sequence[int] | Tensor) -> None:
+        """Keep (or repeat) these rows only, in every layer."""
+        for layer in self.layers:
+            index = torch.as_tensor(rows, device=layer.keys.device)
+            if isinstance(layer, RoomyLayer):
+                layer.take(index)
+            else:
+                layer.batch_select_indices(index)

@@ -1,0 +1,281 @@
+"""Answering many queries at once, each row with its own adapter: decoding with a cache, and label likelihoods.
+
+Rows are sorted by length and adapter, cut into batches, left-padded and decoded together; a row that has finished
+leaves the batch. Greedy decoding chooses what a row alone would choose, floating point rounding apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clients.adapters import AdapterStack
+from clients.base import FrozenBase
+from clients.cache import RoomyCache
+from clients.encoding import truncate_prompt
+from clients.lora_layers import Route
+from clients.memory import is_out_of_memory
+from sim.seeding import generator
+
+BATCH_ROWS = {"cpu": 128, "cuda": 512}
+_LENGTH_RATIO = 1.25
+"""Rows whose prompts differ by no more than this factor are padded to one length."""
+_COMPACT_BELOW = 0.75
+"""Share of live rows below which finished rows are taken out of the batch (that copies the cache)."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRow:
+    """A prompt (token ids) and the adapter that answers it: its index in the stack, or None for the bare base."""
+
+    prompt_ids: Sequence[int]
+    adapter: int | None = None
+
+
+def generate(
+    base: FrozenBase,
+    stack: AdapterStack | None,
+    rows: Sequence[GenerationRow],
+    *,
+    max_new_tokens: int | Sequence[int],
+    temperature: float = 0.0,
+    seeds: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """New token ids of every row, in the order of the rows; the end token is not among them.
+
+    max_new_tokens: for all rows or one a row. temperature 0 is greedy; else token t of a row is drawn with that row's
+    own seed, whatever batch it is in. Prompts that leave no room in the context are cut in the middle. A batch
+    that runs out of memory is halved and repeated.
+    """
+    limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if temperature > 0 and seeds is None:
+        raise ValueError("sampling needs a seed a row")
+    prompts = _fit(base, rows, limits)
+    answers: list[list[int]] = [[] for _ in rows]
+    wanted = [index for index, limit in enumerate(limits) if limit > 0]
+    done = len(rows) - len(wanted)
+
+    def decode(batch: list[int]) -> None:
+        nonlocal done
+        seeds_of = [seeds[index] for index in batch] if seeds is not None else None
+        batch_rows = [GenerationRow(prompts[index], rows[index].adapter) for index in batch]
+        found = _Decoding(base, stack, batch_rows, [limits[index] for index in batch], temperature, seeds_of).run()
+        for index, tokens in zip(batch, found, strict=True):
+            answers[index] = tokens
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(rows))
+
+    with torch.inference_mode():
+        for batch in _batches(wanted, prompts, rows, batch_size or BATCH_ROWS.get(base.device.type, 128)):
+            _halving(decode, batch, base.device)
+    return answers
+
+
+def label_scores(
+    base: FrozenBase,
+    stack: AdapterStack | None,
+    rows: Sequence[GenerationRow],
+    labels: Sequence[Sequence[Sequence[int]]],
+    *,
+    normalize: bool = False,
+    batch_size: int | None = None,
+) -> list[list[float]]:
+    """Log-likelihood of each row's candidate labels (token ids, end token included if given) after its prompt.
+
+    normalize: divide by the label's tokens. The prompt is read once for all its labels.
+    """
+    size = batch_size or BATCH_ROWS.get(base.device.type, 128)
+    longest = [max((len(label) for label in of_row), default=0) for of_row in labels]
+    prompts = _fit(base, rows, longest)
+    found: list[list[float]] = [[] for _ in rows]
+
+    def judge(batch: list[int]) -> None:
+        batch_rows = [GenerationRow(prompts[index], rows[index].adapter) for index in batch]
+        scores = _score_batch(base, stack, batch_rows, [labels[index] for index in batch])
+        for index, of_row in zip(batch, scores, strict=True):
+            lengths = [len(label) if normalize else 1 for label in labels[index]]
+            found[index] = [score / length for score, length in zip(of_row, lengths, strict=True)]
+
+    with torch.inference_mode():
+        wanted = [index for index, of_row in enumerate(labels) if of_row]
+        per_row = max((len(labels[index]) for index in wanted), default=1)
+        for batch in _batches(wanted, prompts, rows, max(1, size // per_row)):
+            _halving(judge, batch, base.device)
+    return found
+
+
+def _fit(base: FrozenBase, rows: Sequence[GenerationRow], extra: Sequence[int]) -> list[list[int]]:
+    """Each row's prompt, cut so that `extra` more tokens fit into the context."""
+    return [
+        truncate_prompt(row.prompt_ids, max(1, base.context_length - more))
+        for row, more in zip(rows, extra, strict=True)
+    ]
+
+
+def _batches(
+    indices: Sequence[int], prompts: Sequence[Sequence[int]], rows: Sequence[GenerationRow], size: int
+) -> list[list[int]]:
+    """Batches of rows of similar length; in each, rows of one adapter are neighbours and rows without one come last."""
+
+    def adapter(index: int) -> float:
+        return math.inf if rows[index].adapter is None else rows[index].adapter
+
+    def bucket(index: int) -> int:
+        return int(math.log(len(prompts[index])) / math.log(_LENGTH_RATIO))
+
+    order = sorted(indices, key=lambda index: (-bucket(index), adapter(index), index))
+    cut = [order[start : start + size] for start in range(0, len(order), size)]
+    return [sorted(batch, key=adapter) for batch in cut]
+
+
+def _halving(work: Callable[[list[int]], None], batch: list[int], device: torch.device) -> None:
+    try:
+        work(batch)
+        return
+    except Exception as error:
+        if not is_out_of_memory(error) or len(batch) == 1:
+            raise
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    _halving(work, batch[: len(batch) // 2], device)
+    _halving(work, batch[len(batch) // 2 :], device)
+
+
+class _Prompts:
+    """A batch whose prompts have been read: cache, mask, positions, the last position's logits, and who wears what."""
+
+    def __init__(self, base: FrozenBase, stack: AdapterStack | None, rows: Sequence[GenerationRow], room: int):
+        self.base, self.stack = base, stack
+        self.adapters = [row.adapter for row in rows]
+        self.slots = list(dict.fromkeys(adapter for adapter in self.adapters if adapter is not None))
+        if self.slots and stack is None:
+            raise ValueError("rows name adapters and there is no stack")
+        device = base.device
+        longest = max(len(row.prompt_ids) for row in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask = torch.zeros(len(rows), longest + room, dtype=torch.long)
+        mask[:, longest:] = 1
+        for index, row in enumerate(rows):
+            ids[index, longest - len(row.prompt_ids) :] = torch.as_tensor(row.prompt_ids)
+            mask[index, longest - len(row.prompt_ids) : longest] = 1
+        self.padded = bool((mask == 0).any())
+        self.mask = mask.to(device)
+        self.position = self.mask[:, :longest].sum(1)
+        self.cache = RoomyCache(base.model.config, longest + room)
+        if self.slots:
+            whole = self.slots == list(range(len(stack)))
+            self._flat = stack.flat if whole else stack.flat[torch.tensor(self.slots, device=device)]
+        self.last = torch.arange(1, len(rows) + 1, device=device) * longest - 1
+        self.logits = self.read(ids.to(device), (self.mask[:, :longest].cumsum(1) - 1).clamp_(min=0), self.last)
+
+    def read(self, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
+        """Feed tokens [rows, n] and return the logits at flattened places `at`; the cache grows by n."""
+        seen = self.cache.get_seq_length() + ids.shape[1]
+        inputs = {"position_ids": positions, "past_key_values": self.cache, "use_cache": True}
+        if self.padded:
+            inputs["attention_mask"] = self.mask[:, :seen]
+        if not self.slots:
+            return self.base.logits_at(at, ids, **inputs)
+        with self.stack.wearing(self._route(ids.shape[0])):
+            return self.base.logits_at(at, ids, **inputs)
+
+    def take(self, rows: list[int]) -> None:
+        """Keep (or repeat, in order) these rows only."""
+        index = torch.tensor(rows, device=self.mask.device)
+        self.cache.take(index)
+        self.mask, self.position = self.mask[index], self.position[index]
+        self.adapters = [self.adapters[row] for row in rows]
+        self._made = None
+
+    _made: Route | None = None
+
+    def _route(self, rows: int) -> Route:
+        if self._made is None:
+            counts = [self.adapters.count(slot) for slot in self.slots]
+            self._made = self.stack.route(self.slots, counts, rows, self._flat)
+        return self._made
+
+
+class _Decoding:
+    def __init__(self, base, stack, rows, limits, temperature, seeds):
+        self.base, self.limits, self.temperature = base, limits, temperature
+        self.prompts = _Prompts(base, stack, rows, max(limits))
+        self.tokens: list[list[int]] = [[] for _ in rows]
+        if temperature > 0:
+            self.draws = [generator(seed, "token").random(limit) for seed, limit in zip(seeds, limits, strict=True)]
+
+    def run(self) -> list[list[int]]:
+        prompts, end_ids = self.prompts, self.base.end_ids
+        logits = prompts.logits
+        live = list(range(len(self.tokens)))
+        """Rows of the batch by their place; None where a finished row still sits."""
+        while True:
+            chosen = self._choose(logits, live)
+            following = chosen.tolist()
+            for place, row in enumerate(live):
+                if row is None:
+                    continue
+                token = following[place]
+                if token in end_ids:
+                    live[place] = None
+                    continue
+                self.tokens[row].append(token)
+                if len(self.tokens[row]) == self.limits[row]:
+                    live[place] = None
+            alive = [place for place, row in enumerate(live) if row is not None]
+            if not alive:
+                return self.tokens
+            if len(alive) <= _COMPACT_BELOW * len(live):
+                prompts.take(alive)
+                chosen = chosen[torch.tensor(alive, device=chosen.device)]
+                live = [live[place] for place in alive]
+            logits = prompts.read(
+                chosen[:, None], prompts.position[:, None], torch.arange(len(live), device=chosen.device)
+            )
+            prompts.position += 1
+
+    def _choose(self, logits: Tensor, live: Sequence[int | None]) -> Tensor:
+        if self.temperature <= 0:
+            return logits.argmax(-1)
+        at = [0.0 if row is None else float(self.draws[row][len(self.tokens[row])]) for row in live]
+        draws = torch.tensor(at, dtype=torch.float64, device=logits.device)
+        mass = torch.softmax(logits.double() / self.temperature, -1).cumsum(-1)
+        found = torch.searchsorted(mass, draws[:, None] * mass[:, -1:], right=True)[:, 0]
+        return found.clamp_(max=logits.shape[-1] - 1)
+
+
+def _score_batch(base, stack, rows, labels) -> list[list[float]]:
+    room = max(len(label) for of_row in labels for label in of_row)
+    prompts = _Prompts(base, stack, rows, room)
+    first = torch.log_softmax(prompts.logits.to(_score_dtype(base)), -1)
+    owners = [row for row, of_row in enumerate(labels) for _ in of_row]
+    flat = [list(label) for of_row in labels for label in of_row]
+    index = torch.tensor(owners, device=base.device)
+    scores = first[index, torch.tensor([label[0] for label in flat], device=base.device)]
+    if room > 1:
+        prompts.take(owners)
+        ids = torch.zeros(len(flat), room - 1, dtype=torch.long)
+        at, targets, of_label = [], [], []
+        for k, label in enumerate(flat):
+            ids[k, : len(label) - 1] = torch.tensor(label[:-1], dtype=torch.long)
+            at += [k * (room - 1) + t for t in range(len(label) - 1)]
+            targets += label[1:]
+            of_label += [k] * (len(label) - 1)
+        positions = prompts.position[:, None] + torch.arange(room - 1, device=base.device)
+        logits = prompts.read(ids.to(base.device), positions, torch.tensor(at, dtype=torch.long, device=base.device))
+        rest = torch.log_softmax(logits.to(scores.dtype), -1)
+        values = rest.gather(1, torch.tensor(targets, dtype=torch.long, device=base.device)[:, None])[:, 0]
+        scores = scores.index_add(0, torch.tensor(of_label, dtype=torch.long, device=base.device), values)
+    listed = iter(scores.tolist())
+    return [[next(listed) for _ in of_row] for of_row in labels]
+
+
+def _score_dtype(base: FrozenBase) -> torch.dtype:
+    return torch.float64 if base.dtype == torch.float64 else torch.float32

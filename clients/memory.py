@@ -1,0 +1,44 @@
+"""How much memory a cohort may take, and how to tell that it took too much."""
+
+from __future__ import annotations
+
+import torch
+
+_SHARE = 0.5
+"""Share of the free memory taken where no budget is given."""
+
+_SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "failed to allocate", "bad allocation")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that are free now on the device, or on the host for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30
+
+
+def budget_bytes(asked: int | None, device: torch.device) -> int:
+    """The budget asked for, or half of what is free."""
+    return asked if asked else int(free_bytes(device) * _SHARE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def activation_bytes_per_token(config, itemsize: int) -> int:
+    """A generous estimate of what one token keeps for the backward pass."""
+    hidden = getattr(config, "hidden_size", 1024)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    layers = getattr(config, "num_hidden_layers", 12)
+    return itemsize * (layers * (20 * hidden + 8 * inner) + 3 * getattr(config, "vocab_size", 32000) // 2)
