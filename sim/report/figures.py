@@ -29,7 +29,8 @@ BLUE, ORANGE, GREEN, YELLOW, SKY, PURPLE, VERMILION = (
 )  # fmt: skip
 _STYLE = {
     "font.family": "STIXGeneral", "mathtext.fontset": "stix", "font.size": 9, "axes.labelsize": 9,
-    "axes.titlesize": 9.5,    "xtick.labelsize": 8, "ytick.labelsize": 9, "legend.fontsize": 8, "pdf.fonttype": 42, "svg.fonttype": "path",
+    "axes.titlesize": 9.5, "xtick.labelsize": 8, "ytick.labelsize": 9, "legend.fontsize": 8, "pdf.fonttype": 42,
+    "svg.fonttype": "path",
     "svg.hashsalt": "untether", "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
     "ytick.color": INK, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.0,
     "savefig.transparent": True, "figure.dpi": 100, "axes.unicode_minus": True,
@@ -65,7 +66,7 @@ def forest(summary: Summary, margin: float) -> Figure | None:
     metric is an error is turned, so that right is better everywhere.
     """
     contrasts = [contrast for contrast in summary.contrasts() if contrast.gain is not None]
-    panels = [(arm, reference) for arm, reference, _ in CONTRASTS
+    panels = [(arm, reference) for arm, reference, _ in CONTRASTS[:3]
               if any((c.arm, c.reference) == (arm, reference) for c in contrasts)]  # fmt: skip
     if not panels:
         return None
@@ -76,7 +77,7 @@ def forest(summary: Summary, margin: float) -> Figure | None:
         for axis, (arm, reference) in zip(axes[0], panels, strict=True):
             own = {c.task: c for c in contrasts if (c.arm, c.reference) == (arm, reference)}
             _forest_panel(axis, [own.get(task) for task in tasks], margin if reference == "cloud" else None)
-            axis.set_title(f"against {reference.replace('_', ' ')}", pad=8)
+            axis.set_title(f"against {reference.replace('_', ' ')}", pad=14)
         tested = [axis for axis, (_, reference) in zip(axes[0], panels, strict=True) if reference != "cloud"]
         limits = [limit for axis in tested for limit in axis.get_xlim()]
         for axis in tested:
@@ -101,7 +102,7 @@ def _forest_panel(axis: plt.Axes, contrasts: Sequence[Contrast | None], margin: 
         colour = BLUE if contrast.gain >= 0 else VERMILION
         low = contrast.gain if contrast.gain_low is None else contrast.gain_low
         high = contrast.gain if contrast.gain_high is None else contrast.gain_high
-        solid = low > -margin if margin is not None else contrast.significant
+        solid = contrast.gain_low is not None and low > -margin if margin is not None else contrast.significant
         axis.hlines(row, low, high, color=colour, linewidth=1.4, zorder=2)
         axis.plot(contrast.gain, row, marker="o", markersize=5.2, color=colour, markeredgewidth=1.2,
                   markerfacecolor=colour if solid else "none", zorder=3)  # fmt: skip

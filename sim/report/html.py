@@ -5,6 +5,7 @@ Only what the run directory holds is shown. A fact that is missing leaves its pa
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from sim.experiment import ARMS, Experiment, fields
 from sim.report import figures, prose
@@ -51,7 +52,7 @@ def write_report(run: RunDirectory) -> Path:
         summary=summary,
         failures=summary.facts.get("failures") or [],
         contrasts=summary.contrasts(),
-        secondary=[c for c in summary.contrasts(primary_metric_only=False) if c.metric != summary.primary(c.task)],
+        others=[contrast for contrast in summary.contrasts(everything=True) if contrast not in summary.contrasts()],
         margin=margin,
         arms=ARMS,
         title=reading.title,
@@ -93,6 +94,7 @@ def _template() -> jinja2.Template:
     environment.filters.update(
         number=reading.number, interval=reading.interval, p=reading.p_value, metric=reading.metric_name,
         arrow=reading.arrow, count=_count, size=_size, words=lambda text: str(text).replace("_", " "),
+        whole=_whole,
     )  # fmt: skip
     return environment.get_template("report.html.jinja")
 
@@ -115,17 +117,10 @@ def _exclusions(facts: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 def _settings(experiment: Experiment) -> Iterator[tuple[str, str, str, bool]]:
     """Every field as (name, value, meaning, whether it differs from the default)."""
-    values = experiment.model_dump(mode="json")
-    for name, default, meaning in fields():
-        value: Any = values
-        for part in name.split("."):
-            value = value[part]
-        changed = json.dumps(value, sort_keys=True) != json.dumps(_plain(default), sort_keys=True)
-        yield name, _show(value), meaning, changed
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    values, defaults = experiment.model_dump(mode="json"), Experiment().model_dump(mode="json")
+    for name, _, meaning in fields():
+        value, default = (functools.reduce(dict.__getitem__, name.split("."), given) for given in (values, defaults))
+        yield name, _show(value), meaning, value != default
 
 
 def _show(value: Any) -> str:
@@ -168,6 +163,14 @@ def _prompts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
                 yield from walk(inner, f"{name} {index}".strip())
 
     return list(walk(environment.get("prompts") or {}, ""))
+
+
+def _whole(sentence: str) -> Markup:
+    """A sentence whose names, intervals and p-values do not break over lines."""
+    pattern = r"(?:LaMP|ROUGE)-\w+|\[[^\]]*\]|p [=<] [\d.]+"
+    pieces = re.split(f"({pattern})", sentence)
+    spans = [Markup('<span class="whole">{}</span>').format(p) if i % 2 else escape(p) for i, p in enumerate(pieces)]
+    return Markup("").join(spans)
 
 
 def _count(value: float | int | None) -> str:

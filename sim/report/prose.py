@@ -13,7 +13,6 @@ from sim.experiment import Experiment
 from sim.report.summary import Contrast, Summary, interval, metric_name, number, p_value
 
 _FEW_USERS = 20
-_NBSP = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +115,7 @@ def _detail(contrast: Contrast) -> str:
     if contrast.p_holm is not None:
         p = p_value(contrast.p_holm)
         text += f", p {p}" if p.startswith("<") else f", p = {p}"
-    text = text.replace("p ", f"p{_NBSP}").replace("= ", f"={_NBSP}").replace("< ", f"<{_NBSP}")
-    return text.replace(", +", f",{_NBSP}+").replace(", \N{MINUS SIGN}", f",{_NBSP}\N{MINUS SIGN}") + ")"
+    return text + ")"
 
 
 def scale(summary: Summary, experiment: Experiment) -> str:
@@ -180,7 +178,7 @@ def captions(summary: Summary, margin: float) -> dict[str, str]:
     """What each figure shows."""
     return {
         "contrasts": "Gain of the collaborative adapter over each reference, by task: mean over users and 95% "
-        "interval; right of zero is better on every task. Filled points: significant after Holm\N{RIGHT SINGLE QUOTATION MARK}s "
+        "interval; right of zero is better on every task. Filled points: significant after Holm's "
         f"correction; against the cloud, not worse than the margin of {margin:g} (dashed).",
         "filters": "What became of every synthetic sample asked of the cloud: accepted, rejected by a filter, or not "
         "received as a well-formed pair.",

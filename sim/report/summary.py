@@ -19,8 +19,10 @@ CONTRASTS: tuple[tuple[str, str, str], ...] = (
     ("collaborative", "local_matched", "the cloud's samples against as many steps on the user's own history"),
     ("collaborative", "placebo", "samples written for this user against as many written for another"),
     ("collaborative", "cloud", "the device's own adapter against asking the cloud model itself"),
+    ("collaborative", "unfiltered_matched", "filtered samples against as many unfiltered ones"),
 )
-#: The first two are tested for a difference; against the cloud the question is whether the device is not worse.
+#: The first two are tested for a difference; against the cloud the question is whether the device is not worse; the last
+#: is reported without a correction.
 PRIMARY = CONTRASTS[:2]
 SIGNIFICANT = 0.05
 
@@ -82,7 +84,7 @@ class Contrast:
         if self.is_primary and self.significant:
             return "better" if self.gain > 0 else "worse"
         if better or worse:
-            return ("better" if better else "worse") + (", not after Holm" if self.is_primary else " (untested)")
+            return ("better" if better else "worse") + (", not after Holm" if self.is_primary else " (uncorrected)")
         return "no difference shown"
 
 
@@ -101,6 +103,11 @@ class Summary:
     def mean(self, task: str, arm: str, metric: str | None = None) -> dict[str, Any] | None:
         """The row of an arm's own mean on a task's metric (none given: the primary one), or None."""
         return self._means.get((task, arm, metric or self.primary(task)))
+
+    def effort(self, arm: str) -> dict[str, float | None]:
+        """Optimizer steps and trained tokens of a device with this arm, on average over devices."""
+        row = next((row for row in self.rows if row["arm"] == arm), {})
+        return {"steps": row.get("steps"), "tokens": row.get("tokens")}
 
     def metrics(self, task: str) -> list[str]:
         """The metrics reported for a task, the primary one first."""
@@ -125,14 +132,14 @@ class Summary:
         """How many users the task's arms were compared on (the most of any arm)."""
         return max((row["n_users"] for row in self.rows if row["task"] == task and row.get("n_users")), default=None)
 
-    def contrasts(self, *, primary_metric_only: bool = True) -> list[Contrast]:
-        """Every comparison in the summary: the design's first and in its order, by task."""
+    def contrasts(self, *, everything: bool = False) -> list[Contrast]:
+        """The design's contrasts on the tasks' primary metrics, in its order, by task; `everything`: all there are."""
         order = {pair[:2]: index for index, pair in enumerate(CONTRASTS)}
         found = []
         for row in self.rows:
-            if not row.get("reference") or (primary_metric_only and row["metric"] != self.primary(row["task"])):
-                continue
-            found.append(_contrast(row))
+            designed = (row["arm"], row.get("reference")) in order and row["metric"] == self.primary(row["task"])
+            if row.get("reference") and (everything or designed):
+                found.append(_contrast(row))
 
         def place(contrast: Contrast) -> tuple[Any, ...]:
             metric = self.metrics(contrast.task).index(contrast.metric)

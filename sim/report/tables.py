@@ -54,7 +54,7 @@ def summary_csv(summary: Summary) -> str:
 def contrasts_csv(summary: Summary, margin: float) -> str:
     """Every comparison on every metric, with its verdict; full precision, empty where there is no value."""
     rows = []
-    for contrast in summary.contrasts(primary_metric_only=False):
+    for contrast in summary.contrasts(everything=True):
         rows.append([getattr(contrast, name) for name in CONTRAST_COLUMNS[:-1]] + [contrast.verdict(margin)])
     return _csv(CONTRAST_COLUMNS, rows)
 
