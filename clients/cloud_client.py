@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import openai
 
-from clients.cache import AnswerCache, cache_key
+from clients.answer_cache import AnswerCache, cache_key
 from clients.cloud_faults import Fault, classify
 from clients.cloud_records import Attempt, CloudReply, CloudRequest, CloudSettings
 from sim.errors import ResumableStop, UserError

@@ -15,6 +15,7 @@ from multiprocessing import get_context
 
 import pytest
 
+from clients.answer_cache import AnswerCache
 from clients.augmentation import (
     CloudClient,
     answer_request,
@@ -22,7 +23,6 @@ from clients.augmentation import (
     samples_from,
     samples_requests,
 )
-from clients.cache import AnswerCache
 from clients.cloud_faults import retry_after_s
 from sim.errors import ResumableStop, UserError
 from sim.population.tasks import get_task

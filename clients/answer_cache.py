@@ -1,0 +1,78 @@
+"""Answers already paid for, in one SQLite file that several processes and runs may share.
+
+The key holds everything that a new answer would depend on: messages, model, sampling and the draw's name (seed, device,
+round, purpose, draw). It does not hold the endpoint's URL: the same model behind another port or replica is the same
+model. A model served under one name with different options must be told apart by `variant`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sim.errors import ResumableStop, UserError
+
+_VERSION = 1
+_BUSY_TIMEOUT_S = 60.0
+
+
+def cache_key(**content: Any) -> str:
+    """sha256 over the canonical JSON of `content`."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class AnswerCache:
+    """A table key -> JSON. Write-ahead logging and a busy timeout make it safe for several processes of one machine.
+
+    (SQLite's write-ahead log needs shared memory: on a network file system, one machine at a time.)
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
+            self._open()
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise UserError(
+                f"cloud.cache: {self.path} cannot be used as a cache ({error}). "
+                "Give the path of a file that untether made, or of one that does not exist yet"
+            ) from error
+
+    def _open(self) -> None:
+        database = self._database
+        found = database.execute("PRAGMA user_version").fetchone()[0]
+        tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables - {"answers"} or found not in (0, _VERSION):
+            raise sqlite3.DatabaseError("it is another database, or a cache of another version")
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+        database.execute(f"PRAGMA user_version = {_VERSION}")
+        database.commit()
+
+    def first(self, keys: Sequence[str]) -> dict[str, Any] | None:
+        """The value of the first key that is there."""
+        marks = ",".join("?" * len(keys))
+        found = dict(self._database.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", list(keys)))
+        return next((json.loads(found[key]) for key in keys if key in found), None)
+
+    def put(self, key: str, value: Mapping[str, Any]) -> None:
+        """Keep a value; the first one kept under a key stays. Raises ResumableStop where the disk does not take it."""
+        try:
+            with self._database:
+                self._database.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, json.dumps(value)))
+        except sqlite3.OperationalError as error:
+            raise ResumableStop(f"cannot write the cloud cache {self.path}: {error}") from error
+
+    def __len__(self) -> int:
+        return self._database.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
