@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from clients.gemm import accelerate
 from sim.errors import UserError
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -162,7 +163,10 @@ def _load(name: str, device: torch.device, dtype: torch.dtype):
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    return model.eval()
+    model.eval().requires_grad_(False)
+    if device.type == "cpu" and dtype is torch.float32:
+        accelerate(model)
+    return model
 
 
 def _device(device: str) -> str:

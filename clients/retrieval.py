@@ -34,7 +34,7 @@ class Retriever:
         self._documents = [words(f"{item.output} {item.input}") for item in self.history]
         self._indexes: dict[int, bm25s.BM25 | None] = {}
 
-    def top(self, query: Query | str, k: int, visible: int | None = None) -> list[Interaction]:
+    def retrieve(self, query: Query | str, k: int, visible: int | None = None) -> list[Interaction]:
         """The `k` best of the first `visible` items (default: the query's own `visible`, else all), best first.
 
         Equal scores keep the history's order; items that share no word with the query come last. Fewer than `k`
@@ -70,6 +70,6 @@ class Retriever:
 def retrieve(history: Sequence[Interaction], query: Query | str, k: int) -> list[Interaction]:
     """The `k` items of `history` that BM25 ranks first for the query; pass only items that the query may see.
 
-    A query's `visible` is not read here. Ties keep the history's order; see `Retriever.top`.
+    A query's `visible` is not read here. Ties keep the history's order; see `Retriever.retrieve`.
     """
-    return Retriever(history).top(query, k, visible=len(history))
+    return Retriever(history).retrieve(query, k, visible=len(history))

@@ -40,7 +40,8 @@ class _Greedy:
         cosine = float(self._nearest[index])
         if cosine == -np.inf:
             return Finding(None, True)
-        return Finding(1.0 - cosine, cosine <= self._max_similarity)
+        score = 1.0 - cosine
+        return Finding(score, score >= 1.0 - self._max_similarity)
 
     def accept(self, index: int) -> None:
         np.maximum(self._nearest, self._among[index], out=self._nearest)

@@ -12,6 +12,7 @@ from clients.filters.registry import create
 from sim.records import Interaction, JudgedSample, Sample
 
 Key = TypeVar("Key", bound=Hashable)
+LeakCheck = Callable[[Sample], bool]
 COLUMNS = {"semantic": "semantic", "diversity": "diversity", "length": "length_ratio"}
 
 
@@ -27,7 +28,7 @@ def judge(
     real: Mapping[Key, Sequence[Interaction]],
     filters: Any,
     encoder: TextEncoder | None,
-    leaks: Callable[[Sample], bool] | None = None,
+    leaks: LeakCheck | Mapping[Key, LeakCheck] | None = None,
 ) -> dict[Key, list[JudgedSample]]:
     """A verdict for every sample of every device, in the samples' order.
 
@@ -36,15 +37,18 @@ def judge(
     enabled filter embeds. The verdict names the first filter in `filters.order` that turns the sample away; every
     enabled filter's score is kept all the same (another than the three official ones: in `extra`).
 
-    `leaks` is the evaluator's check. It comes last: `extra["leak"]` is 1 for every sample that leaks, and one that all
-    filters accepted becomes `rejected_by:leak`. What the filters decide is what they would decide without it.
+    `leaks` is the evaluator's check, one for all or one a device. It comes last: `extra["leak"]` is 1 for every sample
+    that leaks, and one that all filters accepted becomes `rejected_by:leak`. What the filters decide is what they would
+    decide without it.
 
     Raises UserError for an unknown filter.
     """
     rules = create(filters)
     vectors = _Vectors(candidates, real, rules, encoder)
+    checks = leaks if isinstance(leaks, Mapping) else dict.fromkeys(candidates, leaks)
     return {
-        key: _judge_device(samples, real.get(key, ()), rules, vectors, leaks) for key, samples in candidates.items()
+        key: _judge_device(samples, real.get(key, ()), rules, vectors, checks.get(key))
+        for key, samples in candidates.items()
     }
 
 
@@ -53,7 +57,7 @@ def _judge_device(
     real: Sequence[Interaction],
     rules: Sequence[Filter],
     vectors: _Vectors,
-    leaks: Callable[[Sample], bool] | None,
+    leaks: LeakCheck | None,
 ) -> list[JudgedSample]:
     judged: list[JudgedSample | None] = [None] * len(samples)
     for task in dict.fromkeys(sample.task for sample in samples):
@@ -64,7 +68,7 @@ def _judge_device(
     return judged
 
 
-def _judge_case(case: Case, rules: Sequence[Filter], leaks: Callable[[Sample], bool] | None) -> list[JudgedSample]:
+def _judge_case(case: Case, rules: Sequence[Filter], leaks: LeakCheck | None) -> list[JudgedSample]:
     examinations = [(rule.name, rule.examine(case)) for rule in rules]
     judged = []
     for index, sample in enumerate(case.samples):
@@ -107,6 +111,6 @@ class _Vectors:
 
     def _take(self, items: Sequence[Sample | Interaction]) -> dict[str, np.ndarray]:
         return {
-            reads: self._matrix[[self._row[text_of(item, reads)] for item in items]].reshape(len(items), -1)
+            reads: self._matrix[np.array([self._row[text_of(item, reads)] for item in items], dtype=int)]
             for reads in self._reads
         }

@@ -6,6 +6,9 @@ from statistics import median
 from typing import Any
 
 from clients.filters.case import Case, Finding, Fixed, text_of
+from sim.errors import UserError
+from sim.population.tasks import get_task
+from sim.records import Interaction, Sample
 
 
 class Length:
@@ -13,7 +16,8 @@ class Length:
 
     Words are what white space separates. The user's own are the real samples of the task that have the sample's form,
     or all of the task where none has. Where there are none, or their median is no word, there is no ratio, and the
-    sample passes.
+    sample passes. So does an output that is one of the task's closed labels, where the output is what is read: labels
+    are chosen, not written ("style & beauty" is not a rambling "travel").
     """
 
     name = "length"
@@ -25,9 +29,15 @@ class Length:
 
     def examine(self, case: Case) -> Fixed:
         own = {form: self._own(case, form) for form in {sample.form for sample in case.samples}}
-        return Fixed([self._finding(self._words(sample), own[sample.form]) for sample in case.samples])
+        findings = [self._finding(self._words(sample), own[sample.form]) for sample in case.samples]
+        if self._reads == "output":
+            findings = [
+                Finding(finding.score, finding.passed or _is_label(sample))
+                for finding, sample in zip(findings, case.samples, strict=True)
+            ]
+        return Fixed(findings)
 
-    def _words(self, item: Any) -> int:
+    def _words(self, item: Interaction | Sample) -> int:
         return len(text_of(item, self._reads).split())
 
     def _own(self, case: Case, form: str) -> float:
@@ -39,3 +49,11 @@ class Length:
             return Finding(None, True)
         ratio = words / own
         return Finding(ratio, self._low <= ratio <= self._high)
+
+
+def _is_label(sample: Sample) -> bool:
+    try:
+        labels = get_task(sample.task).labels
+    except UserError:  # a task of the caller's own
+        return False
+    return labels is not None and sample.output.strip() in labels
