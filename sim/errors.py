@@ -1,4 +1,4 @@
-"""The two ways a run ends other than done: the user's mistake (exit code 2) and a stop that can be resumed (1)."""
+"""The ways a run ends other than done: the user's mistake (exit code 2), a stop that can be resumed and a defect (1)."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class ResumableStop(Exception):
     """The run stopped before its end (interrupt, unreachable cloud, full disk); what was committed stays valid."""
+
+
+class Failure(Exception):
+    """A host failed for a reason that is neither the user's mistake nor a planned stop: a defect, and its traceback."""

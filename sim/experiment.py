@@ -45,10 +45,10 @@ class Section(BaseModel):
 class Population(Section):
     """Who the users are."""
 
-    source: Literal["world", "lamp"] = Field("world", description="`world` (embedded synthetic users) or `lamp` (files)")
+    source: Literal["world", "lamp"] = Field("world", description="`world` (embedded, synthetic) or `lamp` (files)")
     path: str = Field("", description="folder of LaMP files (one task's, or a parent of several); only for `lamp`")
     split: str = Field(
-        "", description="`lamp`: file prefix such as `dev`; `world`: `evaluation` or `validation`; empty: dev, evaluation"
+        "", description="lamp: file prefix (empty: `dev`); world: `evaluation` or `validation` (empty: `evaluation`)"
     )
     users: int = Field(24, ge=1, description="how many users, so devices, each seed draws (disjoint across seeds)")
     tasks: tuple[str, ...] = Field((), description="tasks such as LaMP_4; empty: all that the source has")
@@ -97,7 +97,7 @@ class Training(Section):
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, an adapter at a time")
-    start: Literal["continue", "anew"] = Field("continue", description="later rounds: go on from the adapter, or start anew")
+    start: Literal["continue", "anew"] = Field("continue", description="later rounds: go on, or start anew")
 
 
 class Generation(Section):
@@ -148,8 +148,8 @@ class Cloud(Section):
             raise ValueError('provider = "openai" needs cloud.base_url and cloud.model')
         if self.provider != "openai" and self.base_url:
             raise ValueError(
-                f'base_url = "{self.base_url}" is for provider = "openai"; provider = "{self.provider}" is served by the '
-                'run itself. Set cloud.provider = "openai", or leave base_url empty'
+                f'base_url = "{self.base_url}" is for provider = "openai", but provider = "{self.provider}" is served '
+                'by the run itself. Set cloud.provider = "openai", or leave base_url empty'
             )
         if self.provider == "transformers" and not self.model:
             raise ValueError('provider = "transformers" needs cloud.model, a causal LM by name or path')
@@ -207,10 +207,11 @@ class Engine(Section):
     workers: int = Field(0, ge=0, description="worker processes; 0: one a core (one where there is a GPU)")
     hosts: int = Field(0, ge=0, description="Flower nodes; 0: one a worker")
     threads: int = Field(0, ge=0, description="torch threads a worker; 0: the cores divided by the workers")
-    memory_gib: float = Field(0.0, ge=0, description="a worker's memory budget for a cohort; 0: a share of what is free")
+    memory_gib: float = Field(0.0, ge=0, description="a worker's budget for a cohort; 0: a share of what is free")
     cohort: int = Field(0, ge=0, description="most adapters trained together; 0: what the budget allows")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     shard: int = Field(256, ge=1, description="most devices a worker handles at once: bounds a host's memory")
+    strict: bool = Field(False, description="stop at the first worker that dies, instead of retrying its devices")
     deadline_s: float = Field(3600.0, gt=0, description="longest a host may take over one pass")
 
 
@@ -240,7 +241,8 @@ class Experiment(Section):
     seeds: tuple[int, ...] = Field((1,), min_length=1, description="each seed draws its own, disjoint users")
     rounds: int = Field(1, ge=1, description="rounds of virtual time; each asks the cloud and trains again")
     arms: tuple[str, ...] = Field(
-        ("frozen", "majority", "rag", "local", "local_matched", "placebo", "unfiltered_matched", "collaborative", "cloud"),
+        ("frozen", "majority", "rag", "local", "local_matched", "unfiltered_matched", "placebo", "collaborative",
+         "cloud"),
         min_length=1, description="treatments compared on the same devices: " + ", ".join(ARMS),
     )
     population: Population = Population()
@@ -349,11 +351,11 @@ def parse_value(model: type[BaseModel], key: str, text: Any) -> Any:
         value = text
     if wants_list and not isinstance(value, list):
         parts = [part.strip() for part in str(value).split(",") if part.strip()]
-        value = [parse_value_plain(part) for part in parts]
+        value = [parse_plain(part) for part in parts]
     return value
 
 
-def parse_value_plain(text: str) -> Any:
+def parse_plain(text: str) -> Any:
     """One item of a comma-separated list: an integer or float where it is one, else the text."""
     for kind in (int, float):
         try:

@@ -1,0 +1,87 @@
+"""Private adapters on disk: one safetensors file an arm and block of devices, tensors stacked over its devices.
+
+`adapters/seed-S/round-R/<arm>/<block>.safetensors` holds every LoRA tensor as [devices, ...]; its metadata names the
+devices. A device's adapter is the one of the latest round that trained it. Written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sim.errors import ResumableStop
+
+State = Mapping[str, Tensor]
+"""One adapter: PEFT's key -> tensor."""
+
+
+def adapter_version(state: State) -> str:
+    """A short fingerprint of an adapter's weights: equal adapters have equal versions."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class AdapterStore:
+    """The adapters of one seed of a run."""
+
+    def __init__(self, run: str | Path, seed: int):
+        self.root = Path(run) / "adapters" / f"seed-{seed}"
+        self._index: dict[tuple[int, str], dict[str, tuple[Path, int]]] = {}
+
+    def save(self, round: int, block: str, by_arm: Mapping[str, Mapping[str, State]]) -> list[str]:
+        """Writes the adapters of a block, by arm and device id. Returns the paths, relative to the store's root."""
+        written = []
+        for arm, states in by_arm.items():
+            devices = list(states)
+            names = list(next(iter(states.values())))
+            stacked = {name: torch.stack([states[device][name].cpu() for device in devices]) for name in names}
+            path = self.root / f"round-{round}" / arm / f"{block}.safetensors"
+            self._write(path, stacked, {"devices": json.dumps(devices)})
+            written.append(str(path.relative_to(self.root)))
+        self._index.clear()
+        return written
+
+    def load(self, round: int, device: str, arm: str) -> dict[str, Tensor] | None:
+        """The device's adapter as of `round` (the latest at or before it), or None."""
+        for earlier in range(round, -1, -1):
+            place = self._devices(earlier, arm).get(device)
+            if place is not None:
+                path, row = place
+                with safe_open(path, framework="pt") as file:
+                    return {name: file.get_slice(name)[row].clone() for name in file.keys()}
+        return None
+
+    def devices(self, round: int, arm: str) -> Sequence[str]:
+        """The devices that trained this arm in this round."""
+        return sorted(self._devices(round, arm))
+
+    def _devices(self, round: int, arm: str) -> dict[str, tuple[Path, int]]:
+        if (round, arm) not in self._index:
+            found: dict[str, tuple[Path, int]] = {}
+            for path in sorted((self.root / f"round-{round}" / arm).glob("*.safetensors")):
+                with safe_open(path, framework="pt") as file:
+                    devices = json.loads(file.metadata()["devices"])
+                found |= {device: (path, row) for row, device in enumerate(devices)}
+            self._index[round, arm] = found
+        return self._index[round, arm]
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ResumableStop(f"cannot write {path}: {error}. Free some space, then resume the run.") from error

@@ -1,0 +1,107 @@
+"""The Flower ClientApp: a thin host of many devices. Orders come in, counts go out, private things stay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.host import Executor, InProcess, RayExecutor, guarded, run_pass
+from clients.worker import Endpoint, Worker
+from sim.results import RunDirectory
+
+app = ClientApp()
+
+_executors: dict[str, Executor] = {}
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Says which partition this node is (node ids are random)."""
+    partition = ConfigRecord({"partition": int(context.node_config["partition-id"])})
+    return Message(RecordDict({"host": partition}), reply_to=message)
+
+
+@app.query("share")
+def share(message: Message, context: Context) -> Message:
+    """Trains the adapters of the `shared` arm, once for the whole fleet."""
+    order = message.content["order"]
+
+    def work() -> dict[str, Any]:
+        executor = _executor(order, context)
+        executor.call("share", order["seed"], deadline_s=order["deadline_s"])
+        return {"parts": {}, "columns": {}, "failures": []}
+
+    return _reply(message, guarded(work))
+
+
+@app.query("fetch")
+def fetch(message: Message, context: Context) -> Message:
+    """Asks the cloud for this host's devices."""
+    return _pass("fetch", message, context)
+
+
+@app.train()
+def learn(message: Message, context: Context) -> Message:
+    """Trains and answers for this host's devices."""
+    return _pass("learn", message, context)
+
+
+def _pass(method: str, message: Message, context: Context) -> Message:
+    order = dict(message.content["order"])
+
+    def work() -> dict[str, Any]:
+        run = RunDirectory.open(order["run"])
+        engine = run.experiment.engine
+        return run_pass(
+            _executor(order, context), method, run, order, engine.shard, engine.deadline_s,
+            _progress(order, context).with_suffix(".done"), engine.strict,
+        )
+
+    return _reply(message, guarded(work))
+
+
+def _reply(message: Message, result: dict[str, Any]) -> Message:
+    columns = result.pop("columns", {})
+    counts = {name: sum(values) for name, values in columns.items() if name not in ("device", "outcome")}
+    outcomes = columns.get("outcome", [])
+    counts |= {f"outcome.{name}": outcomes.count(name) for name in set(outcomes)}
+    content = RecordDict({
+        "result": ConfigRecord({name: json.dumps(value) for name, value in result.items()}),
+        "devices": ConfigRecord({name: list(values) for name, values in columns.items() if values}),
+        "totals": MetricRecord(counts),
+    })
+    return Message(content, reply_to=message)
+
+
+def _progress(order: Any, context: Context) -> Path:
+    folder = Path(order["run"]) / "state" / "progress"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / str(context.node_config["partition-id"])
+
+
+def _executor(order: Any, context: Context) -> Executor:
+    arguments = {
+        "run_directory": order["run"],
+        "endpoint": Endpoint(order["base_url"], order["model"], order["fingerprint"]),
+        "threads": int(order["threads"]),
+        "progress": str(_progress(order, context).with_suffix(".shard")),
+    }
+    identity = hashlib.sha256(repr(sorted(arguments.items())).encode()).hexdigest()[:12]
+    name = f"worker-{context.node_config['partition-id']}-{identity}"
+    if name not in _executors:
+        ours = _in_ray()
+        _executors[name] = RayExecutor(name, arguments) if ours else InProcess(lambda: Worker(**arguments))
+    return _executors[name]
+
+
+def _in_ray() -> bool:
+    try:
+        import ray
+    except ImportError:
+        return False
+    return ray.is_initialized()

@@ -1,0 +1,203 @@
+"""The fetch pass: a shard of devices asks the cloud, over HTTP, and filters what comes back.
+
+Also where the `cloud` arm is answered: its queries go out on the same link, to the same endpoint.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from clients.arms import NEED_SAMPLES
+from clients.augmentation import (
+    CloudClient,
+    CloudReply,
+    CloudRequest,
+    answer_request,
+    merge_outcomes,
+    samples_from,
+    samples_requests,
+)
+from clients.device import Device, Shard
+from clients.filters import judge
+from clients.scoring import answered, metric_rows, prediction_row
+from clients.worker import Worker
+from sim.clock import DAY_S
+from sim.leaks import LeakChecker
+from sim.population.tasks import get_task
+from sim.records import JudgedSample, Query, Sample
+
+
+def fetch(worker: Worker, shard: Shard) -> dict[str, Any]:
+    """Runs the pass and stages its tables: samples with every filter's score, attempts, the privacy ledger, and the
+    cloud arm's predictions. Returns columns a device and the parts written.
+    """
+    devices = worker.devices(shard)
+    orders = {device.index: _orders(worker, shard, device) for device in devices}
+    questions = {device.index: _questions(worker, shard, device) for device in devices}
+    requests = [r for index in orders for r in (*orders[index], *(request for request, _ in questions[index]))]
+    replies = _ask(worker, shard, requests, len(devices))
+    candidates = {device.index: samples_from(orders[device.index], replies) for device in devices}
+    judged = _judge(worker, devices, candidates)
+    by_id = {reply.request_id: reply for reply in replies}
+    answers = [row for device in devices for row in _answers(device, questions[device.index], by_id)]
+    tables = {
+        "samples": [_sample_row(device, item) for device in devices for item in judged[device.index]],
+        "events": [row for request in requests for row in _event_rows(shard, request, by_id[request.request_id])],
+        "ledger": [row for request in requests for row in _ledger_rows(shard, request, by_id[request.request_id])],
+        "predictions": answers,
+        "metrics": metric_rows(answers),
+    }
+    worker.progress(len(devices))
+    parts = {
+        table: [worker.run.write_part(table, shard.seed, shard.round, f"fetch-{shard.name}", rows)]
+        for table, rows in tables.items()
+    }
+    return {"parts": parts, "columns": _columns(devices, orders, by_id, candidates, judged)}
+
+
+def _orders(worker: Worker, shard: Shard, device: Device) -> list[CloudRequest]:
+    """The requests for synthetic samples of one device: per task, from what its first query may see."""
+    experiment, cloud = worker.experiment, worker.experiment.cloud
+    if not cloud.samples or not NEED_SAMPLES.intersection(experiment.arms):
+        return []
+    items = device.real_items(experiment)
+    return [
+        request
+        for task in device.user.tasks
+        for request in samples_requests(
+            get_task(task), [item for item in items if item.task == task], cloud.samples,
+            request_id=f"s{shard.seed}-r{shard.round}-{device.device_id}-{task}", device_id=device.device_id,
+            seed=shard.seed, round=shard.round, samples_per_request=cloud.samples_per_request,
+            show_items=cloud.show_items, show_chars=cloud.show_chars,
+        )
+    ]
+
+
+def _questions(worker: Worker, shard: Shard, device: Device) -> list[tuple[CloudRequest, Query]]:
+    """The cloud arm's requests: every query with the history in its prompt."""
+    experiment, cloud = worker.experiment, worker.experiment.cloud
+    if "cloud" not in experiment.arms:
+        return []
+    items = device.real_items(experiment)
+    return [
+        (
+            answer_request(
+                get_task(query.task), [item for item in items if item.task == query.task], query.input, query.query_id,
+                request_id=f"s{shard.seed}-r{shard.round}-{device.device_id}-{query.task}-q{number}",
+                device_id=device.device_id, seed=shard.seed, round=shard.round, show_items=cloud.show_items,
+                show_chars=cloud.show_chars,
+            ),
+            query,
+        )
+        for number, query in enumerate(device.user.queries)
+    ]
+
+
+def _ask(worker: Worker, shard: Shard, requests: Sequence[CloudRequest], devices: int) -> list[CloudReply]:
+    waiting = Counter(request.device_id for request in requests)
+    owner = {request.request_id: request.device_id for request in requests}
+
+    def on_done(reply: CloudReply) -> None:
+        device = owner[reply.request_id]
+        waiting[device] -= 1
+        if not waiting[device]:
+            del waiting[device]
+            worker.progress(devices - len(waiting))
+
+    cloud = worker.experiment.cloud
+    client = CloudClient(
+        cloud, base_url=worker.endpoint.base_url, model=worker.endpoint.model, variant=worker.endpoint.fingerprint,
+        cache=cloud.cache or worker.run.path / "state" / "answers.sqlite",
+    )
+    return client.ask_sync(requests, on_done)
+
+
+def _judge(
+    worker: Worker, devices: Sequence[Device], candidates: dict[int, list[Sample]]
+) -> dict[int, list[JudgedSample]]:
+    """Filters all devices' candidates, embedded in one pass; leaks are the evaluator's to find."""
+    checkers = {device.index: LeakChecker(device.user.queries) for device in devices}
+    owner = {sample.sample_id: index for index, samples in candidates.items() for sample in samples}
+
+    def leaks(sample: Sample) -> bool:
+        return checkers[owner[sample.sample_id]].is_leak(sample.task, sample.input, sample.output)
+
+    real = {device.index: device.real_items(worker.experiment) for device in devices}
+    if not owner:
+        return {device.index: [] for device in devices}
+    return dict(judge(candidates, real, worker.experiment.filters, worker.encoder, leaks))
+
+
+def _answers(
+    device: Device, asked: Sequence[tuple[CloudRequest, Query]], replies: dict[str, CloudReply]
+) -> list[dict[str, Any]]:
+    rows = []
+    for request, query in asked:
+        reply = replies[request.request_id]
+        row = prediction_row(device, query, "cloud", answered_by="cloud")
+        answered(row, reply.text.strip() if reply.ok else "", "ok" if reply.ok else "no_answer")
+        rows.append(row)
+    return rows
+
+
+def _sample_row(device: Device, item: JudgedSample) -> dict[str, Any]:
+    sample = item.sample
+    return {
+        "sample_id": sample.sample_id, "request_id": sample.request_id, "device_id": device.device_id,
+        "user_id": device.user.user_id, "task": sample.task, "form": sample.form, "input": sample.input,
+        "output": sample.output, "semantic": item.semantic, "diversity": item.diversity,
+        "length_ratio": item.length_ratio, "verdict": item.verdict,
+    }
+
+
+def _event_rows(shard: Shard, request: CloudRequest, reply: CloudReply) -> list[dict[str, Any]]:
+    """A row an attempt; the last one carries the request's own outcome."""
+    rows = []
+    for attempt in reply.attempts:
+        last = attempt is reply.attempts[-1]
+        details = [attempt.detail, attempt.model, attempt.fingerprint, "cached" if attempt.cached else ""]
+        rows.append({
+            "time_s": shard.round * DAY_S, "event_id": f"{request.request_id}#{attempt.attempt}",
+            "request_id": request.request_id, "attempt": attempt.attempt, "device_id": request.device_id,
+            "arm": "cloud" if request.kind == "answer" else None,
+            "kind": "answer" if request.kind == "answer" else "augment",
+            "outcome": reply.outcome if last else attempt.outcome, "duration_s": attempt.duration_s,
+            "bytes_up": attempt.bytes_up, "bytes_down": attempt.bytes_down, "tokens_in": attempt.tokens_in,
+            "tokens_out": attempt.tokens_out, "detail": " ".join(filter(None, details)),
+        })
+    return rows
+
+
+def _ledger_rows(shard: Shard, request: CloudRequest, reply: CloudReply) -> list[dict[str, Any]]:
+    """What the messages of a request carried, item by item; a retry uploads it again."""
+    times = max(1, sum(not attempt.cached for attempt in reply.attempts))
+    return [
+        {
+            "time_s": shard.round * DAY_S, "device_id": request.device_id, "request_id": request.request_id,
+            "item_id": item.item_id, "chars": item.chars * times, "tokens": -(-item.chars // 4) * times, "masked": 0,
+        }
+        for item in request.uploaded
+    ]
+
+
+def _columns(
+    devices: Sequence[Device],
+    orders: dict[int, list[CloudRequest]],
+    replies: dict[str, CloudReply],
+    candidates: dict[int, list[Sample]],
+    judged: dict[int, list[JudgedSample]],
+) -> dict[str, list[Any]]:
+    """What goes to the server: counts and outcomes, no text."""
+    columns: dict[str, list[Any]] = defaultdict(list)
+    for device in devices:
+        own = [replies[request.request_id] for request in orders[device.index]]
+        columns["device"].append(device.index)
+        columns["outcome"].append(merge_outcomes(own))
+        columns["requests"].append(len(own))
+        columns["received"].append(len(candidates[device.index]))
+        columns["accepted"].append(sum(item.accepted for item in judged[device.index]))
+        for name in ("bytes_up", "bytes_down", "tokens_in", "tokens_out"):
+            columns[name].append(sum(reply.total(name) for reply in own))
+    return dict(columns)

@@ -1,0 +1,56 @@
+"""The `shared` arm: one LoRA a task, trained on disjoint users. Personal gains must beat it or build on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clients.adapter_store import AdapterStore, adapter_version
+from clients.adapters import LoraSpec
+from clients.answering import Adapter, Owner
+from clients.encoding import encode_answer, encode_prompt
+from clients.training import Example, TrainJob, TrainSettings, train
+from sim.population.order import one_shot_history
+from sim.population.tasks import get_task
+from sim.records import Interaction
+from sim.seeding import derive
+
+if TYPE_CHECKING:
+    from clients.worker import Worker
+
+
+def train_shared(worker: Worker, seed: int) -> dict[str, Any]:
+    """Trains one adapter a task on the histories of `population.shared_users` users and saves them with the run."""
+    users = worker.population(seed).shared_users()
+    lora, training = worker.experiment.for_arm("shared")
+    jobs = [
+        TrainJob(
+            key=task,
+            examples=[_example(worker, item) for user in users for item in one_shot_history(user, task)],
+            settings=TrainSettings.of(training),
+            spec=LoraSpec.of(lora),
+            seed=derive(seed, "shared", task, "train"),
+            init_seed=derive(seed, "shared", task, "adapter"),
+        )
+        for task in dict.fromkeys(task for user in users for task in user.tasks)
+    ]
+    results = train(worker.base, [job for job in jobs if job.examples])
+    if results:
+        AdapterStore(worker.run.path, seed).save(0, "tasks", {"shared": {t: r.state for t, r in results.items()}})
+    return {"steps": {str(task): result.steps for task, result in results.items()}}
+
+
+def shared_adapters(worker: Worker, seed: int) -> dict[Owner, Adapter]:
+    """The shared adapters by ("shared", task), as `train_shared` left them (none where there are no other users)."""
+    store = AdapterStore(worker.run.path, seed)
+    spec = LoraSpec.of(worker.experiment.for_arm("shared")[0])
+    adapters: dict[Owner, Adapter] = {}
+    for task in store.devices(0, "shared"):
+        state = store.load(0, task, "shared") or {}
+        adapters["shared", task] = Adapter(spec, state, adapter_version(state))
+    return adapters
+
+
+def _example(worker: Worker, item: Interaction) -> Example:
+    tokenizer = worker.base.tokenizer
+    prompt = get_task(item.task).prompt(item.input, item.form)
+    return Example(encode_prompt(tokenizer, prompt), encode_answer(tokenizer, item.output))

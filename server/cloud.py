@@ -1,0 +1,82 @@
+"""The cloud of a run: the configured endpoint, or a gateway that the run itself starts on loopback and stops after."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from server.background import start_background
+from server.generator import names
+from sim.errors import UserError
+from sim.experiment import Experiment, unknown
+from sim.results import RunDirectory
+
+WORLD_DIALS = (
+    "knowledge", "hallucination_rate", "off_topic_rate", "duplicate_rate", "malformed_rate", "verbosity",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Where to ask, and what to say of who answered."""
+
+    base_url: str
+    model: str
+    fingerprint: str
+    provider: str
+    truth_path: Path | None = None
+    dials: Mapping[str, Any] = field(default_factory=dict)
+
+    def truth(self) -> dict[str, str]:
+        """What each sample of the embedded world's generator really was, by sample id."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What the report must tell its reader about this cloud."""
+        return {
+            "provider": self.provider,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "base_url": self.base_url if self.provider == "openai" else "loopback",
+            "wrote_by_language_model": self.provider in ("openai", "transformers"),
+            **({"dials": dict(self.dials)} if self.dials else {}),
+        }
+
+
+@contextlib.contextmanager
+def open_cloud(experiment: Experiment, run: RunDirectory) -> Iterator[Cloud]:
+    """Serves the embedded generator while it is open, or hands out the configured endpoint."""
+    settings = experiment.cloud
+    if settings.provider == "openai":
+        yield Cloud(settings.base_url, settings.model, "", "openai")
+        return
+    truth = (run.path / "state" / "truth.jsonl").resolve() if settings.provider == "world" else None
+    dials = {name: getattr(settings, name) for name in WORLD_DIALS} if settings.provider == "world" else {}
+    options: dict[str, Any] = {**dials, "truth": str(truth)} if truth else {}
+    if settings.provider == "transformers":
+        options = {"model": settings.model}
+    with start_background(settings.provider, options) as gateway:
+        yield Cloud(gateway.base_url, gateway.model, gateway.fingerprint, settings.provider, truth, dials)
+
+
+def check_cloud(experiment: Experiment) -> None:
+    """Raises UserError for an unknown provider, a malformed address or a missing key (before anything starts)."""
+    settings = experiment.cloud
+    known = ("openai", *names())
+    if settings.provider not in known:
+        raise UserError(f"cloud.provider: {unknown('provider', settings.provider, known)}")
+    if settings.provider == "openai":
+        url = urlsplit(settings.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise UserError(f"cloud.base_url = `{settings.base_url}`: give an address like https://api.openai.com/v1")
+        local = url.hostname in ("localhost", "127.0.0.1", "::1")
+        if not local and not os.environ.get(settings.api_key_env):
+            raise UserError(
+                f"cloud.base_url = `{settings.base_url}` needs a key: set the environment variable "
+                f"{settings.api_key_env} (cloud.api_key_env names it)"
+            )

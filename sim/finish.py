@@ -1,0 +1,43 @@
+"""From committed rounds to what people read: the tables, the statistics, the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from sim.clock import WallClock
+from sim.population.source import open_population
+from sim.report import write_report
+from sim.results import RunDirectory
+from sim.statistics import summarize
+
+
+def finish(run: RunDirectory, truth: Mapping[str, str], cloud: Mapping[str, Any]) -> None:
+    """Merges the parts, computes `summary.json`, writes tables, figures and `report.html`. Safe to run again."""
+    experiment = run.experiment
+    run.merge(experiment, truth)
+    rows = summarize(
+        run.read("predictions"), run.read("training"), margin=experiment.evaluation.margin,
+        resamples=experiment.evaluation.resamples, seed=experiment.seeds[0],
+    )
+    exclusions: Counter[str] = Counter()
+    orders = set()
+    for seed in experiment.seeds:
+        population = open_population(experiment, seed)
+        exclusions.update(population.exclusions())
+        orders.add(population.order)
+    commits = [run.committed(seed, round) for seed in experiment.seeds for round in range(experiment.rounds)]
+    run.write_json("summary.json", {
+        "rows": rows,
+        "facts": {
+            "exclusions": dict(sorted(exclusions.items())),
+            "order": "time" if orders == {"time"} else "unknown",
+            "cloud": dict(cloud),
+            "failures": [failure for commit in commits if commit for failure in commit["facts"]["failures"]],
+        },
+    })
+    environment = run.read_json("environment.json") or {}
+    run.write_json("environment.json", {**environment, "cloud": dict(cloud), "ended": WallClock().timestamp()})
+    write_report(run)
+    run.drop_parts()

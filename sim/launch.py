@@ -1,0 +1,202 @@
+"""Runs an Experiment: on Flower's simulation runtime (Ray) in this process, or inside `flwr run`.
+
+Flower and Ray print a lot, some of it from C++. During a run, file descriptors 1 and 2 go to `log.txt` in the run
+directory and our own lines to a duplicate of the terminal's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from sim.console import LiveProgress
+from sim.environment import describe
+from sim.errors import ResumableStop, UserError
+from sim.experiment import Experiment, fields, parse_value
+from sim.population.source import open_population
+from sim.results import RunDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a run is spread over this machine: worker processes, Flower nodes, torch threads a worker, GPUs."""
+
+    workers: int
+    hosts: int
+    threads: int
+    gpus: int
+
+    @classmethod
+    def of(cls, experiment: Experiment, devices: int) -> Layout:
+        """From `[engine]`, the cores and the GPUs: one worker a core, or one a GPU."""
+        engine, cores = experiment.engine, os.cpu_count() or 1
+        gpus = _gpus() if engine.device in ("auto", "cuda") else 0
+        workers = max(1, min(engine.workers or (gpus or cores), devices))
+        hosts = max(1, min(engine.hosts or workers, devices))
+        return cls(workers, hosts, engine.threads or max(1, cores // workers), gpus)
+
+
+def prepare(experiment: Experiment, out: Path | None, resume: bool = False) -> RunDirectory:
+    """Checks what can be checked before anything heavy starts, then makes (or reopens) the run directory.
+
+    Raises UserError for an unknown strategy or task, missing data, a missing key, an `out` that holds a run.
+    """
+    if resume:
+        assert out is not None
+        return RunDirectory.open(out)
+    check(experiment)
+    path = out or next_run_directory(experiment.name)
+    run = RunDirectory.create(path, experiment)
+    run.write_json("environment.json", describe(experiment))
+    return run
+
+
+def check(experiment: Experiment) -> None:
+    """Raises UserError for whatever would stop the run later: strategy, generator, key, tasks, data."""
+    from server.cloud import check_cloud
+    from strategies import make_strategy
+
+    make_strategy(experiment.strategy.name)
+    check_cloud(experiment)
+    check_model(experiment.model.base)
+    for seed in experiment.seeds:
+        if len(open_population(experiment, seed)) == 0:
+            raise UserError(f"the population of seed {seed} is empty: no user has enough history and a query")
+
+
+def check_model(base: str) -> None:
+    """A path given as `model.base` must exist; a hub name is looked up when the model loads."""
+    looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
+    if base != "embedded" and looks_local and not Path(base).expanduser().is_dir():
+        raise UserError(f"model.base = `{base}`: no such folder. Give `embedded`, a hub name or a checkpoint's folder")
+
+
+def next_run_directory(name: str) -> Path:
+    """`runs/<name>`, or the first of `runs/<name>-2`, `-3`, ... that is free."""
+    path, number = Path("runs") / name, 1
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{name}-{number}"
+    return path
+
+
+def launch(run: RunDirectory, terminal: TextIO | None = None) -> None:
+    """Runs what is not committed yet of a run directory on Flower's simulation runtime, then writes its report.
+
+    `terminal` is where progress goes: what `redirected` yields. Raises UserError, ResumableStop, or whatever defect ended the run. Ctrl-C and SIGTERM stop it resumably.
+    """
+    experiment = run.experiment
+    layout = Layout.of(experiment, len(open_population(experiment, experiment.seeds[0])))
+    stop = threading.Event()
+    with stopping(stop), LiveProgress(file=terminal) as progress:
+        try:
+            _simulate(run, layout, progress, stop)
+        except KeyboardInterrupt:
+            raise ResumableStop("interrupted") from None
+
+
+def _simulate(run: RunDirectory, layout: Layout, progress: LiveProgress, stop: threading.Event) -> None:
+    os.environ.update({
+        "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TOKENIZERS_PARALLELISM": "false", "RAY_DEDUP_LOGS": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    })
+    progress.note("starting Flower and Ray ...")
+    import ray
+    from flwr.simulation import run_simulation
+
+    from clients.app import app as client_app
+    from server.app import make_app
+
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    root = str(Path(__file__).resolve().parent.parent)
+    python_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    ray.init(
+        address="local", num_cpus=max(2, layout.hosts), num_gpus=layout.gpus, include_dashboard=False,
+        log_to_driver=False, configure_logging=False, resources={"worker": layout.workers},
+        runtime_env={"env_vars": {"PYTHONPATH": python_path}},
+    )
+    healing = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # a dead actor comes back; `exchange` asks again
+    try:
+        run_simulation(
+            make_app(run, layout.threads, progress, stop), client_app, num_supernodes=layout.hosts,
+            backend_config={"client_resources": healing},
+        )
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def redirected(log: Path) -> Iterator[TextIO]:
+    """Sends this process's (and its children's) output to a log; yields the terminal as it was."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield terminal
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for kept, number in zip(saved, (1, 2), strict=True):
+            os.dup2(kept, number)
+            os.close(kept)
+        terminal.close()
+
+
+@contextlib.contextmanager
+def stopping(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set `stop`; a second Ctrl-C interrupts at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    main = threading.current_thread() is threading.main_thread()
+    before = [(number, signal.signal(number, handle)) for number in (signal.SIGINT, signal.SIGTERM)] if main else []
+    try:
+        yield
+    finally:
+        for number, old in before:
+            signal.signal(number, old)
+
+
+def run_config(experiment: Experiment) -> dict[str, Any]:
+    """An experiment as Flower's flat run config: lists become `a,b,c`."""
+    flat = {}
+    for key, _, _ in fields():
+        value: Any = experiment
+        for part in key.split("."):
+            value = getattr(value, part)
+        if key != "by_arm":
+            flat[key] = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return flat
+
+
+def from_run_config(config: dict[str, Any]) -> tuple[RunDirectory, int, LiveProgress]:
+    """The run directory, threads a worker and progress of an app that Flower started (`flwr run .`)."""
+    out = str(config.pop("out", ""))
+    experiment = Experiment.read(None, {key: parse_value(Experiment, key, value) for key, value in config.items()})
+    run = prepare(experiment, Path(out).expanduser() if out else None)
+    layout = Layout.of(experiment, experiment.population.users)
+    print(f"run directory: {run.path.resolve()}", flush=True)
+    return run, layout.threads, LiveProgress()
+
+
+def _gpus() -> int:
+    try:
+        import torch
+    except ImportError:
+        return 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,0 +1,109 @@
+"""Where users come from: one door for the embedded world and for LaMP files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from sim.experiment import Experiment
+from sim.population.lamp import read_lamp
+from sim.population.order import order_of
+from sim.population.tasks import get_task
+from sim.population.world import TASKS as WORLD_TASKS
+from sim.population.world import World
+from sim.records import Exclusion, User
+
+
+class Population(Protocol):
+    """The users of one seed. Device i is user i; `order` is `time` where dates prove it, else `unknown`."""
+
+    order: str
+
+    def __len__(self) -> int: ...
+
+    def user(self, index: int) -> User:
+        """The user of device `index`."""
+        ...
+
+    def shared_users(self) -> Sequence[User]:
+        """Disjoint users, for the `shared` arm."""
+        ...
+
+    def exclusions(self) -> Counter[str]:
+        """How often each reason left a user, a question or an item out."""
+        ...
+
+
+@dataclass
+class FromFiles:
+    """Users drawn from LaMP files: those of this seed, and disjoint others for the `shared` arm."""
+
+    experiment: Experiment
+    seed: int
+
+    @cached_property
+    def _users(self) -> tuple[list[User], list[Exclusion]]:
+        return self._read(self.experiment.population.users, self.experiment.seeds.index(self.seed), 0)
+
+    def __len__(self) -> int:
+        return len(self._users[0])
+
+    def user(self, index: int) -> User:
+        return self._users[0][index]
+
+    @property
+    def order(self) -> str:
+        return "time" if all(order_of(user) == "time" for user in self._users[0]) else "unknown"
+
+    def shared_users(self) -> Sequence[User]:
+        population = self.experiment.population
+        drawn = population.users * len(self.experiment.seeds)
+        return self._read(population.shared_users, 0, drawn)[0] if population.shared_users else []
+
+    def exclusions(self) -> Counter[str]:
+        return Counter(item.reason for item in self._users[1])
+
+    def _read(self, users: int, seed_index: int, skip: int) -> tuple[list[User], list[Exclusion]]:
+        population = self.experiment.population
+        return read_lamp(
+            population.path, population.tasks, population.split or "dev", users, seed_index, skip=skip,
+            min_history=population.min_history, queries=population.queries, fewer=skip > 0,
+        )
+
+
+@dataclass
+class FromWorld:
+    """Users of the embedded world, made when they are asked for: a fleet of any size costs no memory."""
+
+    experiment: Experiment
+    seed: int
+    order: str = "time"
+
+    def __len__(self) -> int:
+        return self.experiment.population.users
+
+    def user(self, index: int) -> User:
+        population = self.experiment.population
+        tasks = [get_task(task).name for task in population.tasks] or WORLD_TASKS
+        return World(self.seed).user(
+            index, population.split or "evaluation", tasks, population.history, population.queries
+        )
+
+    def shared_users(self) -> Sequence[User]:
+        return [self.user(len(self) + number) for number in range(self.experiment.population.shared_users)]
+
+    def exclusions(self) -> Counter[str]:
+        return Counter()
+
+
+def device_id(index: int) -> str:
+    """The name of device `index`, sortable up to 100,000 devices."""
+    return f"d{index:05d}"
+
+
+def open_population(experiment: Experiment, seed: int) -> Population:
+    """The users of one seed of an experiment. Raises UserError for missing or malformed files and unknown tasks."""
+    return FromFiles(experiment, seed) if experiment.population.source == "lamp" else FromWorld(experiment, seed)

@@ -1,0 +1,191 @@
+"""The run directory: a contract that other tools read.
+
+A round is *staged* as Parquet parts, one a table and shard, and *committed* by one atomic file
+(`state/commits/seed-S-round-R.json`) that names the parts which count. What no commit names never happened, so a
+killed run goes on from its last commit. When the run ends, the parts become the tables of the contract.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sim.errors import ResumableStop, UserError
+from sim.experiment import Experiment
+
+SCHEMA_VERSION = "1"
+
+
+def _schema(columns: str) -> pa.Schema:
+    kinds = {"i": pa.int64(), "f": pa.float64(), "s": pa.string()}
+    fields = [pa.field(name, kinds[kind]) for name, kind in (word.split(":") for word in columns.split())]
+    return pa.schema(fields, metadata={"schema_version": SCHEMA_VERSION})
+
+
+#: The tables of a run directory and their columns (i: int64, f: float64, s: string).
+TABLES: dict[str, pa.Schema] = {
+    "metrics": _schema(
+        "seed:i round:i time_s:f device_id:s user_id:s arm:s task:s metric:s value:f n:i"
+    ),
+    "events": _schema(
+        "seed:i round:i time_s:f event_id:s request_id:s attempt:i device_id:s arm:s kind:s outcome:s duration_s:f "
+        "bytes_up:i bytes_down:i tokens_in:i tokens_out:i energy_j:f detail:s"
+    ),
+    "samples": _schema(
+        "seed:i round:i sample_id:s request_id:s device_id:s user_id:s task:s form:s input:s output:s semantic:f "
+        "diversity:f length_ratio:f verdict:s truth:s"
+    ),
+    "predictions": _schema(
+        "seed:i round:i device_id:s user_id:s arm:s task:s query_id:s query_time_s:f answered_time_s:f input:s "
+        "prediction:s gold:s score:f outcome:s answered_by:s adapter_version:s adapter_time_s:f data_until_s:f"
+    ),
+    "ledger": _schema(
+        "seed:i round:i time_s:f device_id:s request_id:s item_id:s chars:i tokens:i masked:i"
+    ),
+    "training": _schema("seed:i round:i device_id:s arm:s step:i loss:f lr:f tokens:i"),
+}
+
+#: The order of rows in a finished table: whatever the number of workers, the same file.
+_ORDER = ("device_id", "arm", "task", "request_id", "attempt", "sample_id", "query_id", "metric", "item_id", "step")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResumableStop(f"cannot write {path}: {error.strerror}. Free some space, then resume the run.") from error
+
+
+class RunDirectory:
+    """One run on disk. Cheap to make; workers and the coordinator each hold their own on the same path."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path, experiment: Experiment) -> RunDirectory:
+        """A new run directory holding the resolved experiment. A path that holds another run is refused."""
+        run = cls(path)
+        if (run.path / "experiment.toml").exists():
+            raise UserError(f"{run.path} already holds a run. Give another --out, or go on with --resume {run.path}")
+        (run.path / "state").mkdir(parents=True, exist_ok=True)
+        write_atomically(run.path / "experiment.toml", experiment.to_toml())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An existing run directory; UserError where there is none."""
+        run = cls(path)
+        if not (run.path / "experiment.toml").is_file():
+            raise UserError(f"{run.path}: not a run directory (no experiment.toml in it)")
+        return run
+
+    @property
+    def experiment(self) -> Experiment:
+        """The resolved experiment of this run."""
+        return Experiment.read(self.path / "experiment.toml")
+
+    # --- staging and committing -------------------------------------------------------------------------------
+
+    def write_part(self, table: str, seed: int, round: int, part: str, rows: Sequence[Mapping[str, Any]]) -> str:
+        """Stages rows of one table; `part` names the shard. Returns the part's path relative to the run directory.
+
+        Writing the same part again replaces it, so that a shard may be retried. Missing columns become null.
+        """
+        schema = TABLES[table]
+        columns = {
+            field.name: pa.array([row.get(field.name) for row in rows], type=field.type)
+            for field in schema
+            if field.name not in ("seed", "round")
+        }
+        columns["seed"] = pa.array([seed] * len(rows), type=pa.int64())
+        columns["round"] = pa.array([round] * len(rows), type=pa.int64())
+        relative = f"state/parts/seed-{seed}/round-{round}/{table}/{part}.parquet"
+        self._write_table(pa.table({name: columns[name] for name in schema.names}, schema=schema), self.path / relative)
+        return relative
+
+    def read_parts(self, parts: Iterable[str]) -> pd.DataFrame:
+        """The rows of staged or committed parts as one frame."""
+        frames = [pq.read_table(self.path / part).to_pandas() for part in parts]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+    def commit(self, seed: int, round: int, parts: Mapping[str, Sequence[str]], facts: Mapping[str, Any]) -> None:
+        """Makes a staged round count: one atomic file. `parts` by table; `facts` is small JSON kept with it."""
+        text = json.dumps({"parts": {table: sorted(paths) for table, paths in parts.items()}, "facts": dict(facts)})
+        write_atomically(self._commit_path(seed, round), text)
+
+    def committed(self, seed: int, round: int) -> dict[str, Any] | None:
+        """The commit of a round, or None."""
+        path = self._commit_path(seed, round)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _commit_path(self, seed: int, round: int) -> Path:
+        return self.path / "state" / "commits" / f"seed-{seed}-round-{round}.json"
+
+    # --- finishing and reading ----------------------------------------------------------------------------------
+
+    def merge(self, experiment: Experiment, truth: Mapping[str, str] | None = None) -> None:
+        """Turns the committed parts into the tables of the contract, a round at a time (bounded memory).
+
+        `truth` says by sample id what each sample of the embedded world's generator really was.
+        """
+        for table, schema in TABLES.items():
+            target = self.path / f"{table}.parquet"
+            temporary = target.with_suffix(".tmp")
+            with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                for seed in experiment.seeds:
+                    for round in range(experiment.rounds):
+                        commit = self.committed(seed, round)
+                        paths = commit["parts"].get(table, []) if commit else []
+                        if not paths:
+                            continue
+                        rows = pa.concat_tables([pq.read_table(self.path / path) for path in paths])
+                        if table == "samples" and truth:
+                            known = pa.array(map(truth.get, rows.column("sample_id").to_pylist()), pa.string())
+                            rows = rows.set_column(schema.get_field_index("truth"), "truth", known)
+                        order = [(name, "ascending") for name in _ORDER if name in schema.names]
+                        writer.write_table(rows.cast(schema).sort_by(order))
+            os.replace(temporary, target)
+
+    def read(self, table: str) -> pd.DataFrame:
+        """A finished table as a pandas frame."""
+        return pq.read_table(self.path / f"{table}.parquet").to_pandas()
+
+    def drop_parts(self) -> None:
+        """Deletes the staged parts once the tables hold their rows (the commits stay: the run is finished)."""
+        shutil.rmtree(self.path / "state" / "parts", ignore_errors=True)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file of the run directory atomically."""
+        write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Reads a JSON file of the run directory; None where it does not exist."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _write_table(self, table: pa.Table, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            pq.write_table(table, temporary, compression="zstd")
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ResumableStop(f"cannot write {path}: {error}. Free some space, then resume the run.") from error

@@ -1,0 +1,95 @@
+"""What every strategy of a fleet has in common: one columnar message a host, however many devices it holds.
+
+Flower's runtime slows down with the number of nodes, not of devices, so a node (host) carries a shard: device i lives
+on partition i mod P. A message names devices by number; what they know never travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from sim.errors import UserError
+from sim.experiment import unknown
+
+FETCH = f"{MessageType.QUERY}.fetch"
+"""Message type of the fetch pass: ask the cloud, filter what it wrote."""
+
+LEARN = MessageType.TRAIN
+"""Message type of the learn pass: train, answer, score."""
+
+
+class FleetStrategy(Strategy):
+    """Base of the strategies: sends a round's plan to the hosts and sums what comes back.
+
+    `hosts` maps a partition to its Flower node id; node ids are random, so nothing else may depend on them.
+    """
+
+    def __init__(self) -> None:
+        self.hosts: dict[int, int] = {}
+
+    def orders(self, message_type: str, config: ConfigRecord, arrays: ArrayRecord | None = None) -> list[Message]:
+        """One message a host that has devices in `config["devices"]`."""
+        partitions = sorted(self.hosts)
+        devices: Sequence[int] = config["devices"]  # type: ignore[assignment]
+        messages = []
+        for position, partition in enumerate(partitions):
+            own = [device for device in devices if device % len(partitions) == position]
+            if own:
+                order = ConfigRecord({**config, "devices": own})
+                content = RecordDict({"order": order, **({"arrays": arrays} if arrays is not None else {})})
+                messages.append(Message(content, dst_node_id=self.hosts[partition], message_type=message_type))
+        return messages
+
+    def configure_fetch(self, server_round: int, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Who asks the cloud in this round."""
+        return self.orders(FETCH, config)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Who trains and answers in this round."""
+        return self.orders(LEARN, config)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Sums the counts that the hosts report."""
+        totals: dict[str, float] = {}
+        for reply in replies:
+            for name, value in reply.content["totals"].items():
+                totals[name] = totals.get(name, 0) + value  # type: ignore[operator]
+        return None, MetricRecord(totals)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """None: a device answers its queries in the learn pass, on the model that is resident then."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """None, see `configure_evaluate`."""
+        return None
+
+    def summary(self) -> None:
+        """Nothing to print: the run directory holds the experiment."""
+
+
+_FACTORIES: dict[str, Callable[[], FleetStrategy]] = {}
+
+
+def register(name: str, factory: Callable[[], FleetStrategy]) -> None:
+    """Makes a strategy known by name; a name can be given once."""
+    if name in _FACTORIES:
+        raise ValueError(f"strategy `{name}` is registered already")
+    _FACTORIES[name] = factory
+
+
+def make_strategy(name: str) -> FleetStrategy:
+    """The strategy of that name; UserError lists the known ones."""
+    if name not in _FACTORIES:
+        raise UserError(f"strategy.name: {unknown('strategy', name, _FACTORIES)}")
+    return _FACTORIES[name]()
