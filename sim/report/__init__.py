@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from sim.report.html import write_report
+from pathlib import Path
 
-__all__ = ["write_report"]
+from sim.results import RunDirectory
+
+
+def write_report(run: RunDirectory) -> Path:
+    """Writes `report.html`, `figures/` and `tables/` of a finished run and returns the report's path.
+
+    Reads experiment.toml, summary.json, environment.json and the Parquet tables; a table or file that is missing is
+    reported as empty. Writing it again gives the same bytes.
+    """
+    # Imported late: the terminal reads `sim.report.summary` and should not wait for matplotlib.
+    from sim.report.html import write_report as write
+
+    return write(run)

@@ -27,11 +27,7 @@ from sim.results import TABLES, RunDirectory, write_atomically
 
 
 def write_report(run: RunDirectory) -> Path:
-    """Writes `report.html`, `figures/` and `tables/` of a finished run and returns the report's path.
-
-    Reads experiment.toml, summary.json, environment.json and the Parquet tables; a table or file that is missing is
-    reported as empty. Writing it again gives the same bytes.
-    """
+    """As `sim.report.write_report`."""
     experiment = run.experiment
     summary = Summary(run.read_json("summary.json"))
     environment = run.read_json("environment.json") or {}

@@ -21,8 +21,8 @@ CONTRASTS: tuple[tuple[str, str, str], ...] = (
     ("collaborative", "cloud", "the device's own adapter against asking the cloud model itself"),
     ("collaborative", "unfiltered_matched", "filtered samples against as many unfiltered ones"),
 )
-#: The first two are tested for a difference; against the cloud the question is whether the device is not worse; the last
-#: is reported without a correction.
+#: The first two are tested for a difference; against the cloud the question is whether the device is not worse; the
+#: last is reported without a correction.
 PRIMARY = CONTRASTS[:2]
 SIGNIFICANT = 0.05
 
