@@ -119,7 +119,9 @@ class _Comparison:
         self.task, self.seed, self.resamples = task, seed, resamples
         order = ["seed", "user_id", "round", "query_id", "arm"]
         frame = frame.sort_values(order, kind="stable").reset_index(drop=True)
-        self.arms = sorted(frame["arm"].unique(), key=lambda arm: (list(ARMS).index(arm) if arm in ARMS else len(ARMS), arm))
+        self.arms = sorted(
+            frame["arm"].unique(), key=lambda arm: (list(ARMS).index(arm) if arm in ARMS else len(ARMS), arm)
+        )
         self._user = frame.groupby(["seed", "user_id"]).ngroup().to_numpy()
         self._query = frame.groupby(["seed", "user_id", "query_id"]).ngroup().to_numpy()
         self._asked = frame.groupby(order[:-1]).ngroup().to_numpy()
@@ -232,7 +234,9 @@ class _Comparison:
                 known = label[answers] >= 0
                 np.add.at(counts, (user[known], label[answers][known], kind), 1)
             return _Sums(
-                counts.reshape(users, -1), lambda total: macro_f1(total.reshape(*total.shape[:-1], labels, 3)), None
+                counts.reshape(users, labels * 3),
+                lambda total: macro_f1(total.reshape(*total.shape[:-1], labels, 3)),
+                None,
             )
         if metric == "rmse":
             squares = np.bincount(user, self._values["mae"][answers] ** 2, users)
