@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import uvicorn
@@ -25,7 +25,7 @@ from fastapi import FastAPI, Request, Response
 from server import generator as generators
 from server.background import Gateway, start_background
 from server.batching import Batcher
-from server.generator import Completion, GenerationRequest, Generator
+from server.generator import Completion, GenerationRequest, Generator, PromptTooLong
 from sim.errors import UserError
 from sim.protocol import NotARequest
 
@@ -67,6 +67,8 @@ def create_app(generator: Generator, api_key: str | None = None, max_wait_s: flo
                 done = generator.generate([wanted])[0]
         except ApiError as error:
             return _json(error.body, error.status)
+        except PromptTooLong as error:
+            return _json(ApiError(400, str(error), code="context_length_exceeded", param="messages").body, 400)
         except NotARequest as error:
             return _json(ApiError(400, f"{generator.model_id} answers untether's own requests only: {error}").body, 400)
         except Exception as error:  # the endpoint must outlive a request that its generator fails on
@@ -96,14 +98,17 @@ def serve(
     *,
     options: Mapping[str, Any] | None = None,
     api_key: str | None = None,
+    announce: Callable[[str], None] = print,
 ) -> None:
-    """Serve until interrupted. `generator` may be a registered name, with its `options`.
+    """Serve until interrupted. `generator` may be a registered name, with its `options`; `port` 0 takes a free one.
 
-    Raises UserError where the port is taken.
+    `announce` gets one line with the base URL and the model once the port is open. Raises UserError where it is taken.
     """
     if isinstance(generator, str):
         generator = generators.create(generator, options)
     with _bind(host, port) as listening:
+        shown = f"[{host}]" if ":" in host else host
+        announce(f"serving {generator.model_id} at http://{shown}:{listening.getsockname()[1]}/v1 (Ctrl-C stops)")
         _server(generator, api_key).run(sockets=[listening])
 
 

@@ -42,6 +42,10 @@ class Completion:
     model: str | None = None
 
 
+class PromptTooLong(ValueError):
+    """The prompt leaves no room for an answer in the model's context."""
+
+
 class Generator(Protocol):
     """Writes completions. The same request (seed included) is answered the same way, in whatever batch it comes.
 
@@ -83,13 +87,21 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Generator:
     if factory is None:
         raise UserError(f"unknown generator {name!r}: the known ones are {', '.join(_factories)}")
     options = dict(options or {})
-    parameters = inspect.signature(factory).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        for option in options:
-            if option not in parameters:
-                known = ", ".join(parameters) or "none"
-                raise UserError(f"generator {name!r} has no option {option!r}: its options are {known}")
+    _check_options(name, factory, options)
     return factory(**options)
+
+
+def _check_options(name: str, takes: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(takes).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return  # the factory passes them on, and checks them then
+    unknown = [option for option in options if option not in parameters]
+    if unknown:
+        known = ", ".join(parameters) or "none"
+        raise UserError(f"generator {name!r} has no option {unknown[0]!r}: its options are {known}")
+    for option, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and option not in options:
+            raise UserError(f"generator {name!r} needs the option {option!r}")
 
 
 def fingerprint(*parts: object) -> str:
@@ -108,6 +120,7 @@ def _world(**options: Any) -> Generator:
     from server.generator.fallback import WorldOrRecombine
     from server.generator.world import WorldGenerator
 
+    _check_options("world", WorldGenerator, options)
     return WorldOrRecombine(WorldGenerator(**options))
 
 

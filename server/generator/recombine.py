@@ -72,12 +72,13 @@ def recombine(asked: Request, seed: int) -> list[tuple[str, str]]:
         return []
     rng = stream(seed, "recombine")
     rule = _rule(asked)
-    seen = {(item.input, item.output) for item in asked.items}
+    seen = {(item.input.strip(), item.output.strip()) for item in asked.items}
     pairs: list[tuple[str, str]] = []
     for _ in range(6 * asked.count):
         if len(pairs) == asked.count:
             break
-        pair = rule(rng)
+        text, output = rule(rng)
+        pair = text.strip(), output.strip()
         if all(pair) and pair not in seen:
             seen.add(pair)
             pairs.append(pair)
@@ -121,15 +122,24 @@ def _rule(asked: Request) -> Callable[[Rng], tuple[str, str]]:
 
 
 def _labelled(groups: dict[str, list[str]], label: str, rng: Rng) -> tuple[str, str]:
-    """Sentences of two texts with the same label, in turn; one text alone loses a part of itself."""
+    """Some sentences of one text, then some of another with the same label; one text alone loses a part of itself."""
     texts = groups[label]
     if len(texts) < 2:
         return _shorter(texts[0], rng), label
     first, second = (texts[i] for i in rng.choice(len(texts), 2, replace=False))
     left, right = _sentences(first), _sentences(second)
     if len(left) == 1 and len(right) == 1:
-        left, right = _halves(first), _halves(second)
-    return " ".join([*left[: -(-len(left) // 2)], *right[len(right) // 2 :]]), label
+        return " ".join([*_halves(first)[:1], *_halves(second)[1:]]), label
+    return " ".join([*_some(left, rng), *_some(right, rng)]), label
+
+
+def _some(parts: Sequence[str], rng: Rng) -> list[str]:
+    """About half of the parts (at least one), in their order."""
+    if not parts:
+        return []
+    low = -(-len(parts) // 3)
+    size = int(rng.integers(low, max(low, 2 * len(parts) // 3) + 1))
+    return [parts[i] for i in sorted(rng.choice(len(parts), size, replace=False))]
 
 
 def _free(item: Interaction, rng: Rng) -> tuple[str, str]:

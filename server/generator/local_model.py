@@ -1,0 +1,141 @@
+"""Any local causal language model as the cloud: Transformers, in batches, each row with a sampling stream of its own.
+
+`transformers` samples from one global stream, so a row's text would depend on what else is in its batch. Here each row
+adds Gumbel noise drawn from its own seed to its logits and takes the largest, which is sampling from the softmax
+(Gumbel, 1954; Maddison et al., 2014, arXiv 1411.0030), so a request's answer depends on the batch by rounding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from server.generator import Completion, GenerationRequest, PromptTooLong, fingerprint
+from sim.errors import UserError
+
+
+class LocalModelGenerator:
+    """A causal LM by name or path, with its chat template where it has one (else the messages, a paragraph each).
+
+    `device` empty: a GPU if there is one. `dtype`: `auto` (as saved) or a torch name. `threads` 0 leaves torch's
+    choice. Answers cannot be constrained to a schema (`structured` is False). Raises UserError where it does not load.
+    """
+
+    name = "transformers"
+    batched = True
+    structured = False
+
+    def __init__(
+        self, model: str, *, device: str = "", dtype: str = "auto", max_batch: int = 8, threads: int = 0
+    ) -> None:
+        if threads > 0:
+            torch.set_num_threads(threads)
+        self.max_batch = max_batch
+        self.model_id = Path(model).name if Path(model).exists() else model
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+            self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self._device).eval()
+        except (OSError, ValueError, AttributeError, RuntimeError, KeyError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"cloud.model = {model!r} does not load as a causal language model: {first}. "
+                "Give a Hugging Face name that this machine can reach, or the path of a saved model with its tokenizer"
+            ) from error
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)
+        self._ends = _end_tokens(self._model, self._tokenizer)
+        self._context = int(getattr(self._model.config, "max_position_embeddings", 0) or 2**30)
+        heads = [parameter.detach().flatten()[:32].float().tolist() for parameter in self._model.parameters()]
+        self.fingerprint = fingerprint("transformers", 1, self._model.config.to_dict(), heads, str(self._model.dtype))
+
+    @torch.inference_mode()
+    def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
+        """As `Generator.generate`; token counts are the tokenizer's. Raises PromptTooLong for a prompt without room."""
+        prompts = [self.prompt(request.messages) for request in batch]
+        # A chat template writes its own special tokens; doubling them changes the answer.
+        special = self._tokenizer.chat_template is None
+        encoded = self._tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=special)
+        encoded = {name: encoded[name].to(self._device) for name in ("input_ids", "attention_mask")}
+        sizes = encoded["attention_mask"].sum(1).tolist()
+        rooms = [min(request.max_tokens, self._context - size) for request, size in zip(batch, sizes, strict=True)]
+        if min(rooms) < 1:
+            raise PromptTooLong(f"this model's maximum context length is {self._context} tokens, not {max(sizes)}")
+        settings = GenerationConfig(
+            max_new_tokens=max(rooms),
+            do_sample=False,
+            eos_token_id=sorted(self._ends) or None,
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
+        sampler = LogitsProcessorList([_RowSampler(batch)])
+        out = self._model.generate(**encoded, generation_config=settings, logits_processor=sampler)
+        written = out[:, encoded["input_ids"].shape[1] :].tolist()
+        return [self._completion(*row) for row in zip(written, rooms, sizes, strict=True)]
+
+    def prompt(self, messages: Sequence[dict[str, Any]]) -> str:
+        """The text that the model continues."""
+        turns = [{"role": m.get("role", "user"), "content": _text(m.get("content"))} for m in messages]
+        if self._tokenizer.chat_template is None:
+            return "\n\n".join(turn["content"] for turn in turns) + "\n\n"
+        try:
+            return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception:  # templates raise their own error where a system turn is not provided for
+            if len(turns) < 2 or turns[0]["role"] != "system":
+                raise
+            merged = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
+            turns = [merged, *turns[2:]]
+            return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def _completion(self, row: list[int], room: int, tokens_in: int) -> Completion:
+        end = next((i for i, token in enumerate(row) if token in self._ends), None)
+        if end is not None and end < room:
+            text = self._tokenizer.decode(row[:end], skip_special_tokens=True)
+            return Completion(text, tokens_in, end + 1, "stop")
+        row = row[:room]
+        return Completion(self._tokenizer.decode(row, skip_special_tokens=True), tokens_in, len(row), "length")
+
+
+class _RowSampler(LogitsProcessor):
+    """Turns greedy decoding into sampling, row by row: temperature, nucleus, then Gumbel noise from the row's seed."""
+
+    def __init__(self, batch: Sequence[GenerationRequest]) -> None:
+        self._batch = batch
+        self._streams = [torch.Generator().manual_seed(request.seed) for request in batch]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """scores [rows, vocabulary] -> the same, perturbed; rows of temperature 0 stay greedy."""
+        scores = scores.float().clone()
+        for row, (request, stream) in enumerate(zip(self._batch, self._streams, strict=True)):
+            if request.temperature <= 0:
+                continue
+            logits = scores[row] / request.temperature
+            if request.top_p < 1:
+                logits = _nucleus(logits, request.top_p)
+            uniform = torch.rand(logits.shape, generator=stream, dtype=torch.float64).clamp_min(1e-300)
+            scores[row] = logits - torch.log(-torch.log(uniform)).to(logits)
+        return scores
+
+
+def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keep the smallest set of likeliest tokens whose probability reaches `top_p` (Holtzman et al., 2019)."""
+    ordered, order = logits.sort(descending=True)
+    before = ordered.softmax(0).cumsum(0) - ordered.softmax(0)
+    return logits.index_fill(0, order[before >= top_p], float("-inf"))
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Every token that ends a turn, by the model's generation config and its tokenizer."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    found = set(ends if isinstance(ends, list) else [ends])
+    found.add(tokenizer.eos_token_id)
+    return {end for end in found if end is not None}
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return str(content or "")
