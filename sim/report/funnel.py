@@ -10,8 +10,8 @@ import pandas as pd
 
 from sim.experiment import Experiment
 
-#: What a sample without a fault is called in the `truth` column.
-SOUND = frozenset({"good", "faithful", "sound", "clean", "ok", "correct", "none", "true"})
+#: What the world's generator calls a sample without a fault in the `truth` column.
+SOUND = "good"
 _REJECTED = "rejected_by:"
 #: The arms that need synthetic samples: a run without any of them asks the cloud for none.
 _ASKING = frozenset({"rag_adapter", "synthetic_only", "unfiltered", "unfiltered_matched", "placebo", "collaborative"})
@@ -80,7 +80,7 @@ def faults(samples: pd.DataFrame, filters: list[str]) -> list[FaultRow]:
     for kind, group in samples.dropna(subset=["truth"]).groupby("truth"):
         rejected = {name: int((group["verdict"] == _REJECTED + name).sum()) for name in filters}
         caught = sum(rejected.values()) / len(group)
-        rows.append(FaultRow(str(kind), len(group), str(kind).lower() in SOUND, rejected, caught))
+        rows.append(FaultRow(str(kind), len(group), kind == SOUND, rejected, caught))
     return sorted(rows, key=lambda row: (not row.sound, row.kind))
 
 

@@ -1,0 +1,54 @@
+"""What the documents say about fields, columns and dependencies must stay true."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sim.experiment import Experiment, fields
+from sim.results import TABLES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def text(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_the_papers_example_is_a_valid_experiment():
+    block = text("paper.md").split("## Towards a reproduction")[1]
+    toml = "\n".join(line[4:] for line in block.splitlines() if line.startswith("    "))
+    experiment = Experiment.model_validate(tomllib.loads(toml))
+    assert experiment.population.source == "lamp" and experiment.cloud.provider == "openai"
+
+
+def test_every_field_the_paper_page_names_exists():
+    known = {name for name, _, _ in fields()}
+    named = set()
+    for row in text("paper.md").split("## Claims")[0].splitlines():
+        section = ""
+        for word in re.findall(r"`([a-z_]*(?:\.[a-z_0-9]+)+)(?: = [^`]*)?`", row):
+            if word.startswith("."):
+                word = section + word
+            section = word.rpartition(".")[0]
+            named.add(word)
+    named -= {name for name in named if name.endswith(".json")}
+    assert len(named) > 30
+    assert named <= known
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_column_of_the_run_directory_is_documented(table):
+    section = text("run-directory.md").split(f"## {table}.parquet")[1].split("\n## ")[0]
+    documented = set(re.findall(r"`([a-z_]+)(?: [fis])?`", section)) | {"seed", "round"}
+    assert set(TABLES[table].names) <= documented
+
+
+def test_every_dependency_has_its_reason():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {re.match(r"[A-Za-z0-9_.-]+", requirement)[0] for requirement in wanted}
+    assert names <= set(re.findall(r"`([a-z0-9-]+)`", text("dependencies.md")))
