@@ -36,8 +36,12 @@ class Posts(QueryShaped):
 
     def __init__(self) -> None:
         self._templates = [split(WORDS["mood"][mood], "\n") for mood in MOODS]
+        slots = {name: f"(?:{'|'.join(map(re.escape, items))})" for name, items in _SLOTS.items()}
         self._patterns = [
-            (mood, re.compile(re.sub(r"\\\{\w+\\\}", "(.+?)", re.escape(template)), re.IGNORECASE))
+            (
+                mood,
+                re.compile(re.escape(template).replace(r"\{", "{").replace(r"\}", "}").format(**slots), re.IGNORECASE),
+            )
             for mood, templates in enumerate(self._templates)
             for template in templates
         ]
