@@ -126,27 +126,22 @@ class _Comparison:
         self._query = frame.groupby(["seed", "user_id", "query_id"]).ngroup().to_numpy()
         self._asked = frame.groupby(order[:-1]).ngroup().to_numpy()
         self._pairs = list(zip(frame["prediction"].fillna(""), frame["gold"], strict=True))
+        self._known: dict[tuple[str, bytes], tuple[list[_Sums], list[np.ndarray | None]]] = {}
         self._rows = {arm: np.flatnonzero(frame["arm"] == arm) for arm in self.arms}
 
     def arm_rows(self, arm: str) -> list[Row]:
         """The arm's own rows, one a metric."""
         answers = self._rows[arm]
-        every = {metric: self._sums(metric, answers) for metric in self.task.metrics}
-        boots = self._bootstrap(list(every.values()))
-        return [
-            self._row(arm, metric, None, answers, every[metric], boot)
-            for metric, boot in zip(every, boots, strict=True)
-        ]
+        every = zip(self.task.metrics, *self._scored(arm, answers), strict=True)
+        return [self._row(arm, metric, None, answers, sums, boot) for metric, sums, boot in every]
 
     def contrast_rows(self, arm: str, reference: str, margin: float) -> list[Row]:
         """The comparison's rows, one a metric, over the queries that both arms answered."""
         answers, others = self._rows[arm], self._rows[reference]
         shared = np.intersect1d(self._asked[answers], self._asked[others])
         answers, others = (rows[np.isin(self._asked[rows], shared)] for rows in (answers, others))
-        mine = [self._sums(metric, answers) for metric in self.task.metrics]
-        theirs = [self._sums(metric, others) for metric in self.task.metrics]
-        boots = self._bootstrap(mine + theirs)
-        half = len(mine)
+        mine, boots = self._scored(arm, answers)
+        theirs, other_boots = self._scored(reference, others)
         p_values = self._permute(mine, theirs)
         rows = []
         for place, metric in enumerate(self.task.metrics):
@@ -156,7 +151,7 @@ class _Comparison:
                 row["diff"] = float(own.score(own.per_user.sum(0)) - other.score(other.per_user.sum(0)))
                 row["p"] = p_values[place]
             if boot is not None:
-                row["diff_ci_low"], row["diff_ci_high"] = interval(boot - boots[half + place])
+                row["diff_ci_low"], row["diff_ci_high"] = interval(boot - other_boots[place])
             if own.of_user is not None:
                 better = (own.of_user - other.of_user) * (1 if higher_is_better(metric) else -1)
                 row["wins"] = int(np.count_nonzero(better > _TIE))
@@ -166,6 +161,14 @@ class _Comparison:
                 row["margin"], row["non_inferior"] = margin, _not_worse(row, margin)
             rows.append(row)
         return rows
+
+    def _scored(self, arm: str, answers: np.ndarray) -> tuple[list[_Sums], list[np.ndarray | None]]:
+        """Each metric of some of an arm's answers, with its bootstrap; most contrasts ask for all of them again."""
+        key = (arm, answers.tobytes())
+        if key not in self._known:
+            sums = [self._sums(metric, answers) for metric in self.task.metrics]
+            self._known[key] = sums, self._bootstrap(sums)
+        return self._known[key]
 
     def _row(
         self, arm: str, metric: str, reference: str | None, answers: np.ndarray, own: _Sums, boot: np.ndarray | None
