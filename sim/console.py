@@ -45,7 +45,11 @@ class Results:
         short = room < len(summary.tasks) <= max(1, (options.max_width - label - 1) // 17)
         if short:
             room = len(summary.tasks)
+        blocks = -(-len(summary.tasks) // room)
+        room = -(-len(summary.tasks) // blocks)
         for start in range(0, len(summary.tasks), room):
+            if start:
+                yield Text()
             yield self._arms(summary.tasks[start : start + room], plain, options.ascii_only, 2 if short else 3)
         up, down = arrow("accuracy", options.ascii_only), arrow("mae", options.ascii_only)
         yield Text(f"Mean over users, 95% interval; {up} more is better, {down} less. Best in bold.\n", style="dim")
@@ -115,12 +119,13 @@ class Results:
         yield table
         words = ["W/T/L: users better, tied, worse."] if everything else []
         if intervals:
-            words.append(f"Holm over tasks and the primary contrasts ({', '.join(pair[1] for pair in PRIMARY)}).")
+            words.append(f"Holm: over tasks and {' and '.join(pair[1] for pair in PRIMARY)}.")
         yield Text(" ".join(words), style="dim")
 
 
 def _table(plain: bool) -> Table:
-    return Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    shape = None if plain else box.SIMPLE_HEAD
+    return Table(box=shape, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
 
 
 def _colour(verdict: str) -> str:

@@ -13,6 +13,7 @@ from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 _PLAIN_WIDTH = 100
@@ -67,10 +68,10 @@ class LiveProgress:
         self._started_s = self._stage_s = self._now()
         if self.console.is_terminal:
             columns: list[ProgressColumn] = [
-                TextColumn("{task.fields[where]}", style="bold"),
-                TextColumn("{task.description}"),
+                TextColumn("{task.fields[where]}", style="bold", table_column=Column(no_wrap=True)),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
                 BarColumn(bar_width=None),
-                TextColumn("{task.fields[count]}"),
+                TextColumn("{task.fields[count]}", table_column=Column(no_wrap=True)),
                 _Clock(self),
             ]
             self._live = Progress(*columns, console=self.console, transient=True, expand=True, refresh_per_second=4,
@@ -144,10 +145,14 @@ class LiveProgress:
         per_round = {stage: sum(times) / len(times) for stage, times in self._spent.items()}
         rate = self.rate()
         current_left = (self._total - self._done) / rate if rate else None
+        known = sum(self._SHARES.get(stage, 0.0) for stage in per_round)
         if self._stage and self._stage not in per_round:
-            if current_left is None:
+            if current_left is not None:
+                per_round[self._stage] = self._now() - self._stage_s + current_left
+            elif known and self._stage in self._SHARES:
+                per_round[self._stage] = sum(per_round.values()) * self._SHARES[self._stage] / known
+            else:
                 return None
-            per_round[self._stage] = self._now() - self._stage_s + current_left
         if not per_round:
             return None
         known = sum(self._SHARES.get(stage, 0.0) for stage in per_round)
@@ -157,7 +162,7 @@ class LiveProgress:
         if not self._stage:
             return (self._total_rounds - self._rounds_done) * whole_s
         if current_left is None:
-            current_left = per_round[self._stage]
+            current_left = max(0.0, per_round[self._stage] - (self._now() - self._stage_s))
         before = [stage for stage in per_round if stage in self._SHARES and _before(stage, self._stage)]
         rest_s = whole_s - sum(per_round[stage] for stage in before) - per_round[self._stage]
         return current_left + max(0.0, rest_s) + (self._total_rounds - self._rounds_done - 1) * whole_s
@@ -165,8 +170,8 @@ class LiveProgress:
     def clock(self) -> str:
         """Elapsed and remaining time as text."""
         left_s = self.left_s()
-        left = f"about {_duration(left_s)} left" if left_s is not None else "time left unknown yet"
-        return f"{_duration(self.elapsed_s())} elapsed, {left}"
+        left = f", about {_duration(left_s)} left" if left_s is not None else ""
+        return f"{_duration(self.elapsed_s())} elapsed{left}"
 
     def _count(self) -> str:
         rate = self.rate()
@@ -184,7 +189,7 @@ class _Clock(ProgressColumn):
     max_refresh = 0.5
 
     def __init__(self, progress: LiveProgress):
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self._progress = progress
 
     def render(self, task: Task) -> Text:

@@ -117,6 +117,7 @@ def test_rate_and_time_left_follow_what_was_measured():
     clock.now_s += 10
     shown.update("fetch", 10, 10)
     shown.update("learn", 0, 10)
+    assert shown.left_s() == pytest.approx(30 + 40)  # Learning is taken for three times fetching until it is measured.
     clock.now_s += 15
     shown.update("learn", 5, 10)
     assert shown.rate() == pytest.approx(1 / 3)
