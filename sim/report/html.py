@@ -163,7 +163,7 @@ def _prompts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _whole(sentence: str) -> Markup:
     """A sentence whose names, intervals and p-values do not break over lines."""
-    pattern = r"(?:LaMP|ROUGE)-\w+|\[[^\]]*\]|p [=<] [\d.]+"
+    pattern = r"(?:LaMP|ROUGE)-\w+|\[[^\]]*\]|Holm p [=<] [\d.]+"
     pieces = re.split(f"({pattern})", sentence)
     spans = [Markup('<span class="whole">{}</span>').format(p) if i % 2 else escape(p) for i, p in enumerate(pieces)]
     return Markup("").join(spans)

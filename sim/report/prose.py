@@ -64,7 +64,7 @@ def _headline(local: list[Contrast], placebo: list[Contrast], margin: float) -> 
         text = (f"Collaborative beat local training on {len(won['local'])} of {_several(len(tasks), 'task')}, "
                 "but nowhere beat the placebo as well: the gain is not shown to be personal.")  # fmt: skip
     else:
-        text = "No: on no task was collaborative shown to beat local training with as many steps."
+        text = "On no task was collaborative shown to beat local training with as many steps."
     if lost:
         text += f" It was worse than one of them on {_list(sorted(lost))}."
     return text
@@ -86,8 +86,8 @@ def _against(contrasts: list[Contrast], what: str, margin: float) -> str:
         text = f"Against {what}, collaborative is shown to be better on none of {_several(total, 'task')}."
     for verdict, words in (
         ("worse", "It is worse on"),
-        ("better, not after Holm", "Its interval lies above zero, but not after Holm's correction, on"),
-        ("worse, not after Holm", "Its interval lies below zero, though not after Holm's correction, on"),
+        ("better, not after Holm", "The interval favours it, but the test does not hold after Holm's correction, on"),
+        ("worse, not after Holm", "The interval is against it, though the test does not hold after Holm's correction, on"),
         ("no difference shown", "No difference was shown on"),
         ("cannot be told", "There are too few users to tell on"),
     ):
@@ -114,7 +114,7 @@ def _detail(contrast: Contrast) -> str:
     text = f"{_name(contrast.task)} ({difference}".rstrip()
     if contrast.p_holm is not None:
         p = p_value(contrast.p_holm)
-        text += f", p {p}" if p.startswith("<") else f", p = {p}"
+        text += f", Holm p {p}" if p.startswith("<") else f", Holm p = {p}"
     return text + ")"
 
 

@@ -25,6 +25,8 @@ CONTRASTS: tuple[tuple[str, str, str], ...] = (
 #: last is reported without a correction.
 PRIMARY = CONTRASTS[:2]
 SIGNIFICANT = 0.05
+#: An interval that ends at zero but for floating-point rounding does not lie beside it.
+_ROUNDING = 1e-9
 
 METRIC_NAMES = {
     "accuracy": "accuracy", "macro_f1": "macro-F1", "mae": "MAE", "rmse": "RMSE", "rouge1": "ROUGE-1",
@@ -74,13 +76,13 @@ class Contrast:
         """
         if self.gain is None or self.gain_low is None or self.gain_high is None:
             return "cannot be told"
+        better, worse = self.gain_low > _ROUNDING, self.gain_high < -_ROUNDING
         if self.reference == "cloud":
-            if self.gain_low > 0:
+            if better:
                 return "better"
             if self.gain_low > -margin:
                 return f"not worse (margin {margin:g})"
-            return "worse" if self.gain_high < 0 else "undecided"
-        better, worse = self.gain_low > 0, self.gain_high < 0
+            return "worse" if worse else "undecided"
         if self.is_primary and self.significant:
             return "better" if self.gain > 0 else "worse"
         if better or worse:

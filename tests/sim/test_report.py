@@ -200,14 +200,14 @@ def test_a_positive_answer_names_tasks_sizes_and_p():
             contrast_row("LaMP_2", "placebo", 0.05, 0.025, 0.075, 0.004)]  # fmt: skip
     found = answer(Summary(rows), Experiment())
     assert found.headline == "Collaborative beat both local training and the placebo on LaMP-2."
-    assert "better on 1 of 1 task: LaMP-2 (accuracy +0.060 [+0.035, +0.085], p = 0.002)" in found.sentences[0]
+    assert "better on 1 of 1 task: LaMP-2 (accuracy +0.060 [+0.035, +0.085], Holm p = 0.002)" in found.sentences[0]
 
 
 def test_a_negative_answer_is_as_plain():
     rows = [contrast_row(task, reference, -0.03, -0.05, -0.01, 0.01) for task in ("LaMP_2", "LaMP_2N")
             for reference in ("local_matched", "placebo")]  # fmt: skip
     found = answer(Summary(rows), Experiment())
-    assert found.headline.startswith("No: on no task was collaborative shown to beat local training")
+    assert found.headline.startswith("On no task was collaborative shown to beat local training")
     assert "worse than one of them on LaMP-2 and LaMP-2N" in found.headline
     assert "It is worse on LaMP-2 (accuracy \N{MINUS SIGN}0.030" in found.sentences[0]
 
@@ -237,6 +237,7 @@ def test_an_error_metric_counts_as_better_when_it_falls():
         ("placebo", 0.01, 0.09, 0.01, "better"),
         ("placebo", 0.01, 0.09, 0.06, "better, not after Holm"),
         ("placebo", -0.01, 0.09, 0.3, "no difference shown"),
+        ("placebo", 1e-17, 0.09, 0.06, "no difference shown"),
         ("placebo", -0.09, -0.01, 0.01, "worse"),
         ("placebo", None, None, None, "cannot be told"),
         ("unfiltered_matched", 0.01, 0.09, None, "better (uncorrected)"),
