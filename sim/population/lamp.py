@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from sim.errors import UserError
@@ -72,7 +73,7 @@ def read_lamp(
 
 
 def _eligible(files: TaskFiles, golds: dict[str, str], min_history: int, exclusions: list[Exclusion]) -> list[str]:
-    """First pass: the users with enough history before their earliest question. Keeps counts only."""
+    """First pass: the users with enough history before their earliest question. Keeps counts, up to enough, only."""
     task = files.task
     seen: dict[str, list[tuple[float | None, int]]] = {}
     asked: set[str] = set()
@@ -87,7 +88,8 @@ def _eligible(files: TaskFiles, golds: dict[str, str], min_history: int, exclusi
             continue
         scored = set() if key else set(scored_texts(query))
         profile = _profile(files, question, exclusions)
-        count = sum(strictly_earlier(k, key) if key else not reveals(item, scored) for item, k in profile)
+        usable = (1 for item, k in profile if (strictly_earlier(k, key) if key else not reveals(item, scored)))
+        count = sum(islice(usable, min_history))
         user_id = _user_id(task, question)
         seen.setdefault(user_id, []).append((query.time_s, count))
     if strangers := sorted(golds.keys() - asked):
