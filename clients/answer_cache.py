@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,23 @@ class AnswerCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
-            self._open()
+            self._open_patiently()
         except (sqlite3.DatabaseError, OSError) as error:
             raise UserError(
                 f"cloud.cache: {self.path} cannot be used as a cache ({error}). "
                 "Give the path of a file that untether made, or of one that does not exist yet"
             ) from error
+
+    def _open_patiently(self) -> None:
+        """Try on while others open it: the change to a write-ahead log does not heed SQLite's busy timeout."""
+        for attempt in range(200):
+            try:
+                return self._open()
+            except sqlite3.OperationalError as error:
+                self._database.rollback()
+                if "locked" not in str(error) or attempt == 199:
+                    raise
+                time.sleep(0.02 + 0.002 * (os.getpid() % 16))
 
     def _open(self) -> None:
         database = self._database
@@ -50,10 +63,12 @@ class AnswerCache:
         tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables - {"answers"} or found not in (0, _VERSION):
             raise sqlite3.DatabaseError("it is another database, or a cache of another version")
-        database.execute("PRAGMA journal_mode = WAL")
+        if database.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
-        database.execute(f"PRAGMA user_version = {_VERSION}")
+        if found != _VERSION:
+            database.execute(f"PRAGMA user_version = {_VERSION}")
         database.commit()
 
     def first(self, keys: Sequence[str]) -> dict[str, Any] | None:

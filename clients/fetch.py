@@ -148,7 +148,7 @@ def _sample_row(device: Device, item: JudgedSample) -> dict[str, Any]:
         "sample_id": sample.sample_id, "request_id": sample.request_id, "device_id": device.device_id,
         "user_id": device.user.user_id, "task": sample.task, "form": sample.form, "input": sample.input,
         "output": sample.output, "semantic": item.semantic, "diversity": item.diversity,
-        "length_ratio": item.length_ratio, "verdict": item.verdict,
+        "length_ratio": item.length_ratio, "verdict": "rejected_by:leak" if item.extra.get("leak") else item.verdict,
     }
 
 

@@ -32,9 +32,13 @@ class Cloud:
     truth_path: Path | None = None
     dials: Mapping[str, Any] = field(default_factory=dict)
 
-    def truth(self) -> dict[str, str]:
-        """What each sample of the embedded world's generator really was, by sample id."""
-        return {}
+    def truth(self) -> dict[tuple[str, str, str], str]:
+        """What each sample of the embedded world's generator really was, by (task, input, output)."""
+        if self.truth_path is None:
+            return {}
+        from server.generator.world import read_truth
+
+        return read_truth(self.truth_path)
 
     def facts(self) -> dict[str, Any]:
         """What the report must tell its reader about this cloud."""

@@ -1,4 +1,4 @@
-"""The ways a run ends other than done: the user's mistake (exit code 2), a stop that can be resumed and a defect (1)."""
+"""The ways a run ends other than done: the user's mistake (exit code 2), a resumable stop and a defect (both 1)."""
 
 from __future__ import annotations
 

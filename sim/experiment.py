@@ -160,9 +160,9 @@ class SemanticFilter(Section):
     """Is the sample about what this user's samples are about? Cosine to the user's real samples."""
 
     enabled: bool = Field(True, description="apply this filter")
-    reads: Reads = Field("input", description="what is embedded: input, output or the pair")
+    reads: Reads = Field("pair", description="what is embedded: input, output or the pair")
     reduce: Literal["mean", "max"] = Field("max", description="over the user's real samples of the task")
-    low: float = Field(0.2, ge=-1, le=1, description="least cosine accepted")
+    low: float = Field(0.15, ge=-1, le=1, description="least cosine accepted")
     high: float = Field(0.98, ge=-1, le=1, description="greatest cosine accepted (above: a copy)")
 
 
@@ -171,7 +171,7 @@ class DiversityFilter(Section):
 
     enabled: bool = Field(True, description="apply this filter")
     reads: Reads = Field("pair", description="what is embedded: input, output or the pair")
-    max_similarity: float = Field(0.95, ge=-1, le=1, description="greatest cosine to a real or accepted sample")
+    max_similarity: float = Field(0.9, ge=-1, le=1, description="greatest cosine to a real or accepted sample")
 
 
 class LengthFilter(Section):
@@ -228,10 +228,17 @@ class ArmSettings(Section):
     training: dict[str, Any] = Field({}, description="fields of [training]")
     lora: dict[str, Any] = Field({}, description="fields of [lora]")
 
-    @model_validator(mode="after")
-    def _known(self) -> ArmSettings:
-        Training(**self.training), Lora(**self.lora)
-        return self
+    @field_validator("training")
+    @classmethod
+    def _training_known(cls, own: dict[str, Any]) -> dict[str, Any]:
+        Training.model_validate(own)
+        return own
+
+    @field_validator("lora")
+    @classmethod
+    def _lora_known(cls, own: dict[str, Any]) -> dict[str, Any]:
+        Lora.model_validate(own)
+        return own
 
 
 class Experiment(Section):
@@ -395,19 +402,25 @@ def _explain(error: ValidationError, where: str) -> str:
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            parent, known = Experiment, list(Experiment.model_fields)
-            for part in item["loc"][:-1]:
-                section = _section(parent.model_fields[part].annotation) if part in parent.model_fields else None
-                if section is None:
-                    known = []
-                    break
-                parent, known = section, list(section.model_fields)
-            lines.append(f"{path}: {unknown('key', str(item['loc'][-1]), known)}" if known else f"{path}: unknown key")
+            known = _keys_at(item["loc"][:-1])
+            lines.append(f"{path}: {unknown('key', str(item['loc'][-1]), known)}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             value = "" if isinstance(item["input"], (dict, BaseModel)) else f" (got {item['input']!r})"
             lines.append(f"{path}: {message}{value}" if path else message + value)
     return f"{where} is not a valid experiment:\n  " + "\n  ".join(lines)
+
+
+def _keys_at(place: tuple[int | str, ...]) -> list[str]:
+    """The keys that the table at `place` may have."""
+    if place[:1] == ("by_arm",):
+        if len(place) == 2:
+            return list(ArmSettings.model_fields)
+        place = place[2:]  # an arm's own tables are those of the experiment
+    section: type[BaseModel] = Experiment
+    for part in place:
+        section = _section(section.model_fields[str(part)].annotation) or section
+    return list(section.model_fields)
 
 
 def _write(table: Any, model: BaseModel, comments: bool) -> None:

@@ -13,7 +13,7 @@ from sim.results import RunDirectory
 from sim.statistics import summarize
 
 
-def finish(run: RunDirectory, truth: Mapping[str, str], cloud: Mapping[str, Any]) -> None:
+def finish(run: RunDirectory, truth: Mapping[tuple[str, str, str], str], cloud: Mapping[str, Any]) -> None:
     """Merges the parts, computes `summary.json`, writes tables, figures and `report.html`. Safe to run again."""
     experiment = run.experiment
     run.merge(experiment, truth)

@@ -61,15 +61,19 @@ def prepare(experiment: Experiment, out: Path | None, resume: bool = False) -> R
 
 def check(experiment: Experiment) -> None:
     """Raises UserError for whatever would stop the run later: strategy, generator, key, tasks, data."""
+    from clients.filters import create as create_filters
     from server.cloud import check_cloud
     from strategies import make_strategy
 
     make_strategy(experiment.strategy.name)
+    create_filters(experiment.filters)
     check_cloud(experiment)
     check_model(experiment.model.base)
     for seed in experiment.seeds:
-        if len(open_population(experiment, seed)) == 0:
+        population = open_population(experiment, seed)
+        if len(population) == 0:
             raise UserError(f"the population of seed {seed} is empty: no user has enough history and a query")
+        population.user(0)
 
 
 def check_model(base: str) -> None:
@@ -91,7 +95,8 @@ def next_run_directory(name: str) -> Path:
 def launch(run: RunDirectory, terminal: TextIO | None = None) -> None:
     """Runs what is not committed yet of a run directory on Flower's simulation runtime, then writes its report.
 
-    `terminal` is where progress goes: what `redirected` yields. Raises UserError, ResumableStop, or whatever defect ended the run. Ctrl-C and SIGTERM stop it resumably.
+    `terminal` is where progress goes: what `redirected` yields. Raises UserError, ResumableStop (Ctrl-C and SIGTERM
+    among its causes), or Failure with the traceback of the defect that ended the run.
     """
     experiment = run.experiment
     layout = Layout.of(experiment, len(open_population(experiment, experiment.seeds[0])))

@@ -17,7 +17,8 @@ class Interaction:
     `input` and `output` are the content alone (the article, its headline); the instruction around them belongs to the
     task (`sim.population.tasks`). `form` says how the pair is shaped: `"query"` like the task's own queries, or the
     name of the auxiliary shape the task trains on where profiles are not shaped like queries (LaMP-1: `"title"`,
-    abstract -> title; LaMP-7: `"complete"`, first words -> rest). `time_s` is seconds since 1970 (UTC), None if undated.
+    abstract -> title; LaMP-7: `"complete"`, first words -> rest). `time_s` is seconds since 1970
+    (UTC), None if undated.
     """
 
     item_id: str

@@ -140,10 +140,10 @@ class RunDirectory:
 
     # --- finishing and reading ----------------------------------------------------------------------------------
 
-    def merge(self, experiment: Experiment, truth: Mapping[str, str] | None = None) -> None:
+    def merge(self, experiment: Experiment, truth: Mapping[tuple[str, str, str], str] | None = None) -> None:
         """Turns the committed parts into the tables of the contract, a round at a time (bounded memory).
 
-        `truth` says by sample id what each sample of the embedded world's generator really was.
+        `truth` says by (task, input, output) what each sample of the embedded world's generator really was.
         """
         for table, schema in TABLES.items():
             target = self.path / f"{table}.parquet"
@@ -157,7 +157,8 @@ class RunDirectory:
                             continue
                         rows = pa.concat_tables([pq.read_table(self.path / path) for path in paths])
                         if table == "samples" and truth:
-                            known = pa.array(map(truth.get, rows.column("sample_id").to_pylist()), pa.string())
+                            texts = zip(*(rows.column(c).to_pylist() for c in ("task", "input", "output")), strict=True)
+                            known = pa.array(map(truth.get, texts), pa.string())
                             rows = rows.set_column(schema.get_field_index("truth"), "truth", known)
                         order = [(name, "ascending") for name in _ORDER if name in schema.names]
                         writer.write_table(rows.cast(schema).sort_by(order))

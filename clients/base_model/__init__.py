@@ -27,8 +27,8 @@ def resolve(base: str) -> str:
         if folder and (Path(folder) / "config.json").is_file():
             return str(folder)
     raise UserError(
-        f"model.base = `embedded`: no checkpoint in {FOLDER}. Install the package whole, set UNTETHER_BASE_MODEL to the "
-        "folder of a checkpoint, or make one with: untether model pretrain DIR"
+        f"model.base = `embedded`: no checkpoint in {FOLDER}. Install the package whole, set UNTETHER_BASE_MODEL to "
+        "the folder of a checkpoint, or make one with: untether model pretrain DIR"
     )
 
 

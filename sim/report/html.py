@@ -90,7 +90,7 @@ def _template() -> jinja2.Template:
     environment.filters.update(
         number=reading.number, interval=reading.interval, p=reading.p_value, metric=reading.metric_name,
         arrow=reading.arrow, count=_count, size=_size, words=lambda text: str(text).replace("_", " "),
-        whole=_whole,
+        whole=_whole, ticks=_ticks,
     )  # fmt: skip
     return environment.get_template("report.html.jinja")
 
@@ -167,6 +167,12 @@ def _whole(sentence: str) -> Markup:
     pieces = re.split(f"({pattern})", sentence)
     spans = [Markup('<span class="whole">{}</span>').format(p) if i % 2 else escape(p) for i, p in enumerate(pieces)]
     return Markup("").join(spans)
+
+
+def _ticks(text: str) -> Markup:
+    """A text whose `backticked` words are set as code."""
+    pieces = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(pieces))
 
 
 def _count(value: float | int | None) -> str:

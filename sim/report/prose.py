@@ -84,10 +84,11 @@ def _against(contrasts: list[Contrast], what: str, margin: float) -> str:
         text = f"Against {what}, collaborative is not shown to be better."
     else:
         text = f"Against {what}, collaborative is shown to be better on none of {_several(total, 'task')}."
+    weak = "but the test does not hold after Holm's correction, on"
     for verdict, words in (
         ("worse", "It is worse on"),
-        ("better, not after Holm", "The interval favours it, but the test does not hold after Holm's correction, on"),
-        ("worse, not after Holm", "The interval is against it, though the test does not hold after Holm's correction, on"),
+        ("better, not after Holm", f"The interval favours it, {weak}"),
+        ("worse, not after Holm", f"The interval is against it, {weak}"),
         ("no difference shown", "No difference was shown on"),
         ("cannot be told", "There are too few users to tell on"),
     ):
@@ -100,12 +101,12 @@ def _close_to_cloud(contrasts: list[Contrast], margin: float) -> str:
     fine = [c for c in contrasts if c.verdict(margin).startswith(("better", "not worse"))]
     worse = [c for c in contrasts if c.verdict(margin) == "worse"]
     open_ = [c for c in contrasts if c not in fine and c not in worse]
-    text = (f"Against asking the cloud model itself, with the history in its prompt, it is not worse by more than "
-            f"{margin:g} on {len(fine) or 'none'} of {_several(len(contrasts), 'task')}")  # fmt: skip
-    text += f" ({_list([c.task for c in fine])})" if fine else ""
-    text += f", worse on {_list([c.task for c in worse])}" if worse else ""
-    text += f", undecided on {_list([c.task for c in open_])}" if open_ else ""
-    return text + "."
+    found = [
+        f"{words} {_list([c.task for c in group])}"
+        for words, group in ((f"not worse by more than {margin:g} on", fine), ("worse on", worse), ("undecided on", open_))
+        if group
+    ]
+    return f"Against asking the cloud model itself, with the history in its prompt: {'; '.join(found)}."
 
 
 def _detail(contrast: Contrast) -> str:
