@@ -103,7 +103,11 @@ def _close_to_cloud(contrasts: list[Contrast], margin: float) -> str:
     open_ = [c for c in contrasts if c not in fine and c not in worse]
     found = [
         f"{words} {_list([c.task for c in group])}"
-        for words, group in ((f"not worse by more than {margin:g} on", fine), ("worse on", worse), ("undecided on", open_))
+        for words, group in (
+            (f"not worse by more than {margin:g} on", fine),
+            ("worse on", worse),
+            ("undecided on", open_),
+        )
         if group
     ]
     return f"Against asking the cloud model itself, with the history in its prompt: {'; '.join(found)}."

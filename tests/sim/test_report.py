@@ -232,9 +232,9 @@ def test_an_error_metric_counts_as_better_when_it_falls():
 
 
 def test_the_cloud_is_compared_by_margin_task_by_task():
-    rows = [contrast_row("LaMP_2", "cloud", 0.0, -0.01, 0.01), contrast_row("LaMP_4", "cloud", -0.1, -0.2, -0.05)]
+    rows = [contrast_row("LaMP_2", "cloud", 0.0, -0.01, 0.01), contrast_row("LaMP_2N", "cloud", -0.1, -0.2, -0.05)]
     last = answer(Summary(rows), Experiment.model_validate({"evaluation": {"margin": 0.02}})).sentences[-1]
-    assert last.endswith("in its prompt: not worse by more than 0.02 on LaMP-2; worse on LaMP-4.")
+    assert last.endswith("in its prompt: not worse by more than 0.02 on LaMP-2; worse on LaMP-2N.")
 
 
 @pytest.mark.parametrize(
