@@ -501,23 +501,32 @@ def test_a_file_that_is_no_cache_is_refused(cloud, tmp_path):
     assert text.read_text().startswith("these are my notes") and not cloud.bodies
 
 
-def _fill(path: str, start: int) -> int:
+def test_a_full_disk_stops_resumably(tmp_path):
+    cache = AnswerCache(tmp_path / "c")
+    cache._database.execute("PRAGMA max_page_count = 4")  # SQLite's own way to be out of room
+    with pytest.raises(ResumableStop, match="full"):
+        for number in range(100):
+            cache.put(f"key-{number}", {"text": "x" * 1000})
+    assert len(cache) > 0
+    cache.close()
+
+
+def _fill(path: str, start: int) -> None:
     cache = AnswerCache(path)
-    for number in range(start, start + 200):
+    for number in range(start, start + 60):
         cache.put(f"key-{number}", {"by": start})
-    size = len(cache)
     cache.close()
-    return size
 
 
-def test_several_processes_may_share_a_cache(tmp_path):
-    path = str(tmp_path / "c")
-    with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
-        list(pool.map(_fill, [path] * 3, [0, 100, 300]))
-    cache = AnswerCache(path)
-    assert len(cache) == 500
-    assert cache.first(["nothing", "key-450"]) == {"by": 300}
-    cache.close()
+def test_several_processes_may_share_a_cache_from_its_first_moment(tmp_path):
+    with ProcessPoolExecutor(6, mp_context=get_context("fork")) as pool:
+        for attempt in range(8):
+            path = str(tmp_path / f"cache-{attempt}")
+            list(pool.map(_fill, [path] * 6, [0, 0, 30, 100, 200, 300]))
+            cache = AnswerCache(path)
+            assert len(cache) == 90 + 3 * 60
+            assert cache.first(["nothing", "key-250"]) == {"by": 200}
+            cache.close()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from clients.augmentation import CloudClient, answer_request, samples_requests
 from server import generator as generators
+from server.background import start_background
 from server.generator import Completion, GenerationRequest, PromptTooLong
 from server.generator.local_model import LocalModelGenerator
 from sim.errors import UserError
+from sim.experiment import Cloud
 from sim.population.tasks import get_task
 from sim.protocol import NotARequest, build_answer_request, build_samples_request, parse_samples
 from sim.records import Interaction
@@ -133,8 +138,11 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<a
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def save_model(path: Path, context: int = 64) -> str:
     """A random Llama of 60 words, saved as anyone saves a model."""
-    path = tmp_path_factory.mktemp("model") / "tiny"
     words = ["<pad>", "</s>", "<unk>", "<user>", "<assistant>", "<system>", *[f"w{n}" for n in range(54)]]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -145,7 +153,7 @@ def model_path(tmp_path_factory):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+        max_position_embeddings=context, eos_token_id=1, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
     return str(path)
@@ -234,6 +242,24 @@ def test_a_template_without_a_system_turn_gets_it_in_the_users(model_path):
     assert text == "<user> w1\n\nw2 <assistant>"
     strict._tokenizer.chat_template = None
     assert strict.prompt([{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}]) == "w1\n\nw2\n\n"
+
+
+def test_a_local_model_is_asked_like_any_endpoint(tmp_path):
+    """Through the gateway: no schema (asked plainly from then on), nonsense drawn anew and given up, real counts."""
+    path = save_model(tmp_path / "roomy", context=2048)
+    items = history("LaMP_4", [("w1 w2", "w3")])
+    task = get_task("LaMP_4")
+    names = {"request_id": "r", "device_id": "d", "seed": 0, "round": 0}
+    requests = [*samples_requests(task, items, 2, **names), answer_request(task, items, "w4 w5", "q", **names)]
+    with start_background("transformers", {"model": path, "threads": 1}) as gateway:
+        settings = Cloud(provider="transformers", model=path, max_tokens=16, max_retries=1, concurrency=2)
+        client = CloudClient(settings, base_url=gateway.base_url, model=gateway.model, api_key="")
+        samples, text = client.ask_sync(requests)
+    assert gateway.model == "roomy" and client.left_out == {"response_format"}
+    assert [(a.outcome, a.draw) for a in samples.attempts] == [("rejected", 0), ("malformed", 0), ("malformed", 1)]
+    assert text.ok and text.attempts[0].tokens_out <= 16 and not text.attempts[0].tokens_estimated
+    words = sum(len(message["content"].split()) for message in requests[1].messages)
+    assert text.attempts[0].tokens_in == words + 3  # <system>, <user>, <assistant>
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "."])
