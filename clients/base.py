@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from clients import lora_layers
+from clients.decoder import LeanDecoder
 from sim.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -28,10 +29,11 @@ class FrozenBase:
     """A frozen causal LM in eval mode with its tokenizer.
 
     Attributes: `model`, `tokenizer` (None for a bare model), `device`, `dtype`, `context_length` (tokens),
-    `end_ids` (token ids that end an answer), `fingerprint` (sha256 of configuration and weights).
+    `end_ids` (token ids that end an answer), `fingerprint` (sha256 of configuration and weights). `lean=False` keeps the
+    model's own forward pass even where `clients.decoder` has a faster one.
     """
 
-    def __init__(self, model: nn.Module, tokenizer=None, source: Path | None = None):
+    def __init__(self, model: nn.Module, tokenizer=None, source: Path | None = None, lean: bool = True):
         model.requires_grad_(False)
         model.eval()
         self.model = model
@@ -42,6 +44,7 @@ class FrozenBase:
         self.context_length = _context_length(model.config)
         self.end_ids = _end_ids(model, tokenizer)
         self.routing = lora_layers.attach(model)
+        self.lean = LeanDecoder(model, self.routing) if lean and LeanDecoder.supports(model) else None
         self.targets: dict[tuple[str, ...] | str, tuple[str, ...]] = {}
         self._select: Callable[[Tensor], Tensor] | None = None
         getattr(model, model.base_model_prefix).register_forward_hook(self._keep_selected)
@@ -101,7 +104,8 @@ class FrozenBase:
     def logits_at(self, positions: Tensor, input_ids: Tensor, **inputs) -> Tensor:
         """Logits [positions, vocabulary] of chosen positions only; the head never sees the others.
 
-        positions: indices [n] into the flattened [rows * tokens] of input_ids, in row order.
+        positions: indices [n] into the flattened [rows * tokens] of input_ids, in row order. inputs: attention_mask,
+        position_ids, past_key_values and use_cache as in Hugging Face's forward.
         """
         whole = self.routing.route
 
@@ -111,8 +115,11 @@ class FrozenBase:
                 self.routing.route = whole.select(rows)
             return hidden.reshape(-1, 1, hidden.shape[-1])[positions]
 
-        self._select = select
         try:
+            if self.lean is not None:
+                hidden = self.lean.hidden_at(positions, input_ids, **inputs)
+                return self.model.get_output_embeddings()(hidden)[:, 0]
+            self._select = select
             return self.model(input_ids=input_ids, **inputs).logits[:, 0]
         finally:
             self._select = None

@@ -1,0 +1,211 @@
+"""A leaner way through the decoders of the Llama family than their own `forward`.
+
+It computes what Hugging Face's Llama, Qwen2, Qwen3, Gemma and Phi-3 compute, from the same weights, but: q, k, v run as
+one product and gate, up as another; the parts in between are `clients.kernels`; the last layer drops every position
+whose output nobody asks for right after its attention; and no mask is built where causal order is enough. Models with
+anything else in them (sliding windows, partial rotary embedding, another class) keep their own forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from clients.kernels import RMSNorm, Rotary, ShortAttention, SwiGLU
+from clients.lora_layers import Routing, adapted_linear
+
+_SHORT = 192
+"""Longest rows, in tokens, for which attention keeps its probabilities."""
+
+_FAMILY = (
+    transformers.LlamaForCausalLM,
+    transformers.Qwen2ForCausalLM,
+    transformers.Qwen3ForCausalLM,
+    transformers.GemmaForCausalLM,
+    transformers.Phi3ForCausalLM,
+)
+
+
+@dataclass
+class _Joint:
+    """Linear layers with a common input as one: weight [sum of outs, in], bias, and each one's name and columns."""
+
+    weight: Tensor
+    bias: Tensor | None
+    members: tuple[tuple[str, int, int], ...]
+
+    @property
+    def key(self) -> str | tuple[str, ...]:
+        names = tuple(name for name, _, _ in self.members)
+        return names[0] if len(names) == 1 else names
+
+
+@dataclass
+class _Layer:
+    qkv: _Joint
+    out: _Joint
+    gate_up: _Joint
+    down: _Joint
+    block: nn.Module
+
+
+class LeanDecoder:
+    """See the module. `supports(model)` says whether a model can take this way."""
+
+    def __init__(self, model: nn.Module, routing: Routing):
+        self.model, self.routing = model, routing
+        config = model.config
+        self.body = model.model
+        self.heads = config.num_attention_heads
+        self.groups = config.num_key_value_heads
+        self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.gemma = isinstance(model, transformers.GemmaForCausalLM)
+        self.gelu = config.hidden_act != "silu"
+        names = {id(module): name for name, module in routing.names.items()}
+        self.layers = [self._layer(block, names) for block in self.body.layers]
+        for layer in self.layers:
+            routing.fusions += [joint.members for joint in (layer.qkv, layer.gate_up) if len(joint.members) > 1]
+
+    @staticmethod
+    def supports(model: nn.Module) -> bool:
+        """Whether the model is one of the family and uses nothing that this forward pass lacks."""
+        config = model.config
+        if type(model) not in _FAMILY or getattr(config, "hidden_act", "") not in ("silu", "gelu_pytorch_tanh"):
+            return False
+        rope = getattr(config, "rope_parameters", None) or {}
+        layer_types = set(getattr(config, "layer_types", None) or ())
+        windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        return (
+            rope.get("partial_rotary_factor", 1.0) in (None, 1.0) and layer_types <= {"full_attention"} and not windowed
+        )
+
+    def _layer(self, block: nn.Module, names: dict[int, str]) -> _Layer:
+        attention, mlp = block.self_attn, block.mlp
+        fused = hasattr(attention, "qkv_proj")
+        qkv = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
+        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        joints = (_join(modules, names) for modules in (qkv, [attention.o_proj], gate_up, [mlp.down_proj]))
+        return _Layer(*joints, block)
+
+    def hidden_at(
+        self,
+        positions: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool = False,
+    ) -> Tensor:
+        """Final hidden states [positions, 1, hidden] at flattened positions of input_ids [rows, tokens].
+
+        The route of the current batch is narrowed to those positions when it returns: the caller runs the head under it.
+        """
+        x = self.body.embed_tokens(input_ids)
+        rows, tokens, _ = x.shape
+        seen = past_key_values.get_seq_length() if use_cache else 0
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + tokens, device=x.device)[None]
+        cos, sin = (part.unsqueeze(1) for part in self.body.rotary_emb(x, position_ids))
+        mask = _attention_mask(attention_mask, tokens, seen)
+        whole = self.routing.route
+        for index, layer in enumerate(self.layers):
+            normed = self._norm(layer.block.input_layernorm, x)
+            qkv = self._linear(layer.qkv, normed).view(rows, tokens, -1, self.width)
+            attended = self._attention(layer, index, qkv, cos, sin, mask, past_key_values if use_cache else None)
+            if index == len(self.layers) - 1:
+                attended = attended.reshape(rows * tokens, 1, -1)[positions]
+                x = x.reshape(rows * tokens, 1, -1)[positions]
+                if whole is not None:
+                    self.routing.route = whole.select(torch.div(positions, tokens, rounding_mode="floor"))
+            x = self._linear(layer.out, attended).add_(x)
+            normed = self._norm(layer.block.post_attention_layernorm, x)
+            joint = self._linear(layer.gate_up, normed)
+            if self.gelu:
+                gate, up = joint.chunk(2, dim=-1)
+                inner = F.gelu(gate, approximate="tanh") * up
+            else:
+                inner = SwiGLU.apply(joint)
+            x = self._linear(layer.down, inner).add_(x)
+        return self._norm(self.body.norm, x)
+
+    def _linear(self, joint: _Joint, x: Tensor) -> Tensor:
+        route = self.routing.route
+        if route is None or route.dropout is None or len(joint.members) == 1:
+            return adapted_linear(x, joint.weight, joint.bias, route, joint.key)
+        # Each adapter drops other inputs, as in PEFT, so the layers cannot share their product.
+        parts = []
+        for name, lo, hi in joint.members:
+            bias = None if joint.bias is None else joint.bias[lo:hi]
+            parts.append(adapted_linear(x, joint.weight[lo:hi], bias, route, name))
+        return torch.cat(parts, dim=-1)
+
+    def _norm(self, module: nn.Module, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64 or self.gemma:
+            # Hugging Face normalises float64 in float32: only its own code rounds alike.
+            return module(x)
+        return RMSNorm.apply(x, module.weight, module.variance_epsilon)
+
+    def _attention(self, layer: _Layer, index: int, qkv: Tensor, cos, sin, mask, cache) -> Tensor:
+        rows, tokens = qkv.shape[:2]
+        attention = layer.block.self_attn
+        if hasattr(attention, "q_norm"):
+            q = self._norm(attention.q_norm, qkv[:, :, : self.heads])
+            k = self._norm(attention.k_norm, qkv[:, :, self.heads : self.heads + self.groups])
+            qkv = torch.cat([q, k, qkv[:, :, self.heads + self.groups :]], dim=2)
+        scale = attention.scaling
+        if torch.is_grad_enabled() and mask is None and tokens <= _SHORT and qkv.device.type == "cpu":
+            if qkv.dtype in (torch.float32, torch.float64):
+                return ShortAttention.apply(qkv, cos, sin, self.heads, scale)
+        turned = Rotary.apply(qkv[:, :, : self.heads + self.groups], cos, sin)
+        q, k = turned[:, : self.heads], turned[:, self.heads :]
+        v = qkv[:, :, self.heads + self.groups :].transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, index)
+        grouped = self.heads != self.groups
+        if tokens == 1 and grouped:
+            q = q.reshape(rows, self.groups, self.heads // self.groups, self.width)
+            grouped = False
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and tokens > 1, scale=scale, enable_gqa=grouped
+        )
+        return out.reshape(rows, self.heads, tokens, self.width).transpose(1, 2).reshape(rows, tokens, -1)
+
+
+def _join(modules: list[nn.Linear], names: dict[int, str]) -> _Joint:
+    """Join layers; their own weights become views of the joint one, so that nothing is held twice."""
+    if len(modules) == 1:
+        only = modules[0]
+        return _Joint(only.weight, only.bias, ((names[id(only)], 0, only.out_features),))
+    weight = torch.cat([module.weight.detach() for module in modules])
+    bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
+    members, lo = [], 0
+    for module in modules:
+        hi = lo + module.out_features
+        module.weight.data = weight[lo:hi]
+        if bias is not None:
+            module.bias.data = bias[lo:hi]
+        members.append((names[id(module)], lo, hi))
+        lo = hi
+    return _Joint(weight, bias, tuple(members))
+
+
+def _attention_mask(keys: Tensor | None, tokens: int, seen: int) -> Tensor | None:
+    """Boolean [rows, 1, tokens, seen + tokens] from a mask of keys [rows, seen + tokens]; None where order is enough.
+
+    A padding query may look at itself: a row of nothing but bars has no softmax.
+    """
+    if keys is None and (tokens == 1 or seen == 0):
+        return None
+    device = keys.device if keys is not None else None
+    past = torch.ones(tokens, seen + tokens, dtype=torch.bool, device=device).tril_(seen)
+    if keys is None:
+        return past[None, None]
+    if tokens == 1:
+        return keys.bool()[:, None, None, :]
+    own = torch.zeros_like(past)
+    own[torch.arange(tokens), seen + torch.arange(tokens)] = True
+    return ((past[None] & keys.bool()[:, None, :]) | own[None])[:, None]
