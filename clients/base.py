@@ -29,8 +29,8 @@ class FrozenBase:
     """A frozen causal LM in eval mode with its tokenizer.
 
     Attributes: `model`, `tokenizer` (None for a bare model), `device`, `dtype`, `context_length` (tokens),
-    `end_ids` (token ids that end an answer), `fingerprint` (sha256 of configuration and weights). `lean=False` keeps the
-    model's own forward pass even where `clients.decoder` has a faster one.
+    `end_ids` (token ids that end an answer), `fingerprint` (sha256 of configuration and weights). `lean=False` keeps
+    the model's own forward pass even where `clients.decoder` has a faster one.
     """
 
     def __init__(self, model: nn.Module, tokenizer=None, source: Path | None = None, lean: bool = True):

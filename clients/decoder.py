@@ -102,7 +102,7 @@ class LeanDecoder:
     ) -> Tensor:
         """Final hidden states [positions, 1, hidden] at flattened positions of input_ids [rows, tokens].
 
-        The route of the current batch is narrowed to those positions when it returns: the caller runs the head under it.
+        The current route is narrowed to those positions when it returns: the caller runs the head under it.
         """
         x = self.body.embed_tokens(input_ids)
         rows, tokens, _ = x.shape
@@ -121,7 +121,7 @@ class LeanDecoder:
                 x = x.reshape(rows * tokens, 1, -1)[positions]
                 if whole is not None:
                     self.routing.route = whole.select(torch.div(positions, tokens, rounding_mode="floor"))
-            x = self._linear(layer.out, attended).add_(x)
+            x = x + self._linear(layer.out, attended)
             normed = self._norm(layer.block.post_attention_layernorm, x)
             joint = self._linear(layer.gate_up, normed)
             if self.gelu:
@@ -129,7 +129,7 @@ class LeanDecoder:
                 inner = F.gelu(gate, approximate="tanh") * up
             else:
                 inner = SwiGLU.apply(joint)
-            x = self._linear(layer.down, inner).add_(x)
+            x = x + self._linear(layer.down, inner)
         return self._norm(self.body.norm, x)
 
     def _linear(self, joint: _Joint, x: Tensor) -> Tensor:
