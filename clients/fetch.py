@@ -28,6 +28,12 @@ from sim.leaks import LeakChecker
 from sim.population.tasks import get_task
 from sim.records import JudgedSample, Query, Sample
 
+COHORT = 64
+"""Devices whose samples are embedded and judged together."""
+
+ASKING = 0.4
+"""Share of the pass that asking takes, for the progress display."""
+
 
 def fetch(worker: Worker, shard: Shard) -> dict[str, Any]:
     """Runs the pass and stages its tables: samples with every filter's score, attempts, the privacy ledger, and the
@@ -49,7 +55,6 @@ def fetch(worker: Worker, shard: Shard) -> dict[str, Any]:
         "predictions": answers,
         "metrics": metric_rows(answers),
     }
-    worker.progress(len(devices))
     parts = {
         table: [worker.run.write_part(table, shard.seed, shard.round, f"fetch-{shard.name}", rows)]
         for table, rows in tables.items()
@@ -104,7 +109,7 @@ def _ask(worker: Worker, shard: Shard, requests: Sequence[CloudRequest], devices
         waiting[device] -= 1
         if not waiting[device]:
             del waiting[device]
-            worker.progress(devices - len(waiting))
+            worker.progress(ASKING * (devices - len(waiting)))
 
     cloud = worker.experiment.cloud
     client = CloudClient(
@@ -117,17 +122,21 @@ def _ask(worker: Worker, shard: Shard, requests: Sequence[CloudRequest], devices
 def _judge(
     worker: Worker, devices: Sequence[Device], candidates: dict[int, list[Sample]]
 ) -> dict[int, list[JudgedSample]]:
-    """Filters all devices' candidates, embedded in one pass; leaks are the evaluator's to find."""
+    """Filters the devices' candidates, a cohort embedded in one pass; leaks are the evaluator's to find."""
     checkers = {device.index: LeakChecker(device.user.queries) for device in devices}
     owner = {sample.sample_id: index for index, samples in candidates.items() for sample in samples}
 
     def leaks(sample: Sample) -> bool:
         return checkers[owner[sample.sample_id]].is_leak(sample.task, sample.input, sample.output)
 
-    real = {device.index: device.real_items(worker.experiment) for device in devices}
-    if not owner:
-        return {device.index: [] for device in devices}
-    return dict(judge(candidates, real, worker.experiment.filters, worker.encoder, leaks))
+    judged: dict[int, list[JudgedSample]] = {device.index: [] for device in devices}
+    for start in range(0, len(devices) if owner else 0, COHORT):
+        worker.progress(ASKING * len(devices) + (1 - ASKING) * start)
+        some = devices[start : start + COHORT]
+        real = {device.index: device.real_items(worker.experiment) for device in some}
+        theirs = {device.index: candidates[device.index] for device in some}
+        judged |= judge(theirs, real, worker.experiment.filters, worker.encoder, leaks)
+    return judged
 
 
 def _answers(

@@ -115,6 +115,7 @@ def run_pass(
                 columns.setdefault("outcome", []).append("crashed")
                 finished += 1
             continue
+        progress.with_suffix(".shard").unlink(missing_ok=True)
         for table, paths in reply["parts"].items():
             parts.setdefault(table, []).extend(paths)
         for name, values in reply["columns"].items():

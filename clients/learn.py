@@ -7,7 +7,7 @@ learns depends only on its own data and on (seed, device, round): never on the b
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -23,12 +23,16 @@ from clients.shared import shared_adapters
 from clients.training import Example, TrainJob, TrainResult, TrainSettings, train
 from clients.worker import Worker
 from sim.clock import DAY_S
+from sim.leaks import LeakChecker
 from sim.population.source import device_id
 from sim.records import Sample
 from sim.seeding import derive
 
 BLOCK_ADAPTERS = 256
 """Adapters that are held together, about; the engine splits them into cohorts within its memory budget."""
+
+TRAINING = 0.8
+"""Share of the pass that training takes, for the progress display."""
 
 LOSSES_KEPT = 16
 """Rows of `training` an adapter and round: the first step, the last and some between."""
@@ -46,12 +50,12 @@ def learn(worker: Worker, shard: Shard, sample_parts: Sequence[str]) -> dict[str
     shared = shared_adapters(worker, shard.seed) if "shared" in worker.experiment.arms else {}
     size = max(1, BLOCK_ADAPTERS // max(1, len(trained_arms(worker.experiment))))
     for start in range(0, len(devices), size):
-        worker.progress(start)
         block = devices[start : start + size]
+        report = _reporter(worker, start, len(block))
         jobs = list(_jobs(worker, shard, block, materials, store))
         engine = worker.experiment.engine
         budget = int(engine.memory_gib * 2**30) or None
-        results = train(worker.base, jobs, memory_bytes=budget, max_cohort=engine.cohort or None)
+        results = train(worker.base, jobs, memory_bytes=budget, max_cohort=engine.cohort or None, progress=report)
         store.save(shard.round, f"{shard.name}-{start:05d}", _by_arm(results))
         adapters: dict[Owner, Adapter] = {
             job.key: Adapter(job.spec, results[job.key].state, adapter_version(results[job.key].state)) for job in jobs
@@ -61,7 +65,6 @@ def learn(worker: Worker, shard: Shard, sample_parts: Sequence[str]) -> dict[str
         rows["metrics"] += metric_rows(answers)
         rows["training"] += _training_rows(results)
         rows["events"] += _event_rows(shard, results)
-    worker.progress(len(devices))
     parts = {
         table: [worker.run.write_part(table, shard.seed, shard.round, f"learn-{shard.name}", found)]
         for table, found in rows.items()
@@ -76,6 +79,19 @@ def learn(worker: Worker, shard: Shard, sample_parts: Sequence[str]) -> dict[str
         "queries": [len(device.user.queries) for device in devices],
     }
     return {"parts": parts, "columns": columns}
+
+
+def _reporter(worker: Worker, before: int, devices: int) -> Callable[[int, int], None]:
+    """Optimizer steps told as devices, at most once a device."""
+    told = -1.0
+
+    def report(steps: int, total: int) -> None:
+        nonlocal told
+        if (done := devices * steps // max(1, total)) != told:
+            told = done
+            worker.progress(before + TRAINING * done)
+
+    return report
 
 
 def _materials(
@@ -96,10 +112,16 @@ def _materials(
             real=device.real_items(worker.experiment),
             accepted=tuple(accepted[device.device_id]),
             unfiltered=tuple(unfiltered[device.device_id]),
-            foreign=tuple(sample for donor in donors[device.index] for sample in accepted[device_id(donor)]),
+            foreign=tuple(_harmless(device, [s for donor in donors[device.index] for s in accepted[device_id(donor)]])),
         )
         for device in devices
     }
+
+
+def _harmless(device: Device, samples: Sequence[Sample]) -> list[Sample]:
+    """Foreign samples without leaks of this device's own queries (they were checked against their owner's)."""
+    checker = LeakChecker(device.user.queries) if samples else None
+    return [s for s in samples if checker and not checker.is_leak(s.task, s.input, s.output)]
 
 
 def _read_samples(

@@ -94,7 +94,7 @@ class Worker:
         population = self.population(shard.seed)
         return [Device(index, population.user(index)) for index in shard.devices]
 
-    def progress(self, done: int) -> None:
+    def progress(self, done: float) -> None:
         """Tells the coordinator how many devices of this shard are done (a small file that it looks at)."""
         if self._progress:
-            self._progress.write_text(str(done))
+            self._progress.write_text(f"{done:.1f}")

@@ -118,16 +118,15 @@ class _Watch:
             path.unlink(missing_ok=True)
 
     def __call__(self) -> None:
-        done = sum(_read_count(path) for path in self.folder.glob("*.done"))
-        done += sum(_read_count(path) for path in self.folder.glob("*.shard"))
-        self.progress.update(self.stage, min(done, self.total), self.total)
+        done = sum(map(_count, (*self.folder.glob("*.done"), *self.folder.glob("*.shard"))))
+        self.progress.update(self.stage, min(int(done), self.total), self.total)
 
 
-def _read_count(path: Path) -> int:
+def _count(path: Path) -> float:
     try:
-        return int(path.read_text() or 0)
+        return float(path.read_text() or 0)
     except (OSError, ValueError):
-        return 0
+        return 0.0
 
 
 def _hello(grid: Grid) -> list[Message]:

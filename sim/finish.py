@@ -25,7 +25,7 @@ def finish(run: RunDirectory, truth: Mapping[tuple[str, str, str], str], cloud: 
     orders = set()
     for seed in experiment.seeds:
         population = open_population(experiment, seed)
-        exclusions.update(population.exclusions())
+        exclusions |= population.exclusions()  # files tell the same for every seed: the most, not the sum
         orders.add(population.order)
     commits = [run.committed(seed, round) for seed in experiment.seeds for round in range(experiment.rounds)]
     run.write_json("summary.json", {
