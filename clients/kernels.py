@@ -59,7 +59,7 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 class Rotary(torch.autograd.Function):
-    """Rotary embedding (Su et al., arXiv 2104.09864), x [rows, tokens, heads, width] -> [rows, heads, tokens, width]."""
+    """Rotary embedding (Su et al., arXiv 2104.09864): [rows, tokens, heads, width] -> [rows, heads, tokens, width]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ class ShortAttention(torch.autograd.Function):
     """Rotary embedding and causal attention of short rows, with the probabilities kept for the backward pass.
 
     qkv [rows, tokens, heads + 2 * groups, width] (query heads, key heads, value heads); cos, sin [1 or rows, 1, tokens,
-    width]; returns [rows, tokens, heads * width]. Below some 200 tokens, batched products beat PyTorch's CPU flash kernel,
-    whose backward pass computes the probabilities anew.
+    width]; returns [rows, tokens, heads * width]. Below some 200 tokens, batched products beat PyTorch's CPU flash
+    kernel, whose backward pass computes the probabilities anew.
     """
 
     @staticmethod
