@@ -34,7 +34,7 @@ def share(message: Message, context: Context) -> Message:
     def work() -> dict[str, Any]:
         executor = _executor(order, context)
         executor.call("share", order["seed"], deadline_s=order["deadline_s"])
-        return {"parts": {}, "columns": {}, "failures": []}
+        return {"parts": {}, "columns": {}, "models": {}, "failures": []}
 
     return _reply(message, guarded(work))
 

@@ -59,7 +59,10 @@ def fetch(worker: Worker, shard: Shard) -> dict[str, Any]:
         table: [worker.run.write_part(table, shard.seed, shard.round, f"fetch-{shard.name}", rows)]
         for table, rows in tables.items()
     }
-    return {"parts": parts, "columns": _columns(devices, orders, by_id, candidates, judged)}
+    models = {f"cloud {reply.model}": reply.fingerprint for reply in replies if reply.model}
+    if judged and any(judged.values()):
+        models[f"encoder {worker.experiment.filters.encoder}"] = f"{worker.encoder.fingerprint} {worker.encoder.dtype}"
+    return {"parts": parts, "columns": _columns(devices, orders, by_id, candidates, judged), "models": models}
 
 
 def _orders(worker: Worker, shard: Shard, device: Device) -> list[CloudRequest]:
@@ -115,6 +118,7 @@ def _ask(worker: Worker, shard: Shard, requests: Sequence[CloudRequest], devices
     client = CloudClient(
         cloud, base_url=worker.endpoint.base_url, model=worker.endpoint.model, variant=worker.endpoint.fingerprint,
         cache=cloud.cache or worker.run.path / "state" / "answers.sqlite",
+        api_key=None if cloud.provider == "openai" else "",  # the run's own gateway never sees the user's key
     )
     return client.ask_sync(requests, on_done)
 

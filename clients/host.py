@@ -83,12 +83,14 @@ def run_pass(
 ) -> dict[str, Any]:
     """Runs one pass (`fetch` or `learn`) over the devices of an order, shard by shard.
 
-    Returns {"parts": {table: [path]}, "columns": {name: [value a device]}, "failures": [...]}. A mistake of the user
+    Returns {"parts": {table: [path]}, "columns": {name: [value a device]}, "models": {name: fingerprint},
+    "failures": [...]}. A mistake of the user
     and a stop raise; a dead worker does not (unless `strict`).
     """
     devices: Sequence[int] = list(order["devices"])
     parts: dict[str, list[str]] = {}
     columns: dict[str, list[Any]] = {}
+    models: dict[str, str] = {}
     failures: list[dict[str, Any]] = []
     arguments = [list(order["samples"])] if method == "learn" else []
     queue = [devices[start : start + shard_size] for start in range(0, len(devices), shard_size)]
@@ -118,11 +120,12 @@ def run_pass(
         progress.with_suffix(".shard").unlink(missing_ok=True)
         for table, paths in reply["parts"].items():
             parts.setdefault(table, []).extend(paths)
+        models |= reply["models"]
         for name, values in reply["columns"].items():
             columns.setdefault(name, []).extend(values)
         finished += len(some)
     progress.write_text(str(finished))
-    return {"parts": parts, "columns": columns, "failures": failures}
+    return {"parts": parts, "columns": columns, "models": models, "failures": failures}
 
 
 def _halves(devices: Sequence[int]) -> Iterator[list[int]]:

@@ -41,7 +41,7 @@ LOSSES_KEPT = 16
 def learn(worker: Worker, shard: Shard, sample_parts: Sequence[str]) -> dict[str, Any]:
     """Runs the pass and stages its tables; `sample_parts` are the round's samples, of all shards (for the placebo).
 
-    Returns {"parts": {table: [path]}, "columns": {name: [value a device]}}.
+    Returns {"parts": {table: [path]}, "columns": {name: [value a device]}, "models": {name: fingerprint}}.
     """
     rows: dict[str, list[dict[str, Any]]] = {"predictions": [], "metrics": [], "training": [], "events": []}
     devices = worker.devices(shard)
@@ -78,7 +78,8 @@ def learn(worker: Worker, shard: Shard, sample_parts: Sequence[str]) -> dict[str
         "trained_tokens": [trained[device.device_id] for device in devices],
         "queries": [len(device.user.queries) for device in devices],
     }
-    return {"parts": parts, "columns": columns}
+    models = {f"base {worker.experiment.model.base}": f"{worker.base.fingerprint} {worker.base.dtype}"}
+    return {"parts": parts, "columns": columns, "models": models}
 
 
 def _reporter(worker: Worker, before: int, devices: int) -> Callable[[int, int], None]:

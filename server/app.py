@@ -6,14 +6,13 @@ import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from server.cloud import open_cloud
 from server.exchange import exchange
-from sim.experiment import Experiment
 from sim.finish import finish
 from sim.population.source import open_population
 from sim.results import RunDirectory
@@ -78,8 +77,10 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
                 # 5. commit: what is not named here never happened.
                 for table, paths in _gather(learned).items():
                     parts.setdefault(table, []).extend(paths)
-                facts = {"totals": dict(totals or {}), "failures": _failures([*asked, *learned])}
-                run.commit(seed, round, parts, facts)
+                replies = [*asked, *learned]
+                models = {name: value for reply in replies for name, value in _result(reply, "models").items()}
+                failures = [failure for reply in replies for failure in _result(reply, "failures")]
+                run.commit(seed, round, parts, {"totals": dict(totals or {}), "models": models, "failures": failures})
                 progress.end()
         truth = cloud.truth()
     finish(run, truth, cloud.facts())
@@ -142,13 +143,10 @@ def _share(hosts: dict[int, int], order: dict) -> list[Message]:
 def _gather(replies: Sequence[Message]) -> dict[str, list[str]]:
     parts: dict[str, list[str]] = {}
     for reply in replies:
-        for table, paths in json.loads(str(reply.content["result"]["parts"])).items():
+        for table, paths in _result(reply, "parts").items():
             parts.setdefault(table, []).extend(paths)
     return parts
 
 
-def _failures(replies: Sequence[Message]) -> list[dict]:
-    return [failure for reply in replies for failure in json.loads(str(reply.content["result"]["failures"]))]
-
-
-__all__ = ["Experiment", "app", "coordinate", "make_app"]
+def _result(reply: Message, name: str) -> Any:
+    return json.loads(str(reply.content["result"][name]))

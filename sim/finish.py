@@ -38,6 +38,8 @@ def finish(run: RunDirectory, truth: Mapping[tuple[str, str, str], str], cloud: 
         },
     })
     environment = run.read_json("environment.json") or {}
-    run.write_json("environment.json", {**environment, "cloud": dict(cloud), "ended": WallClock().timestamp()})
+    models = {name: value for commit in commits if commit for name, value in commit["facts"]["models"].items()}
+    ended = {"models": models, "cloud": dict(cloud), "ended": WallClock().timestamp()}
+    run.write_json("environment.json", {**environment, **ended})
     write_report(run)
     run.drop_parts()

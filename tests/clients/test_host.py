@@ -24,7 +24,8 @@ class Flaky:
             self.once -= set(shard.devices)
             raise WorkerDied("killed by signal 9")
         n = len(shard.devices)
-        return {"parts": {"metrics": [shard.name]}, "columns": {"device": list(shard.devices), "outcome": ["ok"] * n}}
+        columns = {"device": list(shard.devices), "outcome": ["ok"] * n}
+        return {"parts": {"metrics": [shard.name]}, "columns": columns, "models": {}}
 
 
 def _run(tmp_path, executor, devices=range(10), shard=4, strict=False):
