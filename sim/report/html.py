@@ -17,6 +17,7 @@ import pandas as pd
 from markupsafe import Markup, escape
 
 from sim.experiment import ARMS, Experiment, fields
+from sim.package_data import find
 from sim.report import figures, prose
 from sim.report import summary as reading
 from sim.report.fleet import Fleet
@@ -84,7 +85,7 @@ def _read(run: RunDirectory, table: str) -> pd.DataFrame:
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sim.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(find("sim/report/report.html.jinja").parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters.update(
