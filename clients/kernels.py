@@ -95,7 +95,7 @@ class ShortAttention(torch.autograd.Function):
         k = turned[:, heads:].reshape(rows * groups, tokens, width)
         v = qkv[:, :, heads + groups :].transpose(1, 2).reshape(rows * groups, tokens, width)
         bars = _bars(tokens, qkv).expand(rows * heads, tokens, tokens).reshape(rows * groups, -1, tokens)
-        p = torch.softmax(bars.baddbmm_(q, k.transpose(1, 2), alpha=scale), dim=-1)
+        p = torch.softmax(torch.baddbmm(bars, q, k.transpose(1, 2), alpha=scale), dim=-1)
         out = torch.bmm(p, v).view(rows, heads, tokens, width).transpose(1, 2).reshape(rows, tokens, heads * width)
         ctx.save_for_backward(q, k, v, p, cos, sin)
         ctx.sizes = rows, tokens, heads, groups, width, scale

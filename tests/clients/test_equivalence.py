@@ -42,8 +42,8 @@ def test_gradients_equal_peft(kind):
     # One step of Adam with beta1 = beta2 = 0 and a huge eps moves each weight by -rate * gradient / eps.
     eps = 1e9
     settings = TrainSettings(
-        rate * eps, steps=1, batch_size=4, schedule="constant", warmup_ratio=0, weight_decay=0, betas=(0.0, 0.0), eps=eps,
-        max_grad_norm=1e9,
+        rate * eps, steps=1, batch_size=4, schedule="constant", warmup_ratio=0, weight_decay=0, betas=(0.0, 0.0),
+        max_grad_norm=1e9, eps=eps,
     )  # fmt: skip
     after = train(base, [TrainJob("a", examples, settings, spec, state=state)])["a"].state
     for key, before in state.items():
