@@ -85,8 +85,8 @@ def _read(run: RunDirectory, table: str) -> pd.DataFrame:
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(find("sim/report/report.html.jinja").parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(find("sim/report/report.html.jinja").parent), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters.update(
         number=reading.number, interval=reading.interval, p=reading.p_value, metric=reading.metric_name,
