@@ -1,0 +1,134 @@
+"""What the embedded model reads in pretraining: other people's prompts and answers, without their names.
+
+Only users and archetypes of the world's `pretraining` split occur. A document is one prompt with its answer; some
+have items of the same user in front, as the rag arm shows them; some are of a task's auxiliary form.
+"""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from clients.encoding import encode_answer, encode_prompt
+from sim.population.tasks import get_task, rag_prompt
+from sim.population.world import TASKS, World
+from sim.seeding import generator
+
+USERS_A_CHUNK = 96
+RAG_SHARE = 0.22
+AUXILIARY_SHARE = 0.25
+PER_USER = 8
+SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+class Document(NamedTuple):
+    """One prompt and its answer, as text."""
+
+    task: str
+    prompt: str
+    answer: str
+
+
+class Encoded(NamedTuple):
+    """A document as token ids; the answer begins at `answer_at` and ends with the end token."""
+
+    task: str
+    ids: list[int]
+    answer_at: int
+
+
+class Batch(NamedTuple):
+    """Right-padded rows of like length: `ids` and `is_answer` `[rows, tokens]`, `lengths` `[rows]`."""
+
+    ids: np.ndarray
+    is_answer: np.ndarray
+    lengths: np.ndarray
+
+
+def documents(seed: int, chunk: int, split: str = "pretraining", users: int = USERS_A_CHUNK) -> list[Document]:
+    """The documents of `users` users: chunk after chunk, always other ones. Follows from (seed, chunk, split)."""
+    world, rng = World(seed), generator(seed, "corpus", split, chunk)
+    found = []
+    for index in range(chunk * users, (chunk + 1) * users):
+        user = world.user(index, split, history=(PER_USER, PER_USER), queries=PER_USER)
+        for name in TASKS:
+            task, items = get_task(name), user.of_task(name)
+            for query in (q for q in user.queries if q.task == name):
+                shown: Sequence = ()
+                if rng.random() < RAG_SHARE:
+                    most = PER_USER if rng.random() < 0.1 else 4
+                    shown = [items[i] for i in rng.permutation(PER_USER)[: rng.integers(2, most + 1)]]
+                found.append(Document(name, rag_prompt(task, shown, query.input), query.gold))
+            for item in items:
+                if item.form != "query" and rng.random() < AUXILIARY_SHARE:
+                    found.append(Document(name, task.prompt(item.input, form=item.form), item.output))
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def build_tokenizer(seed: int, vocabulary: int, chunks: int = 8) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (so that any text round-trips) trained on the world's texts and some general English."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [text for chunk in range(chunks) for d in documents(seed, chunk) for text in (d.prompt, d.answer)]
+    general = [text for _, text in sorted(pydoc_data.topics.topics.items())][:20]
+    raw.train_from_iterator([*texts, *general], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, found: Sequence[Document]) -> list[Encoded]:
+    """Token ids of documents, as `clients.encoding` gives them to a device."""
+    frame = encode_prompt(tokenizer, "\x00")
+    inside = tokenizer("\x00", add_special_tokens=False)["input_ids"]
+    at = next(i for i in range(len(frame)) if frame[i : i + len(inside)] == inside)
+    before, after = frame[:at], frame[at + len(inside) :]
+    prompts = tokenizer([d.prompt for d in found], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([d.answer for d in found], add_special_tokens=False)["input_ids"]
+    end = encode_answer(tokenizer, "")
+    return [
+        Encoded(d.task, [*before, *p, *after, *a, *end], len(before) + len(p) + len(after))
+        for d, p, a in zip(found, prompts, answers, strict=True)
+    ]
+
+
+def batches(found: Sequence[Encoded], tokens: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """All documents once, in batches of like length and at most `tokens` places, in random order."""
+    order = sorted(range(len(found)), key=lambda i: len(found[i].ids))
+    groups: list[list[int]] = [[]]
+    for i in order:
+        if groups[-1] and (len(groups[-1]) + 1) * len(found[i].ids) > tokens:
+            groups.append([])
+        groups[-1].append(i)
+    for g in rng.permutation(len(groups)):
+        rows = [found[i] for i in groups[g]]
+        width = max(len(row.ids) for row in rows)
+        ids, is_answer = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), bool)
+        for r, row in enumerate(rows):
+            ids[r, : len(row.ids)] = row.ids
+            is_answer[r, row.answer_at : len(row.ids)] = True
+        yield Batch(ids, is_answer, np.array([len(row.ids) for row in rows]))
