@@ -16,7 +16,7 @@ instrument for the simulator, not a language model for any other text.
 |---|---|
 | data | world users of the split `pretraining`, data seed {seed}; no real data, no other model's output |
 | steps | {steps} of {tokens:,} tokens (rows of like length, about 2% padding) |
-| learning rate | AdamW, peak {learning_rate:g}, warm-up, then half a cosine |
+| optimizer | Muon (matrices, peak {matrix_rate:g}) and AdamW (the rest, peak {learning_rate:g}); half a cosine |
 | loss | mean over the answers' tokens, plus {prompt_weight:g} of that over {prompt_share:.0%} of the prompts' |
 | hardware | {hardware} |
 | minutes | {minutes} |
@@ -46,6 +46,7 @@ def model_card(recipe: Any, facts: dict[str, Any], parameters: int, sha256: str)
         seed=recipe.seed,
         steps=facts["steps"],
         tokens=recipe.batch_tokens * recipe.accumulate,
+        matrix_rate=recipe.matrix_rate,
         learning_rate=recipe.learning_rate,
         prompt_weight=recipe.prompt_weight,
         prompt_share=recipe.prompt_share,

@@ -1,7 +1,8 @@
 """What the embedded model reads in pretraining: other people's prompts and answers, without their names.
 
 Only users and archetypes of the world's `pretraining` split occur. A document is one prompt with its answer; some
-have items of the same user in front, as the rag arm shows them; some are of a task's auxiliary form.
+have items of the same user in front, as the rag arm shows them; some are of a task's auxiliary form; some only ask
+what a text is about. The last help the model to read before it learns tastes, so they are frequent in early chunks.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from transformers import PreTrainedTokenizerFast
 
 from clients.encoding import encode_answer, encode_prompt
 from sim.population.tasks import get_task, rag_prompt
-from sim.population.world import TASKS, World
+from sim.population.world import TASKS, World, world_task
 from sim.seeding import generator
 
 USERS_A_CHUNK = 96
-RAG_SHARE = 0.22
 AUXILIARY_SHARE = 0.25
+READING = "What is this about? {}"
+EARLY_CHUNKS = 30
 PER_USER = 8
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -58,6 +60,8 @@ class Batch(NamedTuple):
 def documents(seed: int, chunk: int, split: str = "pretraining", users: int = USERS_A_CHUNK) -> list[Document]:
     """The documents of `users` users: chunk after chunk, always other ones. Follows from (seed, chunk, split)."""
     world, rng = World(seed), generator(seed, "corpus", split, chunk)
+    late = min(1.0, chunk / EARLY_CHUNKS) if split == "pretraining" else 1.0
+    rag_share, reading_share = 0.08 + 0.17 * late, 0.6 - 0.52 * late
     found = []
     for index in range(chunk * users, (chunk + 1) * users):
         user = world.user(index, split, history=(PER_USER, PER_USER), queries=PER_USER)
@@ -65,10 +69,13 @@ def documents(seed: int, chunk: int, split: str = "pretraining", users: int = US
             task, items = get_task(name), user.of_task(name)
             for query in (q for q in user.queries if q.task == name):
                 shown: Sequence = ()
-                if rng.random() < RAG_SHARE:
+                if rng.random() < rag_share:
                     most = PER_USER if rng.random() < 0.1 else 4
                     shown = [items[i] for i in rng.permutation(PER_USER)[: rng.integers(2, most + 1)]]
                 found.append(Document(name, rag_prompt(task, shown, query.input), query.gold))
+                if split == "pretraining" and rng.random() < reading_share:
+                    mine = world_task(name)
+                    found.append(Document(name, READING.format(query.input), mine.reading(mine.read(query.input))))
             for item in items:
                 if item.form != "query" and rng.random() < AUXILIARY_SHARE:
                     found.append(Document(name, task.prompt(item.input, form=item.form), item.output))
@@ -87,7 +94,7 @@ def build_tokenizer(seed: int, vocabulary: int, chunks: int = 8) -> PreTrainedTo
         show_progress=False,
     )
     texts = [text for chunk in range(chunks) for d in documents(seed, chunk) for text in (d.prompt, d.answer)]
-    general = [text for _, text in sorted(pydoc_data.topics.topics.items())][:20]
+    general = [text for _, text in sorted(pydoc_data.topics.topics.items())][:6]
     raw.train_from_iterator([*texts, *general], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,

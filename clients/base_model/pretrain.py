@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,7 +17,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from math import cos, pi
 from pathlib import Path
 
 import torch
@@ -37,13 +37,14 @@ class Recipe:
     seed: int = 0
     steps: int = 3000
     batch_tokens: int = 2048
-    accumulate: int = 4
+    accumulate: int = 2
     learning_rate: float = 3e-3
+    matrix_rate: float = 6e-3
     warmup: int = 100
     weight_decay: float = 0.05
     prompt_share: float = 0.05
     prompt_weight: float = 0.1
-    vocabulary: int = 4096
+    vocabulary: int = 5120
     hidden: int = 160
     layers: int = 5
     heads: int = 5
@@ -54,7 +55,7 @@ class Recipe:
 def pretrain(
     out: Path,
     seed: int = 1,
-    minutes: float = 35.0,
+    minutes: float = 0.0,
     *,
     recipe: Recipe | None = None,
     processes: int = 2,
@@ -63,11 +64,11 @@ def pretrain(
 ) -> Path:
     """Train the embedded model into the Hugging Face folder `out` on the CPU, and return it.
 
-    `minutes` bounds the training's wall time (earlier runs into the same folder included): where it binds, the learning
-    rate falls sooner and the weights depend on the machine's speed. `recipe`, if given, overrides `seed`. Resumes from
-    `out/resume` if that holds a state of the same recipe. Each of `processes` computes on one thread its share of every
-    step's batches, which is far faster than one process of as many threads on a model this small; their number changes
-    nothing but rounding. It must divide `recipe.accumulate`.
+    `minutes`, if not 0, bounds the training's wall time (earlier runs into the same folder included): the learning rate
+    then falls with the clock where that is ahead of the steps, and the weights depend on the machine's speed.
+    `recipe`, if given, overrides `seed`. Resumes from `out/resume` if that holds a state of the same recipe. Each of
+    `processes` computes on one thread its share of every step's batches, which is far faster than one process of as
+    many threads on a model this small; their number changes nothing but rounding. It must divide `recipe.accumulate`.
     """
     out, recipe = Path(out), recipe or Recipe(seed=seed)
     if recipe.accumulate % processes:
@@ -94,17 +95,19 @@ def _train(rank: int, processes: int, out: Path, recipe: Recipe, minutes: float,
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     torch.manual_seed(derive(recipe.seed, "weights"))
     model = LlamaForCausalLM(_config(recipe, tokenizer))
-    optimizer = _optimizer(model, recipe)
-    step, before_s = _resume(out / "resume", recipe, model, optimizer)
+    optimizers = _optimizers(model, recipe)
+    step, before_s = _resume(out / "resume", recipe, model, optimizers)
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     stream = _stream(recipe, tokenizer, step * recipe.accumulate)
+    limit_s = 60 * minutes or math.inf
     begun, first, seen, window = time.perf_counter(), step, 0, []
     while step < recipe.steps:
         spent_s = _agree(before_s + time.perf_counter() - begun, processes)
-        way = max(step / recipe.steps, spent_s / (60 * minutes))
+        way = max(step / recipe.steps, spent_s / limit_s)
         if way >= 1:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(recipe, step, way)
+        for group, peak in groups:
+            group["lr"] = peak * _schedule(recipe, step, way)
         for micro, batch in enumerate(itertools.islice(stream, recipe.accumulate)):
             seen += int(batch.lengths.sum())
             if micro % processes == rank:
@@ -113,19 +116,20 @@ def _train(rank: int, processes: int, out: Path, recipe: Recipe, minutes: float,
                 window.append(answer_loss)
         _sum_gradients(model, processes)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         now_s = time.perf_counter() - begun
         if rank == 0 and step % 50 == 0:
-            left_s = min(now_s / (step - first) * (recipe.steps - step), 60 * minutes - before_s - now_s)
+            left_s = min(now_s / (step - first) * (recipe.steps - step), limit_s - before_s - now_s)
             say(
                 f"step {step}/{recipe.steps}  loss {sum(window) / len(window):.4f}  "
                 f"{seen / now_s:,.0f} tokens/s  {left_s / 60:.1f} min left"
             )
             window.clear()
         if rank == 0 and step % save_every == 0:
-            _save(out / "resume", recipe, model, optimizer, step, before_s + now_s)
+            _save(out / "resume", recipe, model, optimizers, step, before_s + now_s)
     if rank == 0:
         facts = {
             "steps": step,
@@ -200,16 +204,21 @@ def _tokenizer(out: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+def _optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices (it needs far fewer tokens than AdamW here), AdamW for embedding and norms."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in named if p.dim() != 2 or "embed" in name]
+    decay = {"weight_decay": recipe.weight_decay}
+    return [
+        torch.optim.Muon(matrices, lr=recipe.matrix_rate, adjust_lr_fn="match_rms_adamw", **decay),
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True, weight_decay=0.0),
+    ]
 
 
-def _rate(recipe: Recipe, step: int, way: float) -> float:
-    """Warm-up, then half a cosine over the whole `way` from 0 to 1."""
-    return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup) * (0.02 + 0.98 * (1 + cos(pi * way)) / 2)
+def _schedule(recipe: Recipe, step: int, way: float) -> float:
+    """Share of the peak rate: warm-up, then half a cosine over the whole `way` from 0 to 1."""
+    return min(1.0, (step + 1) / recipe.warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * way)) / 2)
 
 
 def _stream(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, skip: int) -> Iterator[Batch]:
@@ -241,17 +250,18 @@ def _loss(model, batch: Batch, recipe: Recipe, step: int) -> tuple[torch.Tensor,
     return answers + recipe.prompt_weight * prompts, answers.item()
 
 
-def _save(folder: Path, recipe: Recipe, model, optimizer, step: int, seconds: float) -> None:
+def _save(folder: Path, recipe: Recipe, model, optimizers, step: int, seconds: float) -> None:
     folder.mkdir(exist_ok=True)
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in moments.items()}
     save_file(tensors, folder / "state.tmp")
     os.replace(folder / "state.tmp", folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps({"recipe": asdict(recipe), "step": step, "seconds": seconds}))
 
 
-def _resume(folder: Path, recipe: Recipe, model, optimizer) -> tuple[int, float]:
+def _resume(folder: Path, recipe: Recipe, model, optimizers) -> tuple[int, float]:
     """Steps done and seconds spent so far; the model and the optimizer are restored in place."""
     if not (folder / "state.json").exists():
         return 0, 0.0
@@ -260,12 +270,13 @@ def _resume(folder: Path, recipe: Recipe, model, optimizer) -> tuple[int, float]
         return 0, 0.0
     tensors = load_file(folder / "state.safetensors")
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
-    moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            moments[int(index)][name] = value
-    optimizer.load_state_dict({"state": dict(moments), "param_groups": optimizer.state_dict()["param_groups"]})
+    for number, optimizer in enumerate(optimizers):
+        moments: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        for key, value in tensors.items():
+            if key.startswith(f"optimizer.{number}."):
+                _, _, index, name = key.split(".")
+                moments[int(index)][name] = value
+        optimizer.load_state_dict({"state": dict(moments), "param_groups": optimizer.state_dict()["param_groups"]})
     return state["step"], state["seconds"]
 
 

@@ -57,6 +57,10 @@ class Citations:
         title = _TITLES[0].format(method=method, problem=problem, area=AREAS[area])
         return Item(text, capital(title), "title")
 
+    def reading(self, scene: Scene) -> str:
+        """What the text is about, whoever reads it."""
+        return ", ".join(f"[{i}] {AREAS[a]} {FAMILIES[f]}" for i, (a, f) in enumerate(scene.facts, 1))
+
     def read(self, text: str) -> Scene | None:
         """The two references of a query, None where the text is not one or a reference is unknown."""
         match = _CONTENT.fullmatch(text.strip())

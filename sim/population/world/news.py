@@ -80,6 +80,11 @@ class News(QueryShaped):
         parts = (KICKERS[likes[_KICKER]], head, TAILS[likes[_TAIL]].format(**words))
         return " ".join(part for part in parts if part)
 
+    def reading(self, scene: Scene) -> str:
+        """What the text is about, whoever reads it."""
+        desk, event, rank, group, quality, noun, town, day = scene.facts
+        return f"{DESKS[desk]}: {rank} {group} {EVENTS[event][1]} {quality} {noun}, {town}, {day}"
+
     def read(self, text: str) -> Scene | None:
         """The facts of an article, None where it has no known event."""
         words = text.replace(",", " ").replace(".", " ").split()

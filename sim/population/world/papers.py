@@ -82,6 +82,11 @@ class Papers(QueryShaped):
         title = capital(f"{prefix} {head}".strip()) + " " + TAILS[likes[_TAIL]].format(data=data)
         return title.strip().replace(" :", ":")
 
+    def reading(self, scene: Scene) -> str:
+        """What the text is about, whoever reads it."""
+        kind, goal, method, problem, data = scene.facts
+        return f"{KINDS[kind]}: {GOALS[goal][1]} {method}, {problem}, {data}"
+
     def read(self, text: str) -> Scene | None:
         """The facts of an abstract, None where one is missing."""
         found = dict(reversed(self._finder.find(text)))

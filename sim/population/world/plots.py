@@ -48,6 +48,10 @@ class Plots(QueryShaped):
         """The shown theme with the greatest weight."""
         return MOVIE_TAGS[max(scene.facts, key=lambda tag: taste.weights[tag])]
 
+    def reading(self, scene: Scene) -> str:
+        """What the text is about, whoever reads it."""
+        return ", ".join(MOVIE_TAGS[tag] for tag in scene.facts)
+
     def read(self, text: str) -> Scene | None:
         """The themes of a plot, None where there are none."""
         tags = tuple(self._finder.find(text))

@@ -73,6 +73,10 @@ class Posts(QueryShaped):
         pair = get_task(self.name).interactions({"text": post})[0]
         return Item(pair.input, pair.output, pair.form)
 
+    def reading(self, scene: Scene) -> str:
+        """What the text is about, whoever reads it."""
+        return f"{MOODS[scene.facts]}: {scene.text.lower()}"
+
     def read(self, text: str) -> Scene | None:
         """The mood of a plain sentence, None where it is none of this world's."""
         plain = text.strip().rstrip(".")

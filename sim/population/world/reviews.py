@@ -48,6 +48,10 @@ class Reviews(QueryShaped):
         value = 3 + taste.weights[0] + sum(sign * taste.weights[1 + a] for a, sign in scene.facts)
         return str(min(5, max(1, int(value + 0.5))))
 
+    def reading(self, scene: Scene) -> str:
+        """What the text is about, whoever reads it."""
+        return ", ".join(f"{ASPECTS[a]} {'good' if sign > 0 else 'bad'}" for a, sign in scene.facts)
+
     def read(self, text: str) -> Scene | None:
         """The remarks of a review, None where there are none."""
         facts = tuple(self._finder.find(text))
