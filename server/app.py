@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, R
 from flwr.serverapp import Grid, ServerApp
 
 from server.cloud import open_cloud
-from server.exchange import exchange
+from server.exchange import exchange, nodes
 from sim.finish import finish
 from sim.population.source import open_population
 from sim.results import RunDirectory
@@ -41,7 +41,8 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
     deadline_s = experiment.engine.deadline_s
     arrays = ArrayRecord()
     with open_cloud(experiment, run) as cloud:
-        hosts = exchange(grid, _hello(grid), deadline_s, stop)
+        found = nodes(grid, max(1, experiment.engine.hosts), deadline_s, stop)
+        hosts = exchange(grid, _hello(found), deadline_s, stop)
         done = sum(run.committed(s, r) is not None for s in experiment.seeds for r in range(experiment.rounds))
         progress.start(experiment.seeds, experiment.rounds, done)
         strategy.hosts = {int(m.content["host"]["partition"]): m.metadata.src_node_id for m in hosts}
@@ -130,9 +131,9 @@ def _count(path: Path) -> float:
         return 0.0
 
 
-def _hello(grid: Grid) -> list[Message]:
+def _hello(nodes: Sequence[int]) -> list[Message]:
     kind = f"{MessageType.QUERY}.hello"
-    return [Message(RecordDict(), dst_node_id=node, message_type=kind) for node in grid.get_node_ids()]
+    return [Message(RecordDict(), dst_node_id=node, message_type=kind) for node in nodes]
 
 
 def _share(hosts: dict[int, int], order: dict) -> list[Message]:

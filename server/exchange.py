@@ -20,6 +20,26 @@ TRIES = 3
 """How often a host is asked before its failure inside Flower (a dead actor) counts. A pass may be run again."""
 
 
+def nodes(grid: Grid, at_least: int, deadline_s: float, stop: threading.Event) -> list[int]:
+    """The node ids, once at least so many are there and no more arrive: nodes register while the server starts.
+
+    Raises ResumableStop when `stop` is set or the deadline passes.
+    """
+    clock = WallClock()
+    end_s = clock.now_s() + deadline_s
+    last, steady = -1, 0
+    while steady < 3:
+        found = sorted(grid.get_node_ids())
+        steady = steady + 1 if len(found) == last and len(found) >= at_least else 0
+        last = len(found)
+        if stop.is_set():
+            raise ResumableStop("interrupted")
+        if clock.now_s() > end_s:
+            raise ResumableStop(f"{last} of {at_least} Flower nodes registered within {deadline_s} s")
+        clock.sleep(POLL_S)
+    return found
+
+
 def exchange(
     grid: Grid,
     messages: Iterable[Message],
