@@ -17,6 +17,7 @@ from clients.adapters import AdapterStack
 from clients.base import FrozenBase
 from clients.cache import RoomyCache
 from clients.encoding import truncate_prompt
+from clients.gemm import fast_products
 from clients.lora_layers import Route
 from clients.memory import is_out_of_memory
 from sim.seeding import generator
@@ -72,7 +73,7 @@ def generate(
         if progress is not None:
             progress(done, len(rows))
 
-    with torch.inference_mode():
+    with torch.inference_mode(), fast_products():
         for batch in _batches(wanted, prompts, rows, batch_size or BATCH_ROWS.get(base.device.type, 128)):
             _halving(decode, batch, base.device)
     return answers
@@ -103,7 +104,7 @@ def label_scores(
             lengths = [len(label) if normalize else 1 for label in labels[index]]
             found[index] = [score / length for score, length in zip(of_row, lengths, strict=True)]
 
-    with torch.inference_mode():
+    with torch.inference_mode(), fast_products():
         wanted = [index for index, of_row in enumerate(labels) if of_row]
         per_row = max((len(labels[index]) for index in wanted), default=1)
         for batch in _batches(wanted, prompts, rows, max(1, size // per_row)):

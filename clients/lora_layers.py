@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-from clients.gemm import frozen_linear, product
 
 
 @dataclass
@@ -143,7 +142,7 @@ def adapted_linear(
     """x @ weight.T + bias plus every row's own adapter; x [rows, ..., in] -> [rows, ..., out]."""
     part = route.parts.get(key) if route is not None and route.adapted else None
     if part is None:
-        return frozen_linear(x, weight, bias)
+        return F.linear(x, weight, bias)
     if x.shape[0] != route.rows:
         raise NotImplementedError(
             f"layer {key} sees {x.shape[0]} leading rows where the batch has {route.rows}: adapters on layers that "
@@ -155,7 +154,7 @@ def adapted_linear(
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, part: Part, route: Route):
-    y = product(x, weight, bias)
+    y = F.linear(x, weight, bias)
     inputs = route.spread(x).to(part.A.dtype)
     mask = route.dropout(part.names[0], route, x) if route.dropout is not None else None
     if mask is not None:
@@ -196,7 +195,7 @@ class _AdaptedLinear(torch.autograd.Function):
         part.grad_A.baddbmm_(grad_low.transpose(1, 2), ctx.inputs)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = product(grad, ctx.weight.t())
+            grad_x = F.linear(grad, ctx.weight.t())
             if route.regular and ctx.mask is None and grad_x.dtype == grad_low.dtype:
                 grad_x[: route.adapted].view(route.groups, -1, grad_x.shape[-1]).baddbmm_(grad_low, part.A)
             else:

@@ -20,6 +20,7 @@ from torch import Tensor
 from clients.adapters import AdapterStack
 from clients.base import FrozenBase
 from clients.encoding import truncate_prompt
+from clients.gemm import fast_products
 from clients.jobs import Example, TrainJob, TrainSettings, batch_plan
 from clients.lora_layers import Route
 from clients.memory import activation_bytes_per_token, budget_bytes, is_out_of_memory
@@ -76,7 +77,8 @@ def train(
         raise ValueError("two jobs have the same key")
     if not jobs:
         return {}
-    return _Engine(base, jobs, memory_bytes, max_cohort, pass_tokens, progress).run()
+    with fast_products():
+        return _Engine(base, jobs, memory_bytes, max_cohort, pass_tokens, progress).run()
 
 
 @dataclass(eq=False)
