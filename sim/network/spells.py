@@ -1,0 +1,254 @@
+"""When something is up: alternating spells, known in closed form, so that nothing is ever stepped through time.
+
+A link, a charger and an idle phone are all such spells. Whatever the kind, one question is enough: what is the state at
+a time, and until when does it surely stay so? Asked with rising times, the answers cost constant memory.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from sim.clock import DAY_S, HOUR_S
+from sim.seeding import derive, generator
+
+CHUNK = 64
+"""Up and down spells drawn at once."""
+
+SIGMA = 1.0
+"""Of the logarithm of a log-normal spell: half of the time falls into the longest sixth of the spells."""
+
+
+class Spells(Protocol):
+    """Up or down, in turns."""
+
+    def at(self, time_s: float) -> tuple[bool, float]:
+        """(up, until): the state at `time_s`, which holds at least until `until` > time_s (inf: for ever)."""
+        ...
+
+
+def next_up(spells: Spells, time_s: float, end_s: float) -> float | None:
+    """The first moment from `time_s` on, and before `end_s`, at which they are up; None if there is none."""
+    while time_s < end_s:
+        up, until_s = spells.at(time_s)
+        if up:
+            return time_s
+        time_s = until_s
+    return None
+
+
+def up_until(spells: Spells, time_s: float, end_s: float = math.inf) -> float:
+    """The end of the up spell around `time_s` (exact if before `end_s`); `time_s` itself if they are down."""
+    now_s = time_s
+    while now_s < end_s:
+        up, until_s = spells.at(now_s)
+        if not up:
+            return now_s
+        now_s = until_s
+    return now_s
+
+
+def ups(spells: Spells, start_s: float, end_s: float) -> Iterator[tuple[float, float]]:
+    """The up spells within [start_s, end_s), cut to it."""
+    while (start := next_up(spells, start_s, end_s)) is not None:
+        start_s = min(up_until(spells, start, end_s), end_s)
+        yield start, start_s
+
+
+def seconds_up(spells: Spells, start_s: float, end_s: float) -> float:
+    """How long they are up within [start_s, end_s)."""
+    return sum(end - start for start, end in ups(spells, start_s, end_s))
+
+
+class _Forever:
+    def __init__(self, up: bool):
+        self.up = up
+
+    def at(self, time_s: float) -> tuple[bool, float]:
+        return self.up, math.inf
+
+
+ALWAYS: Spells = _Forever(True)
+NEVER: Spells = _Forever(False)
+
+
+class Both:
+    """Up when all of several are up."""
+
+    def __init__(self, *several: Spells):
+        self.several = several
+
+    def at(self, time_s: float) -> tuple[bool, float]:
+        change, down_until = math.inf, -math.inf
+        for spells in self.several:
+            up, until = spells.at(time_s)
+            if not up:
+                down_until = max(down_until, until)
+            change = min(change, until)
+        return (True, change) if down_until == -math.inf else (False, down_until)
+
+
+def all_of(several: Sequence[Spells]) -> Spells:
+    """`Both`, without the spells that are always up."""
+    several = [spells for spells in several if spells is not ALWAYS]
+    return Both(*several) if len(several) > 1 else several[0] if several else ALWAYS
+
+
+class Windows:
+    """Up (or, `inside_up=False`, down) within given [start, end) windows, in rising order and apart; looped if a
+    period is given: `time_s + phase_s` is then taken modulo it.
+    """
+
+    def __init__(
+        self, windows: Sequence[tuple[float, float]], inside_up: bool = True, period_s: float = math.inf,
+        phase_s: float = 0.0,
+    ):  # fmt: skip
+        self.edges = array("d", [edge for window in windows for edge in window])
+        if any(b < a for a, b in zip(self.edges, self.edges[1:], strict=False)) or (
+            self.edges and (self.edges[0] < 0 or self.edges[-1] > period_s)
+        ):
+            raise ValueError("windows must rise, stand apart and lie within the period")
+        self.inside_up, self.period_s, self.phase_s = inside_up, period_s, phase_s
+
+    def at(self, time_s: float) -> tuple[bool, float]:
+        loop = 0.0
+        if self.period_s != math.inf:
+            loop = math.floor((time_s + self.phase_s) / self.period_s) * self.period_s
+        shift = loop - self.phase_s
+        index = bisect_right(self.edges, time_s - shift)
+        until = shift + (self.edges[index] if index < len(self.edges) else self.period_s)
+        if until <= time_s:  # rounding at an edge
+            until = math.nextafter(time_s, math.inf)
+        return (index % 2 == 1) == self.inside_up, until
+
+
+class Daily:
+    """Up every day from about one hour to about another (past midnight if it is the smaller), for one device.
+
+    Each day's start and end are shifted by normal draws with standard deviation `jitter_s`, from (seed, device, day,
+    purpose); a device is as early or late as it usually is (half of the variance) and as it happens to be (the other).
+    """
+
+    def __init__(self, seed: int, device: str, purpose: str, hours: tuple[float, float], jitter_s: float = HOUR_S):
+        self.words = (seed, device)
+        self.purpose = purpose
+        self.start_s = hours[0] * HOUR_S
+        self.length_s = ((hours[1] - hours[0]) % 24) * HOUR_S
+        self.jitter_s = jitter_s * math.sqrt(0.5)
+        self._habit = self._draw("habit")
+        self._days: dict[int, tuple[float, float]] = {}
+
+    def at(self, time_s: float) -> tuple[bool, float]:
+        day = math.floor(time_s / DAY_S)
+        for each in (day - 1, day, day + 1, day + 2):
+            start, end = self._window(each)
+            if start <= time_s < end:
+                return True, end
+            if time_s < start:
+                return False, start
+        raise AssertionError("a window opens every day")
+
+    def _window(self, day: int) -> tuple[float, float]:
+        if day not in self._days:
+            if len(self._days) > 8:
+                self._days.clear()
+            own = self._draw(day)
+            shifts = [self.jitter_s * (habit + today) for habit, today in zip(self._habit, own, strict=True)]
+            least, most = day * DAY_S + self.start_s - DAY_S / 2, day * DAY_S + self.start_s + DAY_S / 2 - 1.0
+            start = min(max(day * DAY_S + self.start_s + shifts[0], least), most)
+            length = min(max(self.length_s + shifts[1] - shifts[0], 0.0), DAY_S)
+            self._days[day] = start, start + length
+        return self._days[day]
+
+    def _draw(self, what: object) -> tuple[float, float]:
+        """Two independent standard normals (Box-Muller)."""
+        first = (derive(*self.words, self.purpose, what, "r") + 1) / (2**63 + 1)
+        angle = 2 * math.pi * derive(*self.words, self.purpose, what, "a") / 2**63
+        radius = math.sqrt(-2 * math.log(first))
+        return radius * math.cos(angle), radius * math.sin(angle)
+
+
+class OnOff:
+    """A renewal process of up and down spells with given means, in its stationary state at time 0.
+
+    `distribution`: exponential, constant or lognormal. `rhythm` loses up spells that start near `quiet_hour`: a share
+    rhythm * (1 + cos(2 pi (hour - quiet_hour) / 24)) / 2 of them, so for spells that are short against a day the share
+    of time up is that much lower, hour by hour, and `rhythm / 2` lower over all.
+
+    Drawn in chunks from (seed, device, chunk, purpose). Spells that ended before `forget` are dropped.
+    """
+
+    def __init__(
+        self, seed: int, device: str, mean_up_s: float, mean_down_s: float, distribution: str = "exponential",
+        rhythm: float = 0.0, quiet_hour: float = 3.0, purpose: str = "link",
+    ):  # fmt: skip
+        if distribution not in ("exponential", "constant", "lognormal"):
+            raise ValueError(f"unknown distribution {distribution}")
+        self.words = (seed, device, purpose)
+        self.means = (mean_up_s, mean_down_s)
+        self.distribution, self.rhythm, self.quiet_s = distribution, rhythm, quiet_hour * HOUR_S
+        self._restart()
+
+    def at(self, time_s: float) -> tuple[bool, float]:
+        if time_s < self._from:
+            self._restart()
+        while not self._edges or self._edges[-1] <= time_s:
+            self._extend()
+        index = bisect_right(self._edges, time_s)
+        return index % 2 == 1, self._edges[index]
+
+    def forget(self, before_s: float) -> None:
+        """Drops what lies before; asking for it again is answered all the same, by drawing from the beginning."""
+        keep = bisect_right(self._edges, before_s) // 2 * 2 - 2
+        if keep >= CHUNK:
+            self._edges = self._edges[keep:]
+            self._from = self._edges[0]
+
+    def _restart(self) -> None:
+        rng = generator(*self.words, "start")
+        up_s, down_s = self.means
+        up = bool(rng.random() * (up_s + down_s) < up_s)
+        self._last = self._residual(rng, up_s if up else down_s)
+        self._edges = array("d")  # start, end, start, end, ... of the up spells
+        if up and not (self.rhythm and rng.random() < self._loss(0.0)):
+            self._edges.extend([0.0, self._last])
+        self._from, self._chunk, self._in_gap = 0.0, 0, not up
+
+    def _residual(self, rng: np.random.Generator, mean_s: float) -> float:
+        """What is left of the spell that a random moment falls into: a uniform part of a length-biased spell."""
+        if self.distribution == "exponential":
+            return float(rng.exponential(mean_s))
+        if self.distribution == "constant":
+            return float(rng.random() * mean_s)
+        biased = rng.lognormal(math.log(mean_s) + SIGMA**2 / 2, SIGMA)
+        return float(rng.random() * biased)
+
+    def _lengths(self, rng: np.random.Generator, mean_s: float) -> np.ndarray:
+        if self.distribution == "exponential":
+            return rng.exponential(mean_s, CHUNK)
+        if self.distribution == "constant":
+            return np.full(CHUNK, mean_s)
+        return rng.lognormal(math.log(mean_s) - SIGMA**2 / 2, SIGMA, CHUNK)
+
+    def _loss(self, start_s: Any) -> Any:
+        return self.rhythm * (1 + np.cos(2 * math.pi * (start_s - self.quiet_s) / DAY_S)) / 2
+
+    def _extend(self) -> None:
+        rng = generator(*self.words, self._chunk)
+        self._chunk += 1
+        downs, lengths = self._lengths(rng, self.means[1]), self._lengths(rng, self.means[0])
+        if self._in_gap:  # the gap around time 0 is drawn already
+            downs[0], self._in_gap = 0.0, False
+        edges = self._last + np.cumsum(np.column_stack([downs, lengths]))
+        self._last = float(edges[-1])
+        if self.rhythm:
+            kept = rng.random(CHUNK) >= self._loss(edges[::2])
+            edges = edges.reshape(-1, 2)[kept].ravel()
+            if not len(edges):  # all lost: the gap goes on
+                edges = np.array([self._last, self._last])
+        self._edges.frombytes(np.ascontiguousarray(edges, dtype=np.float64).tobytes())
