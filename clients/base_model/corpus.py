@@ -23,7 +23,7 @@ from sim.seeding import generator
 USERS_A_CHUNK = 96
 AUXILIARY_SHARE = 0.25
 READING = "What is this about? {}"
-EARLY_CHUNKS = 30
+EARLY_CHUNKS = 20
 PER_USER = 8
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (

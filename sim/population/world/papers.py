@@ -63,8 +63,8 @@ class Papers(QueryShaped):
         text = pick(
             rng,
             (
-                f"{claim} {method} can handle {problem} {aim}. The evidence comes from {data}. {venue}.",
-                f"Progress on {problem} is slow, and {data} are rarely used. {claim} {method} can help {aim}. {venue}.",
+                f"{claim} {method} can handle {problem} {aim}. Evidence comes from {data}. {venue}.",
+                f"Progress on {problem} is slow and {data} are rare. {claim} {method} can help {aim}. {venue}.",
                 f"{capital(aim)}, work on {problem} is a challenge. {claim} {method} can address it, using {data}. "
                 f"{venue}.",
             ),
