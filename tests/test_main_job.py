@@ -1,0 +1,172 @@
+"""The main job, end to end, through the command: what a run leaves behind, and what a mistake is told."""
+
+import http.server
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from clients.base_model import resolve
+from sim.experiment import Experiment
+from sim.results import TABLES, RunDirectory
+from tests.conftest import ARMS, settings, untether
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    return RunDirectory.open(finished[0])
+
+
+def test_the_run_directory_holds_the_whole_contract(run):
+    names = [f"{table}.parquet" for table in TABLES]
+    for name in [*names, "experiment.toml", "environment.json", "summary.json", "report.html", "tables", "figures"]:
+        assert (run.path / name).exists(), name
+    for table in TABLES:
+        assert len(run.read(table)), f"{table} is empty"
+    environment = run.read_json("environment.json")
+    assert environment["prompts"]["samples_user"] and environment["ended"] >= environment["started"]
+    assert {name.split()[0] for name in environment["models"]} == {"base", "encoder", "cloud"}
+    assert not (run.path / "state" / "parts").exists(), "parts are gone once the tables hold their rows"
+
+
+def test_every_arm_answers_every_query_once(run):
+    predictions = run.read("predictions")
+    assert not predictions.duplicated(["device_id", "arm", "query_id"]).any()
+    counts = predictions.groupby(["arm", "task"]).size().unstack()
+    assert set(counts.index) == set(ARMS)
+    assert (counts.drop("majority") == 9).all(axis=None)
+    assert np.isnan(counts.loc["majority", "LaMP_4"]), "free text has no majority"
+    assert (predictions["outcome"] == "ok").all()
+
+
+def test_summary_means_are_those_of_the_predictions(run):
+    rows = run.read_json("summary.json")["rows"]
+    predictions = run.read("predictions")
+    checked = 0
+    for row in rows:
+        if row["reference"] is None and row["metric"] in ("accuracy", "mae", "rouge1"):
+            own = predictions[(predictions["arm"] == row["arm"]) & (predictions["task"] == row["task"])]
+            by_user = own.groupby("user_id")["score"].mean()
+            assert row["mean"] == pytest.approx(by_user.mean()), (row["arm"], row["task"])
+            checked += 1
+    assert checked == 3 * len(ARMS) - 1
+
+
+def test_queries_are_later_than_all_that_was_uploaded(run):
+    predictions, ledger = run.read("predictions"), run.read("ledger")
+    answered = set(predictions["query_id"])
+    augmentation = ledger[~ledger["request_id"].str.contains("-q")]
+    assert len(augmentation) and not set(augmentation["item_id"]) & answered, "no query is uploaded for samples"
+
+
+def test_samples_carry_scores_verdicts_and_the_truth(run):
+    samples = run.read("samples")
+    assert set(samples["verdict"]) <= {"accepted", *(f"rejected_by:{name}" for name in
+                                       ("semantic", "diversity", "length", "leak"))}  # fmt: skip
+    assert samples["truth"].notna().all()
+    accepted = samples[samples["verdict"] == "accepted"]
+    limits = run.experiment.filters
+    assert accepted["semantic"].between(limits.semantic.low, limits.semantic.high).all()
+    assert (1 - accepted["diversity"] <= limits.diversity.max_similarity + 1e-6).all()
+
+
+def test_training_arms_differ_only_by_what_the_design_says(run):
+    steps = run.read("training").groupby(["device_id", "arm"])["step"].max().unstack() + 1
+    assert (steps == 3).all(axis=None), "training.steps = 3 for every arm"
+    versions = run.read("predictions").groupby(["device_id", "arm"])["adapter_version"].nunique().unstack()
+    for arm in ("local", "placebo", "collaborative"):
+        assert (versions[arm] == 1).all()
+    assert (versions["frozen"] == 0).all()
+
+
+def test_an_exported_adapter_loads_in_peft_and_changes_the_model(run, tmp_path):
+    done = untether("export", str(run.path), str(tmp_path / "adapter"), "--device", "d00001")
+    assert done.returncode == 0, done.stderr
+    base = AutoModelForCausalLM.from_pretrained(resolve("embedded"), dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert not torch.allclose(adapted(ids).logits, before)
+    wrong = untether("export", str(run.path), str(tmp_path / "other"), "--device", "d00009")
+    assert wrong.returncode == 2 and "d00000 to d00002" in wrong.stderr
+
+
+def test_the_terminal_shows_progress_a_table_and_where_things_are(finished):
+    path, shown = finished
+    for words in ("devices", "elapsed", "collaborative", "rouge-1", "run directory", str(path), "report.html"):
+        assert words.lower() in shown.lower(), words
+    assert "Traceback" not in shown and "(raylet)" not in shown
+
+
+def test_a_finished_run_can_be_reported_again_and_is_not_overwritten(finished):
+    path, shown = finished
+    again = untether("report", str(path))
+    assert again.returncode == 0 and "collaborative" in again.stdout
+    refused = untether("run", "--out", str(path), *settings({"population.users": "3"}))
+    assert refused.returncode == 2 and "already holds a run" in refused.stderr
+
+
+class _Refusing(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.dumps({"error": {"message": "Incorrect API key provided", "code": "invalid_api_key"}}).encode()
+        self.send_response(401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_endpoint_that_refuses_the_key_is_the_users_mistake(tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MY_KEY", "sk-secret-words")
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    values = {"population.users": "2", "population.tasks": "LaMP_3", "cloud.provider": "openai", "cloud.base_url": url,
+              "cloud.model": "gpt-x", "cloud.api_key_env": "MY_KEY"}  # fmt: skip
+    done = untether("run", "--out", str(tmp_path / "run"), *settings(values))
+    server.shutdown()
+    assert done.returncode == 2
+    assert url in done.stderr and "MY_KEY" in done.stderr
+    assert "sk-secret-words" not in done.stdout + done.stderr + (tmp_path / "run" / "log.txt").read_text()
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"strategy.name": "fedavg"}, "Known: private"),
+        ({"population.tasks": "LaMP_9"}, "LaMP_9"),
+        ({"model.base": "/nowhere/model"}, "model.base"),
+        ({"cloud.provider": "opnai"}, "Did you mean `openai`"),
+        ({"population.source": "lamp", "population.path": "/nowhere"}, "/nowhere"),
+        ({"filters.order": "semantic,length,taste"}, "taste"),
+        ({"cloud.provider": "openai", "cloud.base_url": "https://api.example.com/v1", "cloud.model": "m",
+          "cloud.api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_anything_starts(tmp_path, values, said):
+    done = untether("run", "--out", str(tmp_path / "run"), *settings(values))
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lamp_folder_without_outputs(tmp_path):
+    (tmp_path / "dev_questions.json").write_text("[]")
+    done = untether("run", *settings({"population.source": "lamp", "population.path": str(tmp_path)}))
+    assert done.returncode == 2 and "dev_outputs.json" in done.stderr
+
+
+def test_help_and_show_list_every_field():
+    shown = untether("experiment", "show")
+    helped = untether("run", "--help")
+    assert shown.returncode == helped.returncode == 0
+    assert Experiment.model_validate(__import__("tomllib").loads(shown.stdout)) == Experiment()
+    for field in ("lora.rank", "cloud.samples", "filters.semantic.low", "population.path", "strategy.name"):
+        assert field in helped.stdout
