@@ -17,7 +17,8 @@ def test_every_stage_runs_on_real_histories(tmp_path, task):
     values = {
         "population.source": "lamp", "population.path": str(Path(DATA) / "lamp" / task), "population.users": "20",
         "population.queries": "2", "population.max_history": "8", "cloud.samples": "8", "training.epochs": "1",
-        "population.shared_users": "3", "arms": "frozen,majority,shared,rag,local,local_matched,placebo,collaborative,cloud",
+        "population.shared_users": "3",
+        "arms": "frozen,majority,shared,rag,local,local_matched,placebo,collaborative,cloud",
     }  # fmt: skip
     done = untether("run", "--out", str(tmp_path / "run"), *settings(values), timeout_s=280)
     assert done.returncode == 0, done.stderr

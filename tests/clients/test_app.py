@@ -1,8 +1,10 @@
 """Private means private: nothing of a user is in any message between a host and the server."""
 
 import json
+import shutil
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from clients import app as host
 from clients.device import Shard
@@ -27,6 +29,7 @@ def _ask(monkeypatch, tmp_path, kind, **order):
 
     run = RunDirectory.create(tmp_path / "run", Experiment())
     monkeypatch.setattr(host, "_executor", lambda *_: Recorder())
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
     record = ConfigRecord({
         "run": str(run.path), "base_url": "", "model": "", "fingerprint": "", "threads": 1, "deadline_s": 5.0,
         "seed": 1, "round": 0, "samples": [], **order,
@@ -48,14 +51,13 @@ def test_a_host_says_which_partition_it_is(monkeypatch, tmp_path):
     assert _ask(monkeypatch, tmp_path, "query.hello", devices=[])["host"] == {"partition": 3}
 
 
-def test_no_text_of_a_user_travels(finished, monkeypatch):
+def test_no_text_of_a_user_travels(finished, tmp_path):
     """The columns that the real passes return, looked at for any text of any user."""
     from clients.worker import Endpoint, Worker
     from sim.results import RunDirectory
 
-    run = RunDirectory.open(finished[0])
+    run = RunDirectory.open(shutil.copytree(finished[0], tmp_path / "run"))
     worker = Worker(str(run.path), Endpoint("http://127.0.0.1:9/v1", "none"), threads=1)
-    monkeypatch.setattr(run.__class__, "write_part", lambda self, table, *_: f"state/{table}")
     reply = worker.learn(Shard(1, 0, (0, 1)), [])
     said = json.dumps(reply)
     users = [worker.population(1).user(index) for index in range(2)]
