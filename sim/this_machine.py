@@ -1,0 +1,84 @@
+"""Measures the profile `this-machine`: how fast this computer really trains and reads memory, in a few seconds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import psutil
+import torch
+import torch.nn.functional as F
+
+from sim.clock import WallClock
+from sim.hardware import THIS_MACHINE, Profile
+
+ROWS, HIDDEN, INTERMEDIATE = 256, 576, 1536
+"""A step of 4 rows of 64 tokens, at the width of a 135M-parameter model."""
+
+
+def measure(repeats: int = 8) -> Profile:
+    """The best of `repeats` timings of a frozen decoder layer's linear maps, forward and backward, and of a copy.
+
+    Power, battery and storage figures are what the system tells, or estimates: their sources say which.
+    """
+    flops = training_flops_per_s(repeats)
+    memory = copy_bytes_per_s(repeats)
+    battery = getattr(psutil, "sensors_battery", lambda: None)()
+    values = {
+        "ram_gib": (psutil.virtual_memory().total / 2**30, "measured"),
+        "usable_ram": (0.8, "estimate"),
+        "compute_gflops": (flops / 1e9, "measured: linear maps of a frozen layer, forward and backward"),
+        "training_share": (1.0, "measured: compute_gflops is what training reaches"),
+        "memory_gb_per_s": (memory / 1e9, "measured: a copy, bytes read and written"),
+        "decoding_share": (0.8, "estimate"),
+        "hot_share": (1.0, "estimate: measured while warm"),
+        "heating_s": (300.0, "estimate: of no effect"),
+        "load_w": (65.0, "estimate"),
+        "idle_w": (15.0, "estimate"),
+        "radio_w": (1.0, "estimate"),
+        "battery_wh": (0.0 if battery is None else 50.0, "estimate: none found" if battery is None else "estimate"),
+        "charge_w": (0.0 if battery is None else 45.0, "estimate"),
+        "storage_gb": (shutil.disk_usage(os.getcwd()).total / 1e9, "measured"),
+    }
+    return Profile(
+        name=THIS_MACHINE, title="this machine", kind="computer", **{key: value for key, (value, _) in values.items()},
+        sources={key: source for key, (_, source) in values.items()},
+    )
+
+
+def training_flops_per_s(repeats: int = 8, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a gated MLP and an attention block's maps with frozen weights: 4 a weight and row."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(HIDDEN, 2 * INTERMEDIATE), (INTERMEDIATE, HIDDEN), (HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN)]
+    up, down, qkv, out = (torch.randn(b, a, generator=generator, dtype=dtype) / a**0.5 for a, b in shapes)
+    start = torch.randn(ROWS, HIDDEN, generator=generator, dtype=dtype, requires_grad=True)
+
+    def step() -> None:
+        x = start
+        for _ in range(4):
+            q, k, v = F.linear(F.rms_norm(x, (HIDDEN,)), qkv).chunk(3, -1)
+            x = x + F.linear(q * torch.sigmoid(k) * v, out)
+            gate, value = F.linear(F.rms_norm(x, (HIDDEN,)), up).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * value, down)
+        x.square().mean().backward()
+
+    flops = 4 * 4 * ROWS * sum(a * b for a, b in shapes)
+    return flops / _best_s(step, repeats)
+
+
+def copy_bytes_per_s(repeats: int = 8) -> float:
+    """Bytes a second that a copy larger than the caches reads and writes."""
+    source = torch.ones(2**25)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _best_s(lambda: target.copy_(source), repeats)
+
+
+def _best_s(step, repeats: int) -> float:
+    clock = WallClock()
+    step()
+    times = []
+    for _ in range(repeats):
+        begun = clock.now_s()
+        step()
+        times.append(clock.now_s() - begun)
+    return min(times)
