@@ -9,6 +9,7 @@ from clients.adapters import LoraSpec
 from clients.answering import Adapter, Owner
 from clients.encoding import encode_answer, encode_prompt
 from clients.training import Example, TrainJob, TrainSettings, train
+from sim.clock import DAY_S
 from sim.population.order import one_shot_history
 from sim.population.tasks import get_task
 from sim.records import Interaction
@@ -19,13 +20,22 @@ if TYPE_CHECKING:
 
 
 def train_shared(worker: Worker, seed: int) -> dict[str, Any]:
-    """Trains one adapter a task on the histories of `population.shared_users` users and saves them with the run."""
-    users = worker.population(seed).shared_users()
+    """Trains one adapter a task on the histories of `population.shared_users` users and saves them with the run.
+
+    Dated items count only if they are of a day before any evaluated query.
+    """
+    population = worker.population(seed)
+    users, first_query_s = population.shared_users(), population.first_query_s()
     lora, training = worker.experiment.for_arm("shared")
     jobs = [
         TrainJob(
             key=task,
-            examples=[_example(worker, item) for user in users for item in one_shot_history(user, task)],
+            examples=[
+                _example(worker, item)
+                for user in users
+                for item in one_shot_history(user, task)
+                if _older(item, first_query_s)
+            ],
             settings=TrainSettings.of(training),
             spec=LoraSpec.of(lora),
             seed=derive(seed, "shared", task, "train"),
@@ -48,6 +58,10 @@ def shared_adapters(worker: Worker, seed: int) -> dict[Owner, Adapter]:
         state = store.load(0, task, "shared") or {}
         adapters["shared", task] = Adapter(spec, state, adapter_version(state))
     return adapters
+
+
+def _older(item: Interaction, time_s: float | None) -> bool:
+    return time_s is None or item.time_s is None or item.time_s // DAY_S < time_s // DAY_S
 
 
 def _example(worker: Worker, item: Interaction) -> Example:

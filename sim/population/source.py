@@ -12,8 +12,8 @@ from sim.experiment import Experiment
 from sim.population.lamp import read_lamp
 from sim.population.order import order_of
 from sim.population.tasks import get_task
+from sim.population.world import NOW_S, World
 from sim.population.world import TASKS as WORLD_TASKS
-from sim.population.world import World
 from sim.records import Exclusion, User
 
 
@@ -30,6 +30,10 @@ class Population(Protocol):
 
     def shared_users(self) -> Sequence[User]:
         """Disjoint users, for the `shared` arm."""
+        ...
+
+    def first_query_s(self) -> float | None:
+        """When the first query of any user is asked: what is shared must be older. None where nothing is dated."""
         ...
 
     def exclusions(self) -> Counter[str]:
@@ -63,6 +67,10 @@ class FromFiles:
         drawn = population.users * len(self.experiment.seeds)
         return self._read(population.shared_users, 0, drawn)[0] if population.shared_users else []
 
+    def first_query_s(self) -> float | None:
+        dates = [q.time_s for user in self._users[0] for q in user.queries if q.time_s is not None]
+        return min(dates, default=None)
+
     def exclusions(self) -> Counter[str]:
         return Counter(item.reason for item in self._users[1])
 
@@ -94,6 +102,9 @@ class FromWorld:
 
     def shared_users(self) -> Sequence[User]:
         return [self.user(len(self) + number) for number in range(self.experiment.population.shared_users)]
+
+    def first_query_s(self) -> float:
+        return NOW_S
 
     def exclusions(self) -> Counter[str]:
         return Counter()
