@@ -9,8 +9,7 @@ from clients.adapters import LoraSpec, save_peft
 from clients.arms import TRAINED
 from clients.base import FrozenBase
 from clients.base_model import resolve
-from sim.errors import UserError
-from sim.experiment import unknown
+from sim.errors import UserError, unknown
 from sim.results import RunDirectory
 
 

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 
 from server.background import start_background
 from server.generator import names
-from sim.errors import UserError
-from sim.experiment import Experiment, unknown
+from sim.errors import UserError, unknown
+from sim.experiment import Experiment
 from sim.results import RunDirectory
 
 WORLD_DIALS = (

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sim.errors import UserError
-from sim.experiment import Lora, unknown
+from sim.errors import UserError, unknown
 from sim.hardware import Profile
+from sim.sections import Lora
 
 GIGA = 1e9
 

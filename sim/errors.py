@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake in the experiment or the input. The message names the place, the value, the rule and the fix."""
@@ -13,3 +16,11 @@ class ResumableStop(Exception):
 
 class Failure(Exception):
     """A host failed for a reason that is neither the user's mistake nor a planned stop: a defect, and its traceback."""
+
+
+def unknown(what: str, value: str, known: Iterable[str]) -> str:
+    """One message for every unknown name: the value, the nearest known one, all known ones."""
+    names = list(known)
+    near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    return f"unknown {what} `{value}`.{hint} Known: {', '.join(names)}"

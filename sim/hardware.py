@@ -10,8 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sim.errors import UserError
-from sim.experiment import unknown
+from sim.errors import UserError, unknown
 from sim.seeding import derive
 
 THIS_MACHINE = "this-machine"

@@ -17,10 +17,10 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from sim.experiment import ARMS
 from sim.metrics import macro_f1, score
 from sim.population.tasks import Task, get_task, higher_is_better
 from sim.resampling import bootstrap_totals, holm, interval, permutation_p, swap_totals
+from sim.sections import ARMS
 from sim.seeding import generator
 
 PRIMARY = (("collaborative", "local_matched"), ("collaborative", "placebo"))

@@ -12,8 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from sim.errors import UserError
-from sim.experiment import unknown
+from sim.errors import UserError, unknown
 
 FETCH = f"{MessageType.QUERY}.fetch"
 """Message type of the fetch pass: ask the cloud, filter what it wrote."""

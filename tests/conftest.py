@@ -5,7 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A busy machine is no failure: nothing here is a timed test.
+hypothesis.settings.register_profile("untether", deadline=None)
+hypothesis.settings.load_profile("untether")
 
 ARMS = (
     "frozen", "majority", "shared", "rag", "rag_adapter", "local", "local_matched", "synthetic_only", "unfiltered",

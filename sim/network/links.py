@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from sim.clock import Span
-from sim.experiment import Network
 from sim.network.bandwidth import Constant, Log, LoopedLog
 from sim.network.link import Link
 from sim.network.spells import ALWAYS, NEVER, Daily, OnOff, Spells, Windows, all_of
 from sim.network.traces import StateTrace, read_traces
+from sim.sections import Network
 from sim.seeding import derive, generator
 
 MEGA = 1e6

@@ -16,7 +16,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
 
-from sim.experiment import ARMS, Experiment, fields
+from sim.experiment import Experiment, fields
 from sim.package_data import find
 from sim.report import figures, prose
 from sim.report import summary as reading
@@ -25,6 +25,7 @@ from sim.report.funnel import Funnel, faults, precision
 from sim.report.summary import Summary
 from sim.report.tables import write_tables
 from sim.results import TABLES, RunDirectory, write_atomically
+from sim.sections import ARMS
 
 
 def write_report(run: RunDirectory) -> Path:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim.errors import UserError
-from sim.experiment import ARMS
 from sim.population.tasks import get_task, higher_is_better
+from sim.sections import ARMS
 
 #: The contrasts of the design, in reading order: arm, reference, and what the comparison settles.
 CONTRASTS: tuple[tuple[str, str, str], ...] = (

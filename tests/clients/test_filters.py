@@ -15,8 +15,8 @@ from clients.filters import Case, Finding, create, judge, known, register, text_
 from clients.filters.case import Fixed
 from clients.filters.registry import _FACTORIES
 from sim.errors import UserError
-from sim.experiment import DiversityFilter, Filters, LengthFilter, SemanticFilter
 from sim.records import Interaction, Sample
+from sim.sections import DiversityFilter, Filters, LengthFilter, SemanticFilter
 
 
 class Compass:

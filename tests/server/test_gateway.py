@@ -21,10 +21,10 @@ from server.batching import Batcher
 from server.gateway import create_app, serve, start_background
 from server.generator import Completion, GenerationRequest, create
 from sim.errors import UserError
-from sim.experiment import Cloud
 from sim.population.tasks import get_task
 from sim.protocol import build_samples_request, parse_samples
 from sim.records import Interaction
+from sim.sections import Cloud
 
 ITEMS = [Interaction(f"i{k}", "LaMP_4", f"One {k}. Two {k}. Three {k}. Four {k}.", f"title {k}") for k in range(4)]
 MESSAGES = list(build_samples_request(get_task("LaMP_4"), ITEMS, 3).messages)

@@ -17,10 +17,10 @@ from server.background import start_background
 from server.generator import Completion, GenerationRequest, PromptTooLong
 from server.generator.local_model import LocalModelGenerator
 from sim.errors import UserError
-from sim.experiment import Cloud
 from sim.population.tasks import get_task
 from sim.protocol import NotARequest, build_answer_request, build_samples_request, parse_samples
 from sim.records import Interaction
+from sim.sections import Cloud
 
 recombine = generators.create("recombine")
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.errors import UserError
-from sim.experiment import ARMS, Experiment, fields
+from sim.experiment import Experiment, fields
 from sim.launch import run_config
+from sim.sections import ARMS
 
 
 def test_default_experiment_round_trips_through_toml():

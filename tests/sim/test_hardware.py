@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from sim.cost import MODELS, CostModel, Heat, ModelShape, model_shape
 from sim.errors import UserError
-from sim.experiment import Lora
 from sim.hardware import FIGURES, Fleet, Profile, built_in, catalogue
+from sim.sections import Lora
 
 PLAIN = Profile(
     name="plain", title="", kind="board", ram_gib=1, usable_ram=0.5, compute_gflops=10, training_share=0.5,

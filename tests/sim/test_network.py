@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from sim.clock import DAY_S, HOUR_S, VirtualClock, WallClock
 from sim.errors import UserError
-from sim.experiment import Experiment, Network
+from sim.experiment import Experiment
 from sim.network import ALWAYS, NEVER, Both, Constant, Daily, Link, Links, Log, LoopedLog, OnOff, Windows
 from sim.network.spells import next_up, seconds_up, up_until, ups
+from sim.sections import Network
 
 
 def name(device: int) -> str:
