@@ -112,6 +112,40 @@ def export(
     typer.echo(f"wrote {path}")
 
 
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME|FILE.toml", help="history, samples, faults, or your own file")],
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: studies/NAME.")] = None,
+) -> None:
+    """Run a study: a grid of runs, and the table, figure and findings that answer its question.
+
+    The same command again goes on where it stopped; finished cells are not run again.
+    """
+    from sim.console import make_console
+    from sim.environment import describe
+    from sim.launch import launch, redirected
+    from sim.studies import Study, run_study
+
+    found = Study.read(name, _overrides(set_))
+    folder = out or Path("studies") / found.spec.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with redirected(folder / "log.txt") as terminal:
+        console = make_console(terminal)
+
+        def run_cell(directory: Any) -> None:
+            if directory.read_json("environment.json") is None:
+                directory.write_json("environment.json", describe(directory.experiment))
+            launch(directory, terminal)
+
+        try:
+            run_study(found, folder, run_cell, lambda text: console.print(text, soft_wrap=True, markup=False))
+        except ResumableStop as stop:
+            raise ResumableStop(f"{stop}\nGo on with the same command: untether study {name} --out {folder}") from None
+        console.print((folder / "findings.md").read_text(), markup=False)
+        console.print(f"study: {folder}", soft_wrap=True)
+
+
 @experiment_app.command("show")
 def show(experiment: File = None, set_: Set = None) -> None:
     """Print an experiment as TOML, resolved, with the meaning of every field. Without arguments: the default one."""

@@ -97,6 +97,11 @@ class Experiment(Section):
                 raise UserError(f"{path}: no such experiment file. `untether experiment show` prints one.") from None
             except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
                 raise UserError(f"{path}: not a TOML file: {error}") from None
+        return cls.build(data, overrides, where)
+
+    @classmethod
+    def build(cls, data: dict[str, Any], overrides: Mapping[str, str] | None, where: str) -> Experiment:
+        """An experiment from TOML data and dotted overrides; `where` names the source in a UserError."""
         for key, text in (overrides or {}).items():
             _assign(data, key, parse_value(cls, key, text))
         try:

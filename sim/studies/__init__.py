@@ -1,0 +1,6 @@
+"""Studies: a grid of runs over a few fields; the figure, table and sentences that answer a question."""
+
+from sim.studies.runner import run_study
+from sim.studies.study import Cell, Study
+
+__all__ = ["Cell", "Study", "run_study"]
