@@ -59,6 +59,14 @@ def test_bfloat16_moves_a_cosine_by_less_than_a_hundredth(encoder):
     assert half.fingerprint != encoder.fingerprint
 
 
+def test_in_bfloat16_a_texts_vector_has_the_same_bits_in_any_company():
+    half = Encoder(dtype="bfloat16", device="cpu", remembered_texts=0)
+    many = [*TEXTS, *(f"a text about {word} and {word * 3}" for word in "abcdefghijklmnopqrstuvw"), "long " * 60]
+    together = half.encode(many)
+    np.testing.assert_array_equal(half.encode(many[::-1])[::-1], together)
+    np.testing.assert_array_equal(np.concatenate([half.encode([text]) for text in many]), together)
+
+
 def test_fingerprint_is_the_models_own(encoder):
     assert Encoder(dtype="float32", device="cpu").fingerprint == encoder.fingerprint
     again = Encoder(locate(DEFAULT_ENCODER), dtype="float32", device="cpu")

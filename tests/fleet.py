@@ -1,0 +1,76 @@
+"""A small fleet for the tests of the whole: one experiment, run in process or for real, and what came out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from clients.host import InProcess, run_pass
+from clients.worker import Endpoint, Worker
+from sim.experiment import Experiment
+from sim.results import RunDirectory
+
+KEYS = ["seed", "round", "device_id", "arm", "task", "query_id"]
+
+
+def tiny(**changes) -> Experiment:
+    """Six devices with two tasks that take two optimizer steps; `changes` are dotted fields, dots as `__`."""
+    fields = {
+        "name": "tiny", "arms": "local,placebo,collaborative,cloud", "population.users": "6", "population.queries": "2",
+        "population.tasks": "LaMP_2,LaMP_4", "training.steps": "2", "training.batch_size": "4",
+        "generation.max_new_tokens": "6", "cloud.samples": "6", "engine.threads": "1", "engine.workers": "2",
+        "evaluation.resamples": "100",
+    }  # fmt: skip
+    return Experiment.read(None, fields | {key.replace("__", "."): str(value) for key, value in changes.items()})
+
+
+def run_in_process(path: Path, experiment: Experiment, endpoint: Endpoint, hosts: int = 1, worker=None) -> RunDirectory:
+    """The rounds of an experiment without Flower and Ray: the same passes on one worker, host after host.
+
+    `worker` is one that has loaded its models already, to be used again on this run directory.
+    """
+    run = RunDirectory.create(path, experiment)
+    fresh = Worker(str(run.path), endpoint, threads=1)
+    if worker is not None:
+        fresh.__dict__ |= {name: worker.__dict__[name] for name in ("base", "encoder") if name in worker.__dict__}
+    executor = InProcess(lambda: fresh)
+    devices = range(experiment.population.users)
+    for seed in experiment.seeds:
+        for round in range(experiment.rounds):
+            parts: dict[str, list[str]] = {}
+            for name in ("fetch", "learn"):
+                samples = parts.get("samples", [])
+                for host in range(hosts):
+                    own = [device for device in devices if device % hosts == host]
+                    order = {"devices": own, "seed": seed, "round": round, "samples": samples}
+                    result = run_pass(executor, name, run, order, experiment.engine.shard, 600.0, path / "progress")
+                    for table, paths in result["parts"].items():
+                        parts.setdefault(table, []).extend(paths)
+            run.commit(seed, round, parts, {"failures": [], "models": {}})
+    run.merge(experiment)
+    return run
+
+
+def answers(run: RunDirectory) -> pd.DataFrame:
+    """What was answered and how it scored, in one order."""
+    frame = run.read("predictions").sort_values(KEYS).reset_index(drop=True)
+    return frame[[*KEYS, "input", "gold", "prediction", "score", "outcome", "answered_by"]]
+
+
+def metrics(run: RunDirectory) -> pd.DataFrame:
+    """The scores by user, in one order."""
+    columns = ["seed", "round", "device_id", "user_id", "arm", "task", "metric", "value", "n"]
+    return run.read("metrics")[columns].sort_values(columns[:7]).reset_index(drop=True)
+
+
+def losses(run: RunDirectory) -> pd.DataFrame:
+    """Every loss that was kept, in one order."""
+    columns = ["seed", "round", "device_id", "arm", "step", "loss"]
+    return run.read("training")[columns].sort_values(columns[:5]).reset_index(drop=True)
+
+
+def verdicts(run: RunDirectory) -> pd.DataFrame:
+    """What became of every sample, in one order."""
+    columns = ["seed", "round", "sample_id", "device_id", "task", "input", "output", "verdict", "semantic", "diversity"]
+    return run.read("samples")[columns].sort_values(columns[:3]).reset_index(drop=True)

@@ -1,0 +1,63 @@
+"""How a fleet is split over hosts, shards and cohorts changes nothing but floating-point rounding.
+
+Tolerance. Predictions, scores, verdicts and the samples themselves must be equal. Losses are float32 sums over rows
+that are padded and grouped differently; each differs by some units in the last place (6e-8 relative), which two
+optimizer steps amplify. The largest difference seen is 5e-7; 1e-4 leaves room for other processors' kernels and is a
+hundredth of any effect. Cosines, which decide verdicts, are held to 1e-6: the encoder's batches have fixed shapes.
+"""
+
+import pytest
+from fleet import answers, losses, metrics, run_in_process, tiny, verdicts
+from pandas.testing import assert_frame_equal
+
+from clients.worker import Endpoint, Worker
+from server.background import start_background
+from sim.results import RunDirectory
+
+SPLITS = {
+    "one adapter at a time": {"engine__cohort": 1},
+    "eight adapters at a time": {"engine__cohort": 8},
+    "shards of one device": {"engine__cohort": 64, "engine__shard": 1},
+    "five hosts, shards of two": {"engine__shard": 2, "hosts": 5},
+    "two hosts": {"hosts": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    """(run in process, the reference: one host, one shard, cohorts as large as they get)."""
+    folder = tmp_path_factory.mktemp("fleet")
+    with start_background("world", {}) as gateway:
+        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
+        warm = Worker(str(RunDirectory.create(folder / "warm", tiny()).path), endpoint, threads=1)
+        warm.base, warm.encoder  # noqa: B018  (loads them once for all)
+
+        def run(name, hosts=1, **changes):
+            return run_in_process(folder / name, tiny(rounds=2, **changes), endpoint, hosts, warm)
+
+        yield run, run("reference")
+
+
+def test_the_reference_learned_something(fleet):
+    """Otherwise equality below would say nothing."""
+    _, reference = fleet
+    assert set(answers(reference)["arm"]) == {"local", "placebo", "collaborative", "cloud"}
+    assert answers(reference).groupby("arm")["prediction"].nunique().min() > 4
+    found = losses(reference)
+    assert len(found) == 2 * 6 * 3 * 2 and found["loss"].nunique() > 60
+    assert (verdicts(reference)["verdict"] == "accepted").sum() > 20
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_results_do_not_depend_on_how_the_fleet_is_split(fleet, split):
+    run, reference = fleet
+    other = run(split.replace(" ", "-").replace(",", ""), **SPLITS[split])
+    assert_same_results(other, reference)
+
+
+def assert_same_results(run, reference):
+    """Equal answers, scores and verdicts; losses and cosines within the tolerance above."""
+    assert_frame_equal(verdicts(run), verdicts(reference), check_exact=False, atol=5e-3, rtol=0)
+    assert_frame_equal(losses(run), losses(reference), check_exact=False, atol=1e-4, rtol=0)
+    assert_frame_equal(answers(run), answers(reference), check_exact=True)
+    assert_frame_equal(metrics(run), metrics(reference), check_exact=False, atol=1e-12, rtol=0)
