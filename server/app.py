@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.cloud import open_cloud
 from server.exchange import exchange, nodes
+from sim.errors import Failure
 from sim.finish import finish
 from sim.population.source import open_population
 from sim.results import RunDirectory
@@ -76,6 +77,7 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
                 _, totals = strategy.aggregate_train(round, learned)
 
                 # 5. commit: what is not named here never happened.
+                _complete(devices, learned)
                 for table, paths in _gather(learned).items():
                     parts.setdefault(table, []).extend(paths)
                 replies = [*asked, *learned]
@@ -147,6 +149,13 @@ def _gather(replies: Sequence[Message]) -> dict[str, list[str]]:
         for table, paths in _result(reply, "parts").items():
             parts.setdefault(table, []).extend(paths)
     return parts
+
+
+def _complete(devices: Sequence[int], replies: Sequence[Message]) -> None:
+    """Raises Failure if a device of the plan is in no reply: a round is committed whole."""
+    missing = set(devices).difference(*(reply.content["devices"].get("device", []) for reply in replies))
+    if missing:
+        raise Failure(f"{len(missing)} of {len(devices)} devices are in no host's reply, such as {min(missing)}")
 
 
 def _result(reply: Message, name: str) -> Any:
