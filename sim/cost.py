@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 from sim.errors import UserError, unknown
 from sim.hardware import Profile
@@ -45,7 +46,7 @@ class ModelShape:
     @property
     def body(self) -> int:
         """Weights of the linear maps of all layers."""
-        return self.layers * sum(a * b for a, b in self.linears().values())
+        return _body(self)
 
     @property
     def head(self) -> int:
@@ -61,8 +62,18 @@ class ModelShape:
 
     def lora(self, rank: int, modules: tuple[str, ...]) -> int:
         """Weights of an adapter on these modules (`all-linear`: all but the head)."""
-        wanted = [size for name, size in self.linears().items() if "all-linear" in modules or name in modules]
-        return self.layers * rank * sum(a + b for a, b in wanted)
+        return rank * _ends(self, modules)
+
+
+@cache
+def _body(shape: ModelShape) -> int:
+    return shape.layers * sum(a * b for a, b in shape.linears().values())
+
+
+@cache
+def _ends(shape: ModelShape, modules: tuple[str, ...]) -> int:
+    wanted = [size for name, size in shape.linears().items() if "all-linear" in modules or name in modules]
+    return shape.layers * sum(a + b for a, b in wanted)
 
 
 MODELS: dict[str, ModelShape] = {
@@ -169,12 +180,15 @@ class Heat:
 
     def time_for(self, work_s: float) -> float:
         """Seconds of load until `work_s` of cool work is done (Newton's method on a concave rising function)."""
-        time_s = work_s
+        time_s, excess = work_s, (1 - self.hot_share) * (1 - self.level)
+        if work_s <= 0 or self.hot_share == 1:
+            return work_s
         for _ in range(50):
-            speed = 1 - (1 - self.hot_share) * self.after(time_s).level
-            step = (work_s - self.work_in(time_s)) / speed
-            time_s += step
-            if abs(step) <= 1e-9 * max(1.0, time_s):
+            decay = math.exp(-time_s / self.heating_s)
+            done_s = self.hot_share * time_s + excess * self.heating_s * (1 - decay)
+            step_s = (work_s - done_s) / (self.hot_share + excess * decay)
+            time_s += step_s
+            if abs(step_s) <= 1e-9 * max(1.0, time_s):
                 break
         return time_s
 
