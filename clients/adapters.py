@@ -84,22 +84,22 @@ class Target:
 class Layout:
     """Where each target's weights lie in a flat row.
 
-    shapes: (name, in, out) of every target in the model's order. fusions: layers that the base runs as one product,
-    each with the columns lo..hi of its outputs; their As lie side by side.
+    shapes: (name, in, out) of every target in the model's order. fusions: names of layers that the base runs together;
+    their As lie side by side.
     """
 
     def __init__(self, shapes: Sequence[tuple[str, int, int]], rank: int, fusions: Sequence[Fusion] = ()):
         self.rank = rank
         self.targets: dict[str, Target] = {}
-        self.fused: dict[tuple[str, ...], list[tuple[str, int, int]]] = {}
+        self.fused: dict[Fusion, list[tuple[str, int]]] = {}
         by_name = {name: (inputs, outputs) for name, inputs, outputs in shapes}
         offset = 0
-        for members in [*fusions, *([(name, 0, outputs)] for name, _, outputs in shapes)]:
-            own = [member for member in members if member[0] in by_name and member[0] not in self.targets]
-            if len(members) > 1 and own:
-                self.fused[tuple(name for name, _, _ in members)] = own
-            at_B = offset + sum(rank * by_name[name][0] for name, _, _ in own)
-            for name, _, _ in own:
+        for names in [*fusions, *((name,) for name, _, _ in shapes)]:
+            own = [(name, member) for member, name in enumerate(names) if name in by_name and name not in self.targets]
+            if len(names) > 1 and own:
+                self.fused[names] = own
+            at_B = offset + sum(rank * by_name[name][0] for name, _ in own)
+            for name, _ in own:
                 inputs, outputs = by_name[name]
                 self.targets[name] = Target(name, inputs, outputs, offset, at_B)
                 offset += rank * inputs
@@ -117,34 +117,24 @@ class Layout:
         target = self.targets[name]
         return flat[:, target.at_B : target.at_B + self.rank * target.outputs].unflatten(1, (self.rank, target.outputs))
 
-    def parts(self, flat: Tensor, grad: Tensor | None, fused: bool) -> dict[str | tuple[str, ...], Part]:
+    def parts(self, flat: Tensor, grad: Tensor | None, fused: bool) -> dict[str | Fusion, Part]:
         """The parts that a route serves: each target under its name and, if `fused`, each fusion under its names."""
-        parts = {name: self._part(flat, grad, [(name, 0, t.outputs)]) for name, t in self.targets.items()}
+        parts: dict[str | Fusion, Part] = {name: self._part(flat, grad, [(name, 0)]) for name in self.targets}
         if fused:
             parts |= {names: self._part(flat, grad, members) for names, members in self.fused.items()}
         return parts
 
-    def _part(self, flat: Tensor, grad: Tensor | None, members: list[tuple[str, int, int]]) -> Part:
+    def _part(self, flat: Tensor, grad: Tensor | None, members: list[tuple[str, int]]) -> Part:
         first = self.targets[members[0][0]]
         rows = len(members) * self.rank
         span = slice(first.at_A, first.at_A + rows * first.inputs)
-        pieces = [
-            Piece(
-                self.B(flat, name),
-                None if grad is None else self.B(grad, name),
-                index * self.rank,
-                (index + 1) * self.rank,
-                lo,
-                hi,
-            )  # fmt: skip
-            for index, (name, lo, hi) in enumerate(members)
-        ]
-        return Part(
-            tuple(name for name, _, _ in members),
-            flat[:, span].unflatten(1, (rows, first.inputs)),
-            None if grad is None else grad[:, span].unflatten(1, (rows, first.inputs)),
-            pieces,
-        )
+        pieces = []
+        for index, (name, member) in enumerate(members):
+            grad_B = None if grad is None else self.B(grad, name)
+            pieces.append(Piece(self.B(flat, name), grad_B, index * self.rank, (index + 1) * self.rank, member))
+        A = flat[:, span].unflatten(1, (rows, first.inputs))
+        grad_A = None if grad is None else grad[:, span].unflatten(1, (rows, first.inputs))
+        return Part(tuple(name for name, _ in members), A, grad_A, pieces)
 
 
 class AdapterStack:

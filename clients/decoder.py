@@ -1,13 +1,14 @@
 """A leaner way through the decoders of the Llama family than their own `forward`.
 
-It computes what Hugging Face's Llama, Qwen2, Qwen3, Gemma and Phi-3 compute, from the same weights, but: q, k, v run as
-one product and gate, up as another; the parts in between are `clients.kernels`; the last layer drops every position
+It computes what Hugging Face's Llama, Qwen2, Qwen3, Gemma and Phi-3 compute, from the same weights, but: q, k, v run
+together, and gate, up; the parts in between are `clients.kernels`; the last layer drops every position
 whose output nobody asks for right after its attention; and no mask is built where causal order is enough. Models with
 anything else in them (sliding windows, partial rotary embedding, another class) keep their own forward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from clients.kernels import RMSNorm, Rotary, ShortAttention, SwiGLU
-from clients.lora_layers import Routing, adapted_linear
+from clients.lora_layers import Routing, adapted_linear, adapted_linears, joint_linear
 
 _SHORT = 192
 """Longest rows, in tokens, for which attention keeps its probabilities."""
@@ -32,16 +33,17 @@ _FAMILY = (
 
 @dataclass
 class _Joint:
-    """Linear layers with a common input as one: weight [sum of outs, in], bias, and each one's name and columns."""
+    """Linear layers with a common input: joint weight [sum of outs, in] and bias, and each one's name and share."""
 
     weight: Tensor
     bias: Tensor | None
-    members: tuple[tuple[str, int, int], ...]
+    names: tuple[str, ...]
+    widths: list[int]
 
-    @property
-    def key(self) -> str | tuple[str, ...]:
-        names = tuple(name for name, _, _ in self.members)
-        return names[0] if len(names) == 1 else names
+    def __post_init__(self) -> None:
+        self.key = self.names[0] if len(self.names) == 1 else self.names
+        self.weights = self.weight.split(self.widths)
+        self.biases = self.bias.split(self.widths) if self.bias is not None else [None] * len(self.widths)
 
 
 @dataclass
@@ -68,7 +70,7 @@ class LeanDecoder:
         names = {id(module): name for name, module in routing.names.items()}
         self.layers = [self._layer(block, names) for block in self.body.layers]
         for layer in self.layers:
-            routing.fusions += [joint.members for joint in (layer.qkv, layer.gate_up) if len(joint.members) > 1]
+            routing.fusions += [joint.names for joint in (layer.qkv, layer.gate_up) if len(joint.names) > 1]
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -114,34 +116,31 @@ class LeanDecoder:
         whole = self.routing.route
         for index, layer in enumerate(self.layers):
             normed = self._norm(layer.block.input_layernorm, x)
-            qkv = self._linear(layer.qkv, normed).view(rows, tokens, -1, self.width)
-            attended = self._attention(layer, index, qkv, cos, sin, mask, past_key_values if use_cache else None)
+            cut = [self.heads * self.width, self.groups * self.width, self.groups * self.width]
+            q, k, v = (part.view(rows, tokens, -1, self.width) for part in _cut(self._linear(layer.qkv, normed), cut))
+            attended = self._attention(layer, index, q, k, v, cos, sin, mask, past_key_values if use_cache else None)
             if index == len(self.layers) - 1:
                 attended = attended.reshape(rows * tokens, 1, -1)[positions]
                 x = x.reshape(rows * tokens, 1, -1)[positions]
                 if whole is not None:
                     self.routing.route = whole.select(torch.div(positions, tokens, rounding_mode="floor"))
-            x = x + self._linear(layer.out, attended)
+            x = x + self._linear(layer.out, attended)[0]
             normed = self._norm(layer.block.post_attention_layernorm, x)
-            joint = self._linear(layer.gate_up, normed)
-            if self.gelu:
-                gate, up = joint.chunk(2, dim=-1)
-                inner = F.gelu(gate, approximate="tanh") * up
-            else:
-                inner = SwiGLU.apply(joint)
-            x = x + self._linear(layer.down, inner)
+            gate, up = _cut(self._linear(layer.gate_up, normed), [layer.down.weight.shape[1]] * 2)
+            inner = F.gelu(gate, approximate="tanh") * up if self.gelu else SwiGLU.apply(gate, up)
+            x = x + self._linear(layer.down, inner)[0]
         return self._norm(self.body.norm, x)
 
-    def _linear(self, joint: _Joint, x: Tensor) -> Tensor:
+    def _linear(self, joint: _Joint, x: Tensor) -> Sequence[Tensor]:
+        """One output for each of the joint layers."""
         route = self.routing.route
-        if route is None or route.dropout is None or len(joint.members) == 1:
-            return adapted_linear(x, joint.weight, joint.bias, route, joint.key)
-        # Each adapter drops other inputs, as in PEFT, so the layers cannot share their product.
-        parts = []
-        for name, lo, hi in joint.members:
-            bias = None if joint.bias is None else joint.bias[lo:hi]
-            parts.append(adapted_linear(x, joint.weight[lo:hi], bias, route, name))
-        return torch.cat(parts, dim=-1)
+        if route is not None and route.dropout is not None and len(joint.names) > 1:
+            # Each adapter drops other inputs, as in PEFT, so the layers have nothing in common.
+            each = zip(joint.names, joint.weights, joint.biases, strict=True)
+            return [adapted_linear(x, weight, bias, route, name) for name, weight, bias in each]
+        if torch.is_grad_enabled() or len(joint.names) == 1:
+            return adapted_linears(x, joint.weights, joint.biases, route, joint.key)
+        return joint_linear(x, joint.weight, joint.bias, joint.widths, route, joint.key)
 
     def _norm(self, module: nn.Module, x: Tensor) -> Tensor:
         if x.dtype == torch.float64 or self.gemma:
@@ -149,20 +148,16 @@ class LeanDecoder:
             return module(x)
         return RMSNorm.apply(x, module.weight, module.variance_epsilon)
 
-    def _attention(self, layer: _Layer, index: int, qkv: Tensor, cos, sin, mask, cache) -> Tensor:
-        rows, tokens = qkv.shape[:2]
+    def _attention(self, layer: _Layer, index: int, q, k, v, cos, sin, mask, cache) -> Tensor:
+        rows, tokens = q.shape[:2]
         attention = layer.block.self_attn
         if hasattr(attention, "q_norm"):
-            q = self._norm(attention.q_norm, qkv[:, :, : self.heads])
-            k = self._norm(attention.k_norm, qkv[:, :, self.heads : self.heads + self.groups])
-            qkv = torch.cat([q, k, qkv[:, :, self.heads + self.groups :]], dim=2)
+            q, k = self._norm(attention.q_norm, q), self._norm(attention.k_norm, k)
         scale = attention.scaling
-        if torch.is_grad_enabled() and mask is None and tokens <= _SHORT and qkv.device.type == "cpu":
-            if qkv.dtype in (torch.float32, torch.float64):
-                return ShortAttention.apply(qkv, cos, sin, self.heads, scale)
-        turned = Rotary.apply(qkv[:, :, : self.heads + self.groups], cos, sin)
-        q, k = turned[:, : self.heads], turned[:, self.heads :]
-        v = qkv[:, :, self.heads + self.groups :].transpose(1, 2)
+        if torch.is_grad_enabled() and mask is None and tokens <= _SHORT and q.device.type == "cpu":
+            if q.dtype in (torch.float32, torch.float64):
+                return ShortAttention.apply(q, k, v, cos, sin, scale)
+        q, k, v = Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, index)
         grouped = self.heads != self.groups
@@ -177,20 +172,22 @@ class LeanDecoder:
 
 def _join(modules: list[nn.Linear], names: dict[int, str]) -> _Joint:
     """Join layers; their own weights become views of the joint one, so that nothing is held twice."""
+    own, widths = tuple(names[id(module)] for module in modules), [module.out_features for module in modules]
     if len(modules) == 1:
-        only = modules[0]
-        return _Joint(only.weight, only.bias, ((names[id(only)], 0, only.out_features),))
+        return _Joint(modules[0].weight.detach(), modules[0].bias, own, widths)
     weight = torch.cat([module.weight.detach() for module in modules])
     bias = None if modules[0].bias is None else torch.cat([module.bias.detach() for module in modules])
-    members, lo = [], 0
-    for module in modules:
-        hi = lo + module.out_features
-        module.weight.data = weight[lo:hi]
-        if bias is not None:
-            module.bias.data = bias[lo:hi]
-        members.append((names[id(module)], lo, hi))
-        lo = hi
-    return _Joint(weight, bias, tuple(members))
+    joint = _Joint(weight, bias, own, widths)
+    for module, part, part_bias in zip(modules, joint.weights, joint.biases, strict=True):
+        module.weight.data = part
+        if part_bias is not None:
+            module.bias.data = part_bias
+    return joint
+
+
+def _cut(outputs: Sequence[Tensor], widths: list[int]) -> Sequence[Tensor]:
+    """Outputs of the given widths, whether they come apart or (a layer fused in the model itself) in one tensor."""
+    return outputs if len(outputs) > 1 else outputs[0].split(widths, dim=-1)
 
 
 def _attention_mask(keys: Tensor | None, tokens: int, seen: int) -> Tensor | None:

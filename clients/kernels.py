@@ -30,24 +30,18 @@ class RMSNorm(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of a joint [..., gate | up] (Shazeer, arXiv 2002.05202)."""
+    """silu(gate) * up (Shazeer, arXiv 2002.05202)."""
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        opened = F.silu(gate)
-        ctx.save_for_backward(gate_up, opened)
-        return opened * up
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        gate_up, opened = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        joint = torch.empty_like(gate_up)
-        of_gate, of_up = joint.chunk(2, dim=-1)
-        torch.mul(grad, opened, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
-        return joint
+        gate, up = ctx.saved_tensors
+        of_up = F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), of_up
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -64,37 +58,28 @@ class Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.cos, ctx.sin = cos, sin
-        rows, tokens, heads, width = x.shape
-        out = x.new_empty(rows, heads, tokens, width)
-        _rotate_into(out, x.transpose(1, 2), cos, sin)
-        return out
+        return _turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        rows, heads, tokens, width = grad.shape
-        out = grad.new_empty(rows, tokens, heads, width)
-        _rotate_into(out.transpose(1, 2), grad, ctx.cos, -ctx.sin)
-        return out, None, None
+        return _returned(grad, ctx.cos, ctx.sin), None, None
 
 
 class ShortAttention(torch.autograd.Function):
-    """Rotary embedding and causal attention of short rows, with the probabilities kept for the backward pass.
+    """Rotary embedding and causal attention of short rows; keeps the probabilities for the backward pass.
 
-    qkv [rows, tokens, heads + 2 * groups, width] (query heads, key heads, value heads); cos, sin [1 or rows, 1, tokens,
-    width]; returns [rows, tokens, heads * width]. Below some 200 tokens, batched products beat PyTorch's CPU flash
-    kernel, whose backward pass computes the probabilities anew.
+    q [rows, tokens, heads, width], k and v [rows, tokens, groups, width]; cos, sin [1 or rows, 1, tokens, width];
+    returns [rows, tokens, heads * width]. Below some 200 tokens, batched products beat PyTorch's CPU flash kernel, whose
+    backward pass computes the probabilities anew.
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, scale: float) -> Tensor:
-        rows, tokens, slots, width = qkv.shape
-        groups = (slots - heads) // 2
-        turned = qkv.new_empty(rows, heads + groups, tokens, width)
-        _rotate_into(turned, qkv[:, :, : heads + groups].transpose(1, 2), cos, sin)
-        q = turned[:, :heads].reshape(rows * groups, -1, width)
-        k = turned[:, heads:].reshape(rows * groups, tokens, width)
-        v = qkv[:, :, heads + groups :].transpose(1, 2).reshape(rows * groups, tokens, width)
-        bars = _bars(tokens, qkv).expand(rows * heads, tokens, tokens).reshape(rows * groups, -1, tokens)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        rows, tokens, heads, width = q.shape
+        groups = k.shape[2]
+        q, k = (_turned(x, cos, sin).view(rows * groups, -1, width) for x in (q, k))
+        v = v.transpose(1, 2).reshape(rows * groups, tokens, width)
+        bars = _bars(tokens, q).expand(rows * heads, tokens, tokens).reshape(rows * groups, -1, tokens)
         p = torch.softmax(torch.baddbmm(bars, q, k.transpose(1, 2), alpha=scale), dim=-1)
         out = torch.bmm(p, v).view(rows, heads, tokens, width).transpose(1, 2).reshape(rows, tokens, heads * width)
         ctx.save_for_backward(q, k, v, p, cos, sin)
@@ -106,16 +91,28 @@ class ShortAttention(torch.autograd.Function):
         q, k, v, p, cos, sin = ctx.saved_tensors
         rows, tokens, heads, groups, width, scale = ctx.sizes
         grad = grad.view(rows, tokens, heads, width).transpose(1, 2).reshape(rows * groups, -1, width)
-        out = grad.new_empty(rows, tokens, heads + 2 * groups, width)
-        of_v = torch.bmm(p.transpose(1, 2), grad)
-        out[:, :, heads + groups :] = of_v.view(rows, groups, tokens, width).transpose(1, 2)
+        of_v = torch.bmm(p.transpose(1, 2), grad).view(rows, groups, tokens, width).transpose(1, 2).contiguous()
         of_p = torch.bmm(grad, v.transpose(1, 2))
         of_s = torch._softmax_backward_data(of_p, p, -1, p.dtype).mul_(scale)
-        turned = grad.new_empty(rows, heads + groups, tokens, width)
-        turned[:, :heads] = torch.bmm(of_s, k).view(rows, heads, tokens, width)
-        turned[:, heads:] = torch.bmm(of_s.transpose(1, 2), q).view(rows, groups, tokens, width)
-        _rotate_into(out[:, :, : heads + groups].transpose(1, 2), turned, cos, -sin)
-        return out, None, None, None, None
+        of_q = _returned(torch.bmm(of_s, k).view(rows, heads, tokens, width), cos, sin)
+        of_k = _returned(torch.bmm(of_s.transpose(1, 2), q).view(rows, groups, tokens, width), cos, sin)
+        return of_q, of_k, of_v, None, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotated [rows, tokens, heads, width] as [rows, heads, tokens, width]."""
+    rows, tokens, heads, width = x.shape
+    out = x.new_empty(rows, heads, tokens, width)
+    _rotate_into(out, x.transpose(1, 2), cos, sin)
+    return out
+
+
+def _returned(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The inverse of `_turned`, which is also its gradient."""
+    rows, heads, tokens, width = grad.shape
+    out = grad.new_empty(rows, tokens, heads, width)
+    _rotate_into(out.transpose(1, 2), grad, cos, -sin)
+    return out
 
 
 def _bars(tokens: int, like: Tensor) -> Tensor:

@@ -19,14 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass
 class Piece:
-    """One target's B: `B` [groups, rank, out] adds to columns lo..hi of the output, fed by rows first..last of A."""
+    """One target's B [groups, rank, out] (transposed): adds to output `member`, fed by rows first..last of A."""
 
     B: Tensor
     grad_B: Tensor | None
     first: int
     last: int
-    lo: int
-    hi: int
+    member: int
 
 
 @dataclass
@@ -96,8 +95,8 @@ class Route:
         return x.reshape(self.adapted, *shape[1:-1], x.shape[-1])
 
 
-Fusion = Sequence[tuple[str, int, int]]
-"""Layers that run as one product: (name, first column, past the last column) of each in the joint output."""
+Fusion = tuple[str, ...]
+"""Names of layers that share their input and run together."""
 
 
 @dataclass
@@ -140,68 +139,92 @@ def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, route: Route | None, key: str | tuple[str, ...]
 ) -> Tensor:
     """x @ weight.T + bias plus every row's own adapter; x [rows, ..., in] -> [rows, ..., out]."""
+    return adapted_linears(x, [weight], [bias], route, key)[0]
+
+
+def adapted_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    route: Route | None,
+    key: str | tuple[str, ...],
+) -> tuple[Tensor, ...]:
+    """The same for layers that share their input; one output [rows, ..., out] each."""
     part = route.parts.get(key) if route is not None and route.adapted else None
     if part is None:
-        return F.linear(x, weight, bias)
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     if x.shape[0] != route.rows:
         raise NotImplementedError(
             f"layer {key} sees {x.shape[0]} leading rows where the batch has {route.rows}: adapters on layers that "
             "regroup tokens (mixtures of experts) are not supported"
         )
     if torch.is_grad_enabled():
-        return _AdaptedLinear.apply(x, route.anchor, weight, bias, part, route)
-    return _forward(x, weight, bias, part, route)[0]
+        return _AdaptedLinears.apply(x, route.anchor, weights, biases, part, route)
+    return _forward(x, weights, biases, part, route)[0]
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, part: Part, route: Route):
-    y = F.linear(x, weight, bias)
+def joint_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], route: Route | None, key: tuple[str, ...]
+) -> tuple[Tensor, ...]:
+    """`adapted_linears` without gradients, as one product with the joint weight: fewer calls for few rows."""
+    outputs = F.linear(x, weight, bias).split(list(widths), dim=-1)
+    part = route.parts.get(key) if route is not None and route.adapted else None
+    if part is not None:
+        _adapt(x, outputs, part, route)
+    return outputs
+
+
+def _forward(x: Tensor, weights, biases, part: Part, route: Route):
+    outputs = tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    return outputs, *_adapt(x, outputs, part, route)
+
+
+def _adapt(x: Tensor, outputs: Sequence[Tensor], part: Part, route: Route) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Add the adapters to the outputs, in place; returns what the backward pass needs: (inputs, x A, dropout mask)."""
     inputs = route.spread(x).to(part.A.dtype)
     mask = route.dropout(part.names[0], route, x) if route.dropout is not None else None
     if mask is not None:
         mask = route.spread(mask)
         inputs = inputs * mask
     low = torch.bmm(inputs, part.A.transpose(1, 2)).mul_(route.scale)
-    in_place = route.regular and y.dtype == low.dtype
-    if in_place:
-        target = y[: route.adapted].view(route.groups, -1, y.shape[-1])
-    else:
-        target = low.new_zeros(route.groups, low.shape[1], y.shape[-1])
     for piece in part.pieces:
-        target[:, :, piece.lo : piece.hi].baddbmm_(low[:, :, piece.first : piece.last], piece.B)
-    if not in_place:
-        delta = route.collect(target, y.shape)
-        head = y[: route.adapted]
-        head.copy_(head.to(delta.dtype) + delta)
-    return y, inputs, low, mask
+        _add_product(outputs[piece.member], low[:, :, piece.first : piece.last], piece.B, route)
+    return inputs, low, mask
 
 
-class _AdaptedLinear(torch.autograd.Function):
+def _add_product(y: Tensor, left: Tensor, right: Tensor, route: Route, mask: Tensor | None = None) -> None:
+    """Add left @ right [groups, ...] (times mask) to the adapted rows of y, in place."""
+    if route.regular and mask is None and y.dtype == left.dtype:
+        y[: route.adapted].view(route.groups, -1, y.shape[-1]).baddbmm_(left, right)
+        return
+    delta = torch.bmm(left, right)
+    delta = route.collect(delta if mask is None else delta.mul_(mask), y.shape)
+    head = y[: route.adapted]
+    head.copy_(head.to(delta.dtype) + delta)
+
+
+class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, anchor, weight, bias, part, route):
-        y, ctx.inputs, ctx.low, ctx.mask = _forward(x, weight, bias, part, route)
-        ctx.weight, ctx.part, ctx.route = weight, part, route
-        return y
+    def forward(ctx, x, anchor, weights, biases, part, route):
+        outputs, ctx.inputs, ctx.low, ctx.mask = _forward(x, weights, biases, part, route)
+        ctx.weights, ctx.part, ctx.route = weights, part, route
+        return outputs
 
     @staticmethod
-    def backward(ctx, grad):
-        part, route = ctx.part, ctx.route
-        own = route.spread(grad, clear=True).to(ctx.low.dtype)
-        grad_low = torch.empty_like(ctx.low)
+    def backward(ctx, *grads):
+        part, route, low = ctx.part, ctx.route, ctx.low
+        grad_low = torch.empty_like(low)
         for piece in part.pieces:
-            columns = own[:, :, piece.lo : piece.hi]
-            grad_low[:, :, piece.first : piece.last] = torch.bmm(columns, piece.B.transpose(1, 2))
-            piece.grad_B.baddbmm_(ctx.low[:, :, piece.first : piece.last].transpose(1, 2), columns)
+            own = route.spread(grads[piece.member], clear=True).to(low.dtype)
+            rank = slice(piece.first, piece.last)
+            grad_low[:, :, rank] = torch.bmm(own, piece.B.transpose(1, 2))
+            piece.grad_B.baddbmm_(low[:, :, rank].transpose(1, 2), own)
         grad_low.mul_(route.scale)
         part.grad_A.baddbmm_(grad_low.transpose(1, 2), ctx.inputs)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = F.linear(grad, ctx.weight.t())
-            if route.regular and ctx.mask is None and grad_x.dtype == grad_low.dtype:
-                grad_x[: route.adapted].view(route.groups, -1, grad_x.shape[-1]).baddbmm_(grad_low, part.A)
-            else:
-                delta = torch.bmm(grad_low, part.A)
-                delta = delta if ctx.mask is None else delta.mul_(ctx.mask)
-                delta = route.collect(delta, grad_x.shape)
-                head = grad_x[: route.adapted]
-                head.copy_(head.to(delta.dtype) + delta)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None, None
+        grad_x = F.linear(grads[0], ctx.weights[0].t())
+        for grad, weight in zip(grads[1:], ctx.weights[1:], strict=True):
+            grad_x.view(-1, grad_x.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), weight)
+        _add_product(grad_x, grad_low, part.A, route, ctx.mask)
         return grad_x, None, None, None, None, None
