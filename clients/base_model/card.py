@@ -33,8 +33,15 @@ Retrain it with
 
     untether model pretrain OUT --seed {seed}
 
-The run is resumable; its weights agree with these up to floating-point rounding where it takes as many steps.
+The run is resumable. {schedule}
 """
+
+
+_BY_STEP = "Its weights agree with these up to floating-point rounding."
+_BY_CLOCK = (
+    "These weights come from a run bounded by `--minutes`, whose learning rate fell with the clock; a run of as many\n"
+    "steps follows the same schedule up to the evenness of that machine's speed."
+)
 
 
 def model_card(recipe: Any, facts: dict[str, Any], parameters: int, sha256: str) -> str:
@@ -50,6 +57,7 @@ def model_card(recipe: Any, facts: dict[str, Any], parameters: int, sha256: str)
         learning_rate=recipe.learning_rate,
         prompt_weight=recipe.prompt_weight,
         prompt_share=recipe.prompt_share,
+        schedule=_BY_CLOCK if facts["steps"] < recipe.steps else _BY_STEP,
         hardware=facts["hardware"],
         minutes=facts["minutes"],
         sha256=sha256,

@@ -35,7 +35,7 @@ class Recipe:
     """Everything that the weights follow from (apart from floating-point rounding)."""
 
     seed: int = 0
-    steps: int = 3000
+    steps: int = 5440
     batch_tokens: int = 2048
     accumulate: int = 2
     learning_rate: float = 3e-3
