@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 
 from sim.clock import WallClock
 from sim.hardware import THIS_MACHINE, Profile
+
+Timer = Callable[[], float]
+_WALL: Timer = WallClock().now_s
 
 ROWS, HIDDEN, INTERMEDIATE = 256, 576, 1536
 """A step of 4 rows of 64 tokens, at the width of a 135M-parameter model."""
@@ -46,7 +50,7 @@ def measure(repeats: int = 8) -> Profile:
     )
 
 
-def training_flops_per_s(repeats: int = 8, dtype: torch.dtype = torch.float32) -> float:
+def training_flops_per_s(repeats: int = 8, dtype: torch.dtype = torch.float32, now: Timer = _WALL) -> float:
     """Operations a second of a gated MLP and an attention block's maps with frozen weights: 4 a weight and row."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(HIDDEN, 2 * INTERMEDIATE), (INTERMEDIATE, HIDDEN), (HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN)]
@@ -63,7 +67,7 @@ def training_flops_per_s(repeats: int = 8, dtype: torch.dtype = torch.float32) -
         x.square().mean().backward()
 
     flops = 4 * 4 * ROWS * sum(a * b for a, b in shapes)
-    return flops / _best_s(step, repeats)
+    return flops / _best_s(step, repeats, now)
 
 
 def copy_bytes_per_s(repeats: int = 8) -> float:
@@ -73,12 +77,11 @@ def copy_bytes_per_s(repeats: int = 8) -> float:
     return 2 * source.numel() * 4 / _best_s(lambda: target.copy_(source), repeats)
 
 
-def _best_s(step, repeats: int) -> float:
-    clock = WallClock()
+def _best_s(step: Callable[[], object], repeats: int, now: Timer = _WALL) -> float:
     step()
     times = []
     for _ in range(repeats):
-        begun = clock.now_s()
+        begun = now()
         step()
-        times.append(clock.now_s() - begun)
+        times.append(now() - begun)
     return min(times)
