@@ -69,8 +69,8 @@ class ShortAttention(torch.autograd.Function):
     """Rotary embedding and causal attention of short rows; keeps the probabilities for the backward pass.
 
     q [rows, tokens, heads, width], k and v [rows, tokens, groups, width]; cos, sin [1 or rows, 1, tokens, width];
-    returns [rows, tokens, heads * width]. Below some 200 tokens, batched products beat PyTorch's CPU flash kernel, whose
-    backward pass computes the probabilities anew.
+    returns [rows, tokens, heads * width]. Below some 200 tokens, batched products beat PyTorch's CPU flash kernel,
+    whose backward pass computes the probabilities anew.
     """
 
     @staticmethod

@@ -1,0 +1,42 @@
+"""(c) untether: the cohort engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.measure import Outcome
+from bench.workload import Workload, filters
+from clients.adapters import AdapterStack
+from clients.embedding import Encoder
+from clients.filters import judge
+from clients.generation import GenerationRow, generate
+from clients.training import TrainJob, TrainSettings, train
+
+
+def run(workload: Workload, indices: Sequence[int]) -> Outcome:
+    """Filter, train and answer for the devices of one process."""
+    base, devices, encoder = workload.base(), workload.load(list(indices)), Encoder(device="cpu")
+    _warm_up(base, devices, encoder)
+    outcome, jobs = Outcome(), [device.job for device in devices]
+    with outcome.stage("embed"):
+        judged = judge(
+            {d.index: d.written for d in devices}, {d.index: d.real for d in devices}, filters(), encoder
+        )  # fmt: skip
+    with outcome.stage("train"):
+        results = train(base, jobs)
+    with outcome.stage("decode"):
+        stack = AdapterStack.of_states(base, [job.spec for job in jobs], [results[job.key].state for job in jobs])
+        rows = [GenerationRow(p, slot) for slot, device in enumerate(devices) for p in device.prompts]
+        answers = iter(generate(base, stack, rows, max_new_tokens=workload.max_new_tokens))
+        outcome.answers = {device.index: [next(answers) for _ in device.prompts] for device in devices}
+    outcome.verdicts = {index: [item.verdict for item in items] for index, items in judged.items()}
+    outcome.losses = {key: result.losses for key, result in results.items()}
+    outcome.tokens = sum(result.tokens for result in results.values())
+    return outcome
+
+
+def _warm_up(base, devices, encoder) -> None:
+    encoder.encode(["one text", "another text"], remember=())
+    first = devices[0].job
+    train(base, [TrainJob(0, first.examples, TrainSettings(steps=1), first.spec, state=first.state)])
+    generate(base, None, [GenerationRow(devices[0].prompts[0])], max_new_tokens=2)
