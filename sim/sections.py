@@ -57,7 +57,7 @@ class Population(Section):
     split: str = Field(
         "", description="lamp: file prefix (empty: `dev`); world: `evaluation` or `validation` (empty: `evaluation`)"
     )
-    users: int = Field(24, ge=1, description="how many users, so devices, each seed draws (disjoint across seeds)")
+    users: int = Field(12, ge=1, description="how many users, so devices, each seed draws (disjoint across seeds)")
     tasks: tuple[str, ...] = Field((), description="tasks such as LaMP_4; empty: all that the source has")
     history: tuple[int, int] = Field((4, 8), description="world: least and most history items a user and task")
     queries: int = Field(10, ge=1, description="most queries a user and task")
@@ -86,7 +86,7 @@ class Model(Section):
 class Lora(Section):
     """The private adapter (PEFT's meaning of every field)."""
 
-    rank: int = Field(8, ge=1, le=1024, description="LoRA rank r")
+    rank: int = Field(4, ge=1, le=1024, description="LoRA rank r")
     alpha: float = Field(16.0, gt=0, description="scaling is alpha / rank (rsLoRA: alpha / sqrt(rank))")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: tuple[str, ...] = Field(("all-linear",), description="module suffixes, or all-linear")
@@ -96,8 +96,8 @@ class Lora(Section):
 class Training(Section):
     """How an adapter is trained on its device (loss on the answer only)."""
 
-    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
-    epochs: float = Field(6.0, gt=0, description="passes over the device's samples")
+    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate of AdamW")
+    epochs: float = Field(4.0, gt=0, description="passes over the device's samples")
     steps: int = Field(0, ge=0, description="optimizer steps; 0: follow epochs")
     batch_size: int = Field(8, ge=1, description="samples a step")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after warm-up")
@@ -153,7 +153,7 @@ class Cloud(Section):
     base_url: str = Field("", description="endpoint, such as https://api.openai.com/v1 (provider = openai)")
     model: str = Field("", description="model name at the endpoint; for `transformers`: model name or path")
     api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
-    samples: int = Field(24, ge=0, description="synthetic samples asked for a user and task")
+    samples: int = Field(32, ge=0, description="synthetic samples asked for a user and task")
     samples_per_request: int = Field(8, ge=1, description="larger orders are split into requests of so many")
     show_items: int = Field(16, ge=1, description="most history items shown in a request (latest first)")
     show_chars: int = Field(12000, ge=200, description="most characters of history shown in a request")
@@ -328,7 +328,7 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     shard: int = Field(256, ge=1, description="most devices a worker handles at once: bounds a host's memory")
     strict: bool = Field(False, description="stop at the first worker that dies, instead of retrying its devices")
-    deadline_s: float = Field(3600.0, gt=0, description="longest a host may take over one pass")
+    deadline_s: float = Field(3600.0, gt=0, description="longest a worker may go without getting on")
 
 
 class Evaluation(Section):
