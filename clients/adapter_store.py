@@ -1,11 +1,13 @@
 """Private adapters on disk: one safetensors file an arm and block of devices, tensors stacked over its devices.
 
 `adapters/seed-S/round-R/<arm>/<block>.safetensors` holds every LoRA tensor as [devices, ...]; its metadata names the
-devices. A device's adapter is the one of the latest round that trained it. Written whole or not at all.
+devices. A device's adapter is the one of the latest round that trained it. Written whole or not at all; `prune` deletes
+what later rounds have superseded, so that a run of many rounds holds two.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sim.errors import ResumableStop
+from sim.results import cannot_write
 
 State = Mapping[str, Tensor]
 """One adapter: PEFT's key -> tensor."""
@@ -66,22 +69,54 @@ class AdapterStore:
         """The devices that trained this arm in this round."""
         return sorted(self._devices(round, arm))
 
+    def prune(self, round: int) -> int:
+        """Deletes files of rounds before `round` whose every device has a later adapter, at or before it.
+
+        Call it once `round` is committed: a resumed run needs nothing older. Returns how many files went. The arm
+        `shared` is trained once and stays.
+        """
+        older = sorted(number for number in self._rounds() if number < round)
+        arms = {path.name for number in older for path in (self.root / f"round-{number}").iterdir()} - {"shared"}
+        gone = 0
+        for arm in arms:
+            later = set(self._devices(round, arm))
+            for number in reversed(older):
+                folder = self.root / f"round-{number}" / arm
+                mine = self._devices(number, arm)
+                for path in folder.glob("*.safetensors"):
+                    if all(device in later for device, (place, _) in mine.items() if place == path):
+                        path.unlink(missing_ok=True)
+                        gone += 1
+                later |= set(mine)
+                with contextlib.suppress(OSError):  # not empty, or another worker was first
+                    folder.rmdir()
+                    folder.parent.rmdir()
+        self._index.clear()
+        return gone
+
+    def _rounds(self) -> list[int]:
+        return [int(path.name.removeprefix("round-")) for path in self.root.glob("round-*")]
+
     def _devices(self, round: int, arm: str) -> dict[str, tuple[Path, int]]:
         if (round, arm) not in self._index:
             found: dict[str, tuple[Path, int]] = {}
             for path in sorted((self.root / f"round-{round}" / arm).glob("*.safetensors")):
-                with safe_open(path, framework="pt") as file:
-                    devices = json.loads(file.metadata()["devices"])
+                try:
+                    with safe_open(path, framework="pt") as file:
+                        devices = json.loads(file.metadata()["devices"])
+                except FileNotFoundError:  # another worker has just pruned it
+                    continue
                 found |= {device: (path, row) for row, device in enumerate(devices)}
             self._index[round, arm] = found
         return self._index[round, arm]
 
     def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, temporary, metadata=metadata)
             os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise ResumableStop(f"cannot write {path}: {error}. Free some space, then resume the run.") from error
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise ResumableStop(cannot_write(path, error)) from error

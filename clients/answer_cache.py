@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sim.errors import ResumableStop, UserError
+from sim.errors import ResumableStop, UserError, disk_is_full
 
 _VERSION = 1
 _BUSY_TIMEOUT_S = 60.0
@@ -41,6 +41,8 @@ class AnswerCache:
             self._database = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
             self._open_patiently()
         except (sqlite3.DatabaseError, OSError) as error:
+            if disk_is_full(error):
+                raise ResumableStop(f"cannot write the cloud cache {self.path}: {error}. Free some space") from error
             raise UserError(
                 f"cloud.cache: {self.path} cannot be used as a cache ({error}). "
                 "Give the path of a file that untether made, or of one that does not exist yet"
@@ -83,7 +85,7 @@ class AnswerCache:
             with self._database:
                 self._database.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, json.dumps(value)))
         except sqlite3.OperationalError as error:
-            raise ResumableStop(f"cannot write the cloud cache {self.path}: {error}") from error
+            raise ResumableStop(f"cannot write the cloud cache {self.path}: {error}. Free some space") from error
 
     def __len__(self) -> int:
         return self._database.execute("SELECT COUNT(*) FROM answers").fetchone()[0]

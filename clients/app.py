@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.host import Executor, InProcess, RayExecutor, guarded, run_pass
+from clients.executors import Executor, InProcess, RayExecutor
+from clients.host import call_again, guarded, run_pass
 from clients.worker import Endpoint, Worker
 from sim.results import RunDirectory
 
@@ -32,8 +34,7 @@ def share(message: Message, context: Context) -> Message:
     order = message.content["order"]
 
     def work() -> dict[str, Any]:
-        executor = _executor(order, context)
-        executor.call("share", order["seed"], deadline_s=order["deadline_s"])
+        call_again(_executor(order, context), "share", order["seed"], deadline_s=order["deadline_s"])
         return {"parts": {}, "columns": {}, "models": {}, "failures": []}
 
     return _reply(message, guarded(work))
@@ -80,22 +81,24 @@ def _reply(message: Message, result: dict[str, Any]) -> Message:
 
 def _progress(order: Any, context: Context) -> Path:
     folder = Path(order["run"]) / "state" / "progress"
-    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder / str(context.node_config["partition-id"])
 
 
 def _executor(order: Any, context: Context) -> Executor:
+    progress = _progress(order, context).with_suffix(".shard")
     arguments = {
         "run_directory": order["run"],
         "endpoint": Endpoint(order["base_url"], order["model"], order["fingerprint"]),
         "threads": int(order["threads"]),
-        "progress": str(_progress(order, context).with_suffix(".shard")),
+        "progress": str(progress),
     }
     identity = hashlib.sha256(repr(sorted(arguments.items())).encode()).hexdigest()[:12]
     name = f"worker-{context.node_config['partition-id']}-{identity}"
     if name not in _executors:
         ours = _in_ray()
-        _executors[name] = RayExecutor(name, arguments) if ours else InProcess(lambda: Worker(**arguments))
+        _executors[name] = RayExecutor(name, arguments, progress) if ours else InProcess(lambda: Worker(**arguments))
     return _executors[name]
 
 

@@ -6,69 +6,22 @@ again on a new worker, in halves, until the one that kills it is found and marke
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from clients.device import Shard
-from clients.worker import Worker
-from sim.errors import ResumableStop, UserError
+from clients.executors import Executor, WorkerDied
+from clients.lost import lost_rows
+from sim.clock import DAY_S
+from sim.errors import ResumableStop, UserError, disk_is_full
+from sim.population.source import device_id
 from sim.results import RunDirectory
 
-
-class WorkerDied(Exception):
-    """The worker process ended under a shard; its `str` says how."""
-
-
-class Executor(Protocol):
-    """Runs one call on a worker process; a dead worker raises WorkerDied and is replaced at the next call."""
-
-    def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]: ...
-
-
-class InProcess:
-    """The executor where there is no Ray: the worker lives in this very process (a deployed node)."""
-
-    def __init__(self, make: Callable[[], Worker]):
-        self._make, self._worker = make, None
-
-    def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]:
-        """Calls the worker directly; there is no other process that could die."""
-        self._worker = self._worker or self._make()
-        return getattr(self._worker, method)(*arguments)
-
-
-class RayExecutor:
-    """A named Ray actor of our own, one a host; it outlives the Flower actor that calls it."""
-
-    NAMESPACE = "untether"
-
-    def __init__(self, name: str, arguments: Mapping[str, Any]):
-        self.name, self.arguments = name, dict(arguments)
-
-    def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]:
-        """Calls the actor and waits at most `deadline_s`."""
-        import ray
-        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-
-        actor = self._actor()
-        try:
-            return ray.get(getattr(actor, method).remote(*arguments), timeout=deadline_s)
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from error
-        except (RayActorError, GetTimeoutError) as error:
-            ray.kill(actor, no_restart=True)
-            raise WorkerDied(str(error).strip().splitlines()[0]) from error
-
-    def _actor(self) -> Any:
-        import ray
-
-        resources = {"worker": 1} if ray.cluster_resources().get("worker") else None
-        return ray.remote(Worker).options(
-            name=self.name, namespace=self.NAMESPACE, get_if_exists=True, lifetime="detached", num_cpus=0,
-            num_gpus=0, resources=resources, max_restarts=0, max_concurrency=1,
-        ).remote(**self.arguments)
+DETAIL_CHARS = 600
+"""Most characters of a death's description that the events keep."""
 
 
 def run_pass(
@@ -83,55 +36,108 @@ def run_pass(
 ) -> dict[str, Any]:
     """Runs one pass (`fetch` or `learn`) over the devices of an order, shard by shard.
 
-    Returns {"parts": {table: [path]}, "columns": {name: [value a device]}, "models": {name: fingerprint},
-    "failures": [...]}. A mistake of the user
-    and a stop raise; a dead worker does not (unless `strict`).
+    A shard that a stopped run has finished is not run again. Returns {"parts": {table: [path]}, "columns": {name:
+    [value a device]}, "models": {name: fingerprint}, "failures": [...]}. A mistake of the user and a stop raise; a dead
+    worker does not (unless `strict`): it is an event, and a device that keeps killing is marked in all its answers.
     """
-    devices: Sequence[int] = list(order["devices"])
-    parts: dict[str, list[str]] = {}
-    columns: dict[str, list[Any]] = {}
-    models: dict[str, str] = {}
-    failures: list[dict[str, Any]] = []
+    seed, round, devices = order["seed"], order["round"], list(order["devices"])
+    done = _Pass()
     arguments = [list(order["samples"])] if method == "learn" else []
-    queue = [devices[start : start + shard_size] for start in range(0, len(devices), shard_size)]
-    queue.reverse()
-    retried: set[tuple[int, ...]] = set()
-    finished = 0
+    queue = [tuple(devices[start : start + shard_size]) for start in range(0, len(devices), shard_size)][::-1]
+    deaths: dict[tuple[int, ...], int] = dict.fromkeys(queue, -1)  # a whole shard may die once more than a half
+    lost: dict[int, str] = {}
     while queue:
-        progress.write_text(str(finished))
-        some = tuple(queue.pop())
-        shard = Shard(order["seed"], order["round"], some)
-        try:
-            reply = executor.call(method, shard, *arguments, deadline_s=deadline_s)
-        except WorkerDied as death:
-            failures.append({"devices": list(some), "pass": method, "detail": str(death)})
-            if strict:
-                raise ResumableStop(f"a worker died ({death}) and engine.strict is set") from death
-            if some not in retried:
-                retried.add(some)
-                queue.append(list(some))
-            elif len(some) > 1:
-                queue += list(_halves(some))
-            else:
-                columns.setdefault("device", []).append(some[0])
-                columns.setdefault("outcome", []).append("crashed")
-                finished += 1
-            continue
-        progress.with_suffix(".shard").unlink(missing_ok=True)
+        _tell(progress, done.devices)
+        some = queue.pop()
+        shard = Shard(seed, round, some)
+        receipt = f"{method}-{shard.name}"
+        reply = run.read_receipt(seed, round, receipt)
+        if reply is None or reply["columns"]["device"] != list(some):
+            try:
+                reply = executor.call(method, shard, *arguments, deadline_s=deadline_s)
+            except WorkerDied as death:
+                done.failures.append(_failure(method, some, death))
+                _tell(progress.with_suffix(".deaths"), "x" * len(done.failures))
+                if strict:
+                    raise ResumableStop(f"a worker died ({death}) and engine.strict is set") from death
+                deaths[some] = deaths.get(some, 0) + 1
+                if len(some) > 1 and deaths[some] > 0:
+                    queue += [some[len(some) // 2 :], some[: len(some) // 2]]
+                elif deaths[some] > 1:
+                    lost[some[0]] = "out_of_memory" if death.outcome == "out_of_memory" else "crashed"
+                    done.devices += 1
+                else:
+                    queue.append(some)
+                continue
+            run.write_receipt(seed, round, receipt, reply)
+        with contextlib.suppress(OSError):
+            progress.with_suffix(".shard").unlink(missing_ok=True)
+        done.add(reply)
+    for table, rows in _told(run, seed, round, method, lost, done.failures).items():
+        part = run.write_part(table, seed, round, f"{method}-host-{device_id(devices[0])}", rows)
+        done.parts.setdefault(table, []).append(part)
+    done.columns.setdefault("device", []).extend(lost)
+    done.columns.setdefault("outcome", []).extend(lost.values())
+    _tell(progress, done.devices)
+    return {"parts": done.parts, "columns": done.columns, "models": done.models, "failures": done.failures}
+
+
+def call_again(executor: Executor, method: str, *arguments: Any, deadline_s: float, tries: int = 3) -> dict[str, Any]:
+    """A call that is no shard of devices and cannot be halved: a dead worker costs a retry, the last one raises."""
+    for _ in range(tries - 1):
+        with contextlib.suppress(WorkerDied):
+            return executor.call(method, *arguments, deadline_s=deadline_s)
+    return executor.call(method, *arguments, deadline_s=deadline_s)
+
+
+class _Pass:
+    """What the shards of a pass have replied so far."""
+
+    def __init__(self) -> None:
+        self.devices = 0
+        self.parts: dict[str, list[str]] = {}
+        self.columns: dict[str, list[Any]] = {}
+        self.models: dict[str, str] = {}
+        self.failures: list[dict[str, Any]] = []
+
+    def add(self, reply: Mapping[str, Any]) -> None:
         for table, paths in reply["parts"].items():
-            parts.setdefault(table, []).extend(paths)
-        models |= reply["models"]
+            self.parts.setdefault(table, []).extend(paths)
         for name, values in reply["columns"].items():
-            columns.setdefault(name, []).extend(values)
-        finished += len(some)
-    progress.write_text(str(finished))
-    return {"parts": parts, "columns": columns, "models": models, "failures": failures}
+            self.columns.setdefault(name, []).extend(values)
+        self.models |= reply["models"]
+        self.devices += len(reply["columns"]["device"])
 
 
-def _halves(devices: Sequence[int]) -> Iterator[list[int]]:
-    middle = len(devices) // 2
-    yield list(devices[middle:])
-    yield list(devices[:middle])
+def _failure(method: str, devices: Sequence[int], death: WorkerDied) -> dict[str, Any]:
+    return {"devices": list(devices), "pass": method, "outcome": death.outcome, "detail": str(death)[:DETAIL_CHARS]}
+
+
+def _told(
+    run: RunDirectory, seed: int, round: int, method: str, lost: dict[int, str], failures: Sequence[Mapping[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows for what went wrong: an event a death, and the answers that lost devices owed."""
+    tables: dict[str, list[dict[str, Any]]] = lost_rows(run.experiment, seed, lost, method) if lost else {}
+    if failures:
+        tables["events"] = [_event(seed, round, number, failure) for number, failure in enumerate(failures)]
+    return tables
+
+
+def _event(seed: int, round: int, number: int, failure: Mapping[str, Any]) -> dict[str, Any]:
+    devices = failure["devices"]
+    names = f"{device_id(devices[0])} to {device_id(devices[-1])} ({len(devices)} devices)"
+    return {
+        "time_s": round * DAY_S, "attempt": number, "kind": "worker_died", "outcome": failure["outcome"],
+        "event_id": f"died-s{seed}-r{round}-{failure['pass']}-{device_id(devices[0])}-{number}",
+        "device_id": device_id(devices[0]) if len(devices) == 1 else None,
+        "detail": f"{failure['pass']} of {names}: {failure['detail']}",
+    }  # fmt: skip
+
+
+def _tell(progress: Path, what: object) -> None:
+    """For whoever watches: a full disk is found by what matters."""
+    with contextlib.suppress(OSError):
+        progress.write_text(str(what))
 
 
 def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -141,4 +147,7 @@ def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except (UserError, ResumableStop) as error:
         return {"error": type(error).__name__, "message": str(error), "traceback": ""}
     except Exception as error:
+        if disk_is_full(error):
+            message = f"a disk is full ({error}). Free some space, then resume the run."
+            return {"error": "ResumableStop", "message": message, "traceback": ""}
         return {"error": "Failure", "message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}

@@ -47,6 +47,7 @@ def learn(worker: Worker, shard: Shard, sample_parts: Sequence[str]) -> dict[str
     devices = worker.devices(shard)
     materials = _materials(worker, shard, devices, sample_parts)
     store = AdapterStore(worker.run.path, shard.seed)
+    store.prune(shard.round - 1)  # the round before is committed
     shared = shared_adapters(worker, shard.seed) if "shared" in worker.experiment.arms else {}
     size = max(1, BLOCK_ADAPTERS // max(1, len(trained_arms(worker.experiment))))
     for start in range(0, len(devices), size):

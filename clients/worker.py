@@ -6,6 +6,7 @@ again elsewhere and writes the same parts.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -97,4 +98,5 @@ class Worker:
     def progress(self, done: float) -> None:
         """Tells the coordinator how many devices of this shard are done (a small file that it looks at)."""
         if self._progress:
-            self._progress.write_text(f"{done:.1f}")
+            with contextlib.suppress(OSError):
+                self._progress.write_text(f"{done:.1f}")

@@ -39,7 +39,7 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
     """
     experiment = run.experiment
     strategy = make_strategy(experiment.strategy.name)
-    deadline_s = experiment.engine.deadline_s
+    deadline_s = 2 * experiment.engine.deadline_s  # a host, which waits for a worker that long, says so first
     arrays = ArrayRecord()
     with open_cloud(experiment, run) as cloud:
         found = nodes(grid, max(1, experiment.engine.hosts), deadline_s, stop)
@@ -55,7 +55,7 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
                 progress.begin(seed, round)
                 order = {
                     "run": str(run.path.resolve()), "base_url": cloud.base_url, "model": cloud.model,
-                    "fingerprint": cloud.fingerprint, "threads": threads, "deadline_s": deadline_s,
+                    "fingerprint": cloud.fingerprint, "threads": threads, "deadline_s": experiment.engine.deadline_s,
                     "seed": seed, "round": round, "devices": devices, "samples": [],
                 }
 
@@ -121,9 +121,11 @@ class _Watch:
         for path in self.folder.glob("*"):
             path.unlink(missing_ok=True)
 
-    def __call__(self) -> None:
+    def __call__(self) -> object:
+        """What is done, and which workers died: while this changes, no host hangs."""
         done = sum(map(_count, (*self.folder.glob("*.done"), *self.folder.glob("*.shard"))))
         self.progress.update(self.stage, min(int(done), self.total), self.total)
+        return done, [path.stat().st_size for path in sorted(self.folder.glob("*.deaths"))]
 
 
 def _count(path: Path) -> float:

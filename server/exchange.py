@@ -45,17 +45,19 @@ def exchange(
     messages: Iterable[Message],
     deadline_s: float,
     stop: threading.Event,
-    heartbeat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], object] = lambda: None,
 ) -> list[Message]:
     """Pushes the messages and returns the replies in the order of the messages.
 
-    Raises ResumableStop when `stop` is set or the deadline passes, UserError and ResumableStop as the hosts say, and
-    Failure with the host's traceback for anything else.
+    `heartbeat` is called at every look; while what it returns changes, and whenever a reply comes, the deadline starts
+    anew. Raises ResumableStop when `stop` is set or the deadline passes, UserError and ResumableStop as the hosts say,
+    and Failure with the host's traceback for anything else.
     """
     clock, messages = WallClock(), list(messages)
     end_s = clock.now_s() + deadline_s
     waiting = dict(zip(grid.push_messages(messages), range(len(messages)), strict=True))
     replies: dict[int, Message] = {}
+    beat: object = None
     tries = [1] * len(messages)
     while waiting:
         for reply in grid.pull_messages(list(waiting)):
@@ -66,12 +68,14 @@ def exchange(
                 waiting[next(iter(grid.push_messages([again])))] = place
             else:
                 replies[place] = reply
-        heartbeat()
+            end_s = clock.now_s() + deadline_s
+        if (now := heartbeat()) != beat:
+            beat, end_s = now, clock.now_s() + deadline_s
         if stop.is_set():
             raise ResumableStop("interrupted")
         if clock.now_s() > end_s:
             late = f"{len(waiting)} of {len(messages)} hosts"
-            raise ResumableStop(f"{late} did not answer within engine.deadline_s = {deadline_s}")
+            raise ResumableStop(f"{late} neither answered nor got on within {deadline_s:.0f} s (engine.deadline_s)")
         if waiting:
             clock.sleep(POLL_S)
     return [_checked(replies[place]) for place in range(len(messages))]

@@ -50,27 +50,33 @@ def run(
     set_: Set = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/NAME.")] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="A run that stopped.")] = None,
+    ray_address: Annotated[
+        str, typer.Option("--ray-address", metavar="HOST:PORT", help="Join a running Ray cluster (`auto`: this one's).")
+    ] = "",
 ) -> None:
     """Run an experiment: users in, personalized adapters, a table of results and a report out.
 
     Without arguments: the default experiment on the embedded users, model and cloud. Ctrl-C stops cleanly; what is
-    committed stays, and `--resume DIR` goes on from there.
+    committed stays, and `--resume DIR` goes on from there (fields of `[engine]` may change on the way).
     """
     from sim.console import arms_table, make_console
-    from sim.launch import launch, prepare, redirected
+    from sim.launch import launch, prepare, redirected, reopen
+    from sim.results import RunDirectory
 
     console = make_console()
     if resume is not None:
-        if experiment or set_ or out:
-            raise UserError("--resume takes the run directory alone: its experiment is in it")
-        directory = prepare(Experiment(), resume, resume=True)
+        if out:
+            raise UserError("--resume goes on in the run directory it names: leave out --out")
+        stopped = RunDirectory.open(resume).path / "experiment.toml"
+        holds = Experiment.read(experiment or stopped, _overrides(set_)) if experiment or set_ else None
+        directory = reopen(resume, holds)
     else:
         directory = prepare(Experiment.read(experiment, _overrides(set_)), out)
     console.print(f"run directory: {directory.path}", soft_wrap=True)
     log = directory.path / "log.txt"
     with redirected(log) as terminal:
         try:
-            launch(directory, terminal)
+            launch(directory, terminal, ray_address)
         except ResumableStop as stop:
             raise ResumableStop(f"{stop}\nResume with: untether run --resume {directory.path}") from None
         except Failure as failure:

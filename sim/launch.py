@@ -12,17 +12,22 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from sim.cluster import join_cluster, runtime_env
 from sim.console import LiveProgress
 from sim.environment import describe
-from sim.errors import ResumableStop, UserError
+from sim.errors import ResumableStop, UserError, disk_is_full
 from sim.experiment import Experiment, fields, parse_value
 from sim.population.source import open_population
-from sim.results import RunDirectory
+from sim.results import RunDirectory, write_atomically
+from sim.run_lock import RunLock
+
+GRACE_S = 6.0
+"""How long an interrupted run may take to end by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +49,29 @@ class Layout:
         return cls(workers, hosts, engine.threads or max(1, cores // workers), gpus)
 
 
-def prepare(experiment: Experiment, out: Path | None, resume: bool = False) -> RunDirectory:
-    """Checks what can be checked before anything heavy starts, then makes (or reopens) the run directory.
+def prepare(experiment: Experiment, out: Path | None) -> RunDirectory:
+    """Checks what can be checked before anything heavy starts, then makes the run directory.
 
     Raises UserError for an unknown strategy or task, missing data, a missing key, an `out` that holds a run.
     """
-    if resume:
-        assert out is not None
-        return RunDirectory.open(out)
     check(experiment)
     path = out or next_run_directory(experiment.name)
     run = RunDirectory.create(path, experiment)
     run.write_json("environment.json", describe(experiment))
+    return run
+
+
+def reopen(path: Path, experiment: Experiment | None = None) -> RunDirectory:
+    """The run directory of a run that stopped, to go on with it.
+
+    `experiment` is what its user says it holds (None: whatever it holds); it may differ in `[engine]`, which is then
+    taken over. Raises UserError naming what differs otherwise, for another version, or where data or a key are missing.
+    """
+    run = RunDirectory.open(path)
+    run.check_resumable(experiment)
+    if experiment is not None and experiment != run.experiment:
+        write_atomically(run.path / "experiment.toml", experiment.to_toml())
+    check(run.experiment)
     return run
 
 
@@ -92,23 +108,30 @@ def next_run_directory(name: str) -> Path:
     return path
 
 
-def launch(run: RunDirectory, terminal: TextIO | None = None) -> None:
+def launch(run: RunDirectory, terminal: TextIO | None = None, ray_address: str = "") -> None:
     """Runs what is not committed yet of a run directory on Flower's simulation runtime, then writes its report.
 
-    `terminal` is where progress goes: what `redirected` yields. Raises UserError, ResumableStop (Ctrl-C and SIGTERM
-    among its causes), or Failure with the traceback of the defect that ended the run.
+    `terminal` is where progress goes: what `redirected` yields. `ray_address` names a Ray cluster to join (`auto`: the
+    one of this machine); empty: Ray is started here and ends with the run. Raises UserError, ResumableStop (Ctrl-C,
+    SIGTERM and a full disk among its causes), or Failure with the traceback of the defect that ended the run.
     """
-    experiment = run.experiment
-    layout = Layout.of(experiment, len(open_population(experiment, experiment.seeds[0])))
-    stop = threading.Event()
-    with stopping(stop), LiveProgress(file=terminal) as progress:
-        try:
-            _simulate(run, layout, progress, stop)
-        except KeyboardInterrupt:
-            raise ResumableStop("interrupted") from None
+    with RunLock(run.path):
+        if run.finished:
+            run.drop_parts()
+            return
+        stop = threading.Event()
+        with stopping(stop, farewell(run, terminal)), LiveProgress(file=terminal) as progress:
+            try:
+                _simulate(run, progress, stop, ray_address)
+            except KeyboardInterrupt:
+                raise ResumableStop("interrupted") from None
+            except OSError as error:
+                if not disk_is_full(error):
+                    raise
+                raise ResumableStop(f"a disk is full ({error}). Free some space, then resume the run.") from error
 
 
-def _simulate(run: RunDirectory, layout: Layout, progress: LiveProgress, stop: threading.Event) -> None:
+def _simulate(run: RunDirectory, progress: LiveProgress, stop: threading.Event, ray_address: str) -> None:
     os.environ.update({
         "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false", "RAY_DEDUP_LOGS": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -121,21 +144,45 @@ def _simulate(run: RunDirectory, layout: Layout, progress: LiveProgress, stop: t
     from server.app import make_app
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    root = str(Path(__file__).resolve().parent.parent)
-    python_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    ray.init(
-        address="local", num_cpus=max(2, layout.hosts), num_gpus=layout.gpus, include_dashboard=False,
-        log_to_driver=False, configure_logging=False, resources={"worker": layout.workers},
-        runtime_env={"env_vars": {"PYTHONPATH": python_path}},
-    )
+    devices = len(open_population(run.experiment, run.experiment.seeds[0]))
+    layout = Layout.of(run.experiment, devices)
+    _check_stop(stop)
+    if ray_address:
+        workers = join_cluster(ray_address)
+        layout = replace(layout, workers=workers, hosts=min(run.experiment.engine.hosts or workers, devices))
+    else:
+        ray.init(
+            address="local", num_cpus=max(2, layout.hosts), num_gpus=layout.gpus, include_dashboard=False,
+            log_to_driver=False, configure_logging=False, resources={"worker": layout.workers},
+            runtime_env=runtime_env(),
+        )
     healing = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # a dead actor comes back; `exchange` asks again
     try:
+        _check_stop(stop)
         run_simulation(
             make_app(run, layout.threads, progress, stop), client_app, num_supernodes=layout.hosts,
             backend_config={"client_resources": healing},
         )
     finally:
         ray.shutdown()
+
+
+def _check_stop(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise ResumableStop("interrupted")
+
+
+def farewell(run: RunDirectory, terminal: TextIO | None) -> Callable[[], None]:
+    """What to do when a stop takes longer than it should: say so, and end at once. Nothing committed is lost by it."""
+
+    def leave() -> None:
+        # What runs here ends with this process: Ray's processes and the gateway watch for their parent.
+        cursor = "\x1b[?25h" if terminal is not None and terminal.isatty() else ""
+        text = f"{cursor}\nstopped: interrupted\nResume with: untether run --resume {run.path}"
+        print(text, file=terminal or sys.stderr, flush=True)
+        os._exit(1)
+
+    return leave
 
 
 @contextlib.contextmanager
@@ -160,13 +207,18 @@ def redirected(log: Path) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def stopping(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set `stop`; a second Ctrl-C interrupts at once."""
+def stopping(stop: threading.Event, leave: Callable[[], None] | None = None) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set `stop`; a second Ctrl-C interrupts at once; `leave` is called if nothing helps in time."""
+    timers: list[threading.Timer] = []
 
     def handle(number: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
+        if leave is not None:
+            timers.append(threading.Timer(GRACE_S, leave))
+            timers[-1].daemon = True
+            timers[-1].start()
 
     main = threading.current_thread() is threading.main_thread()
     before = [(number, signal.signal(number, handle)) for number in (signal.SIGINT, signal.SIGTERM)] if main else []
@@ -175,6 +227,8 @@ def stopping(stop: threading.Event) -> Iterator[None]:
     finally:
         for number, old in before:
             signal.signal(number, old)
+        for timer in timers:
+            timer.cancel()
 
 
 def run_config(experiment: Experiment) -> dict[str, Any]:

@@ -3,14 +3,19 @@
 A round is *staged* as Parquet parts, one a table and shard, and *committed* by one atomic file
 (`state/commits/seed-S-round-R.json`) that names the parts which count. What no commit names never happened, so a
 killed run goes on from its last commit. When the run ends, the parts become the tables of the contract.
+
+Within a round, a *receipt* says which parts a finished shard wrote and what it replied, so that the shard is not run
+again when the round is; a receipt makes nothing count.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +23,19 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sim.errors import ResumableStop, UserError
+from sim.errors import ResumableStop, UserError, disk_is_full
 from sim.experiment import Experiment
 
 SCHEMA_VERSION = "1"
+
+
+def versions() -> dict[str, str]:
+    """What a run directory must share with the program that goes on with it."""
+    try:
+        program = importlib.metadata.version("untether")
+    except importlib.metadata.PackageNotFoundError:
+        program = "unknown"
+    return {"untether": program, "schema_version": SCHEMA_VERSION}
 
 
 def _schema(columns: str) -> pa.Schema:
@@ -59,17 +73,14 @@ _ORDER = ("device_id", "arm", "task", "request_id", "attempt", "sample_id", "que
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _writing(temporary, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ResumableStop(f"cannot write {path}: {error.strerror}. Free some space, then resume the run.") from error
 
 
 class RunDirectory:
@@ -84,7 +95,11 @@ class RunDirectory:
         run = cls(path)
         if (run.path / "experiment.toml").exists():
             raise UserError(f"{run.path} already holds a run. Give another --out, or go on with --resume {run.path}")
-        (run.path / "state").mkdir(parents=True, exist_ok=True)
+        try:
+            (run.path / "state").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{run.path}: cannot make this folder: {error.strerror}. Give another --out") from error
+        run.write_json("state/versions.json", versions())
         write_atomically(run.path / "experiment.toml", experiment.to_toml())
         return run
 
@@ -95,6 +110,32 @@ class RunDirectory:
         if not (run.path / "experiment.toml").is_file():
             raise UserError(f"{run.path}: not a run directory (no experiment.toml in it)")
         return run
+
+    def check_resumable(self, experiment: Experiment | None = None) -> None:
+        """Raises UserError, naming what differs, where this run is of another version or of another experiment.
+
+        Fields of `[engine]` may differ: they change the speed, never the numbers.
+        """
+        made, here = self.read_json("state/versions.json") or {}, versions()
+        differing = [f"{name} {made.get(name, 'unknown')} there, {here[name]} here" for name in here
+                     if made.get(name) != here[name]]  # fmt: skip
+        if differing:
+            raise UserError(
+                f"{self.path} was made by another version: {'; '.join(differing)}. "
+                "Go on with the version that made it, or start anew with --out"
+            )
+        changes = differences(self.experiment, experiment) if experiment is not None else []
+        changes = [line for line in changes if not line.startswith("engine.")]
+        if changes:
+            raise UserError(
+                f"{self.path} holds another experiment:\n  " + "\n  ".join(changes)
+                + "\nResume it as it is with --resume alone, or start anew with --out"
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether tables and report are written: nothing is left to do."""
+        return (self.path / "state" / "finished.json").exists()
 
     @property
     def experiment(self) -> Experiment:
@@ -138,6 +179,22 @@ class RunDirectory:
     def _commit_path(self, seed: int, round: int) -> Path:
         return self.path / "state" / "commits" / f"seed-{seed}-round-{round}.json"
 
+    def write_receipt(self, seed: int, round: int, name: str, reply: Mapping[str, Any]) -> None:
+        """Keeps the reply of a finished shard of an unfinished round; `name` is the pass and the shard."""
+        write_atomically(self._receipt_path(seed, round, name), json.dumps(dict(reply)))
+
+    def read_receipt(self, seed: int, round: int, name: str) -> dict[str, Any] | None:
+        """The reply of a shard that was finished before, if all its parts are there."""
+        try:
+            reply = json.loads(self._receipt_path(seed, round, name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        there = all((self.path / part).exists() for paths in reply["parts"].values() for part in paths)
+        return reply if there else None
+
+    def _receipt_path(self, seed: int, round: int, name: str) -> Path:
+        return self.path / "state" / "parts" / f"seed-{seed}" / f"round-{round}" / "receipts" / f"{name}.json"
+
     # --- finishing and reading ----------------------------------------------------------------------------------
 
     def merge(self, experiment: Experiment, truth: Mapping[tuple[str, str, str], str] | None = None) -> None:
@@ -148,7 +205,7 @@ class RunDirectory:
         for table, schema in TABLES.items():
             target = self.path / f"{table}.parquet"
             temporary = target.with_suffix(".tmp")
-            with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            with _writing(temporary, target), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
                 for seed in experiment.seeds:
                     for round in range(experiment.rounds):
                         commit = self.committed(seed, round)
@@ -170,6 +227,7 @@ class RunDirectory:
 
     def drop_parts(self) -> None:
         """Deletes the staged parts once the tables hold their rows (the commits stay: the run is finished)."""
+        self.write_json("state/finished.json", {"schema_version": SCHEMA_VERSION})
         shutil.rmtree(self.path / "state" / "parts", ignore_errors=True)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -182,11 +240,42 @@ class RunDirectory:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def _write_table(self, table: pa.Table, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with _writing(temporary, path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(table, temporary, compression="zstd")
             os.replace(temporary, path)
-        except OSError as error:
+
+
+@contextlib.contextmanager
+def _writing(temporary: Path, path: Path) -> Iterator[None]:
+    """Turns a failure to write into a resumable stop, and leaves no half-written file behind."""
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-            raise ResumableStop(f"cannot write {path}: {error}. Free some space, then resume the run.") from error
+        raise ResumableStop(cannot_write(path, error)) from error
+
+
+def cannot_write(path: str | Path, error: BaseException) -> str:
+    """What a user is told where a file of a run could not be written."""
+    advice = "Free some space" if disk_is_full(error) else "See to it"
+    return f"cannot write {path}: {getattr(error, 'strerror', None) or error}. {advice}, then resume the run."
+
+
+def differences(old: Experiment, new: Experiment) -> list[str]:
+    """The fields in which two experiments differ, as `field: value there, value here`."""
+    return list(_differing("", old.model_dump(), new.model_dump()))
+
+
+def _differing(prefix: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differing(f"{prefix}.{name}" if prefix else name, old.get(name), new.get(name))
+    elif old != new:
+        yield f"{prefix}: {_shown(old)} there, {_shown(new)} here"
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value, default=str)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from clients.host import InProcess, run_pass
+from clients.executors import InProcess
+from clients.host import run_pass
 from clients.worker import Endpoint, Worker
 from sim.experiment import Experiment
 from sim.results import RunDirectory

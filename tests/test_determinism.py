@@ -19,7 +19,6 @@ SPLITS = {
     "eight adapters at a time": {"engine__cohort": 8},
     "shards of one device": {"engine__cohort": 64, "engine__shard": 1},
     "five hosts, shards of two": {"engine__shard": 2, "hosts": 5},
-    "two hosts": {"hosts": 2},
 }
 
 

@@ -1,6 +1,9 @@
 """The run directory: what is staged does not count, what is committed does, and a table is the same however split."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.results import SCHEMA_VERSION, TABLES, RunDirectory
+from sim.run_lock import RunLock
 
 
 def _metric(device, value):
@@ -81,3 +85,67 @@ def test_a_broken_write_leaves_the_old_file(tmp_path, experiment, monkeypatch):
     with pytest.raises(ValueError):
         run.write_json("summary.json", {"rows": [float("nan")]})
     assert json.loads((run.path / "summary.json").read_text()) == {"rows": []}
+
+
+def test_a_run_of_another_experiment_is_refused_with_what_differs(tmp_path, experiment):
+    run = RunDirectory.create(tmp_path / "run", experiment)
+    run.check_resumable()
+    run.check_resumable(experiment)
+    other = Experiment(seeds=(3, 4), rounds=2, lora={"rank": 4})
+    with pytest.raises(UserError) as refused:
+        run.check_resumable(other)
+    assert "lora.rank: 8 there, 4 here" in str(refused.value)
+    assert "seeds: [3] there, [3, 4] here" in str(refused.value)
+    assert "rounds" not in str(refused.value)
+
+
+def test_what_only_changes_the_speed_may_differ(tmp_path, experiment):
+    run = RunDirectory.create(tmp_path / "run", experiment)
+    run.check_resumable(Experiment(seeds=(3,), rounds=2, engine={"workers": 1, "shard": 8}))
+
+
+def test_a_run_of_another_version_is_refused_with_both(tmp_path, experiment):
+    run = RunDirectory.create(tmp_path / "run", experiment)
+    here = run.read_json("state/versions.json")
+    run.write_json("state/versions.json", {**here, "untether": "0.0.7"})
+    with pytest.raises(UserError, match=f"untether 0.0.7 there, {here['untether']} here"):
+        run.check_resumable()
+    (run.path / "state" / "versions.json").unlink()
+    with pytest.raises(UserError, match="schema_version unknown there, 1 here"):
+        run.check_resumable()
+
+
+def test_a_second_coordinator_is_refused_while_the_first_lives(tmp_path, experiment):
+    run = RunDirectory.create(tmp_path / "run", experiment)
+    with RunLock(run.path), pytest.raises(UserError, match=f"in use by another run .process {os.getpid()} on"):
+        RunLock(run.path).__enter__()
+    with RunLock(run.path):
+        pass
+
+
+def test_a_disk_that_is_full_stops_the_run_resumably(tmp_path, experiment):
+    """The real write path under the kernel's own limit on the size of files."""
+    code = f"""
+import resource, signal, sys
+from sim.errors import ResumableStop
+from sim.results import RunDirectory
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+run = RunDirectory.open({str(tmp_path / "run")!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+for write in (lambda: run.write_part("metrics", 3, 0, "b", [{{"device_id": "d"}}]),
+              lambda: run.write_receipt(3, 0, "a", {{"parts": {{}}, "columns": {{"device": list(range(99))}}}}),
+              lambda: run.merge(run.experiment),
+              lambda: run.commit(3, 1, {{"metrics": ["x" * 200]}}, {{}})):
+    try:
+        write()
+    except ResumableStop as stop:
+        assert "cannot write" in str(stop) and "Free some space, then resume" in str(stop), stop
+    else:
+        sys.exit("it wrote")
+"""
+    run = RunDirectory.create(tmp_path / "run", experiment)
+    run.commit(3, 0, {"metrics": [run.write_part("metrics", 3, 0, "a", [_metric("d00000", 0.5)])]}, {})
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run.committed(3, 1) is None and not list(run.path.rglob(".*.tmp"))
+    run.merge(experiment)
+    assert run.read("metrics")["value"].tolist() == [0.5]

@@ -1,0 +1,144 @@
+"""How a host runs a call on its worker: a Ray actor that may die, or, where there is no Ray, this very process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from clients.worker import Worker
+from sim.clock import WallClock
+
+POLL_S = 2.0
+"""How often a host looks whether its worker still gets on with its shard."""
+
+SLOT, REPLACEMENT = 0.99, 0.001
+"""What a worker takes of a node's resource `worker`, of which one is offered a worker. A replacement takes next to
+nothing: where a node was lost, it moves in beside another worker instead of waiting for ever."""
+
+_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "failed to allocate", "bad allocation")
+
+
+class WorkerDied(Exception):
+    """The worker process ended under a shard; its `str` says how. `outcome`: crashed, out_of_memory or timeout."""
+
+    def __init__(self, detail: str, outcome: str = "crashed"):
+        super().__init__(detail)
+        self.outcome = outcome
+
+
+class Executor(Protocol):
+    """Runs one call on a worker process; a dead worker raises WorkerDied and is replaced at the next call."""
+
+    def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]: ...
+
+
+class InProcess:
+    """The executor where there is no Ray: the worker lives in this very process (a deployed node)."""
+
+    def __init__(self, make: Callable[[], Worker]):
+        self._make, self._worker = make, None
+
+    def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]:
+        """Calls the worker directly; there is no other process that could die."""
+        self._worker = self._worker or self._make()
+        return getattr(self._worker, method)(*arguments)
+
+
+class RayExecutor:
+    """A named Ray actor of our own, one a host. Any of Flower's actors may call it; a dead one is replaced.
+
+    `progress` is a file that changes while the worker gets on: a worker that leaves it alone for `deadline_s` hangs.
+    """
+
+    NAMESPACE = "untether"
+
+    def __init__(self, name: str, arguments: Mapping[str, Any], progress: Path | None = None):
+        self.name, self.arguments, self.progress = name, dict(arguments), progress
+        self._replacing = False
+
+    def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]:
+        """Calls the actor and waits while it gets on."""
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+        killed_before = _oom_kills()
+        actor = self._actor()
+        try:
+            return self._wait(getattr(actor, method).remote(*arguments), deadline_s)
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if not memory_ran_out(cause):
+                raise cause from error
+            self._kill(actor)  # what it holds is what there is too little of
+            raise WorkerDied(f"{type(cause).__name__}: {cause}", "out_of_memory") from error
+        except (RayActorError, OutOfMemoryError) as error:
+            self._kill(actor)
+            detail = " ".join(str(error).split())
+            out_of_memory = isinstance(error, OutOfMemoryError) or "OUT_OF_MEMORY" in detail.upper()
+            if out_of_memory or _oom_kills() > killed_before:
+                raise WorkerDied(detail, "out_of_memory") from error
+            raise WorkerDied(detail) from error
+        except TimeoutError as error:
+            self._kill(actor)
+            raise WorkerDied(str(error), "timeout") from error
+
+    def _wait(self, reply: Any, deadline_s: float) -> dict[str, Any]:
+        import ray
+
+        clock = WallClock()
+        seen, since_s = self._look(), clock.now_s()
+        while not ray.wait([reply], timeout=min(POLL_S, deadline_s))[0]:
+            now, now_s = self._look(), clock.now_s()
+            if now != seen:
+                seen, since_s = now, now_s
+            elif now_s - since_s > deadline_s:
+                raise TimeoutError(f"no progress for {deadline_s:.0f} s (engine.deadline_s)")
+        return ray.get(reply)
+
+    def _look(self) -> str:
+        try:
+            return self.progress.read_text() if self.progress else ""
+        except OSError:
+            return ""
+
+    def _kill(self, actor: Any) -> None:
+        """Ends the actor and waits until its name is free, so that the next call does not find the dead one."""
+        import ray
+
+        self._replacing = True
+        ray.kill(actor, no_restart=True)
+        clock = WallClock()
+        for _ in range(100):
+            try:
+                ray.get_actor(self.name, self.NAMESPACE)
+            except ValueError:
+                return
+            clock.sleep(0.05)
+
+    def _actor(self) -> Any:
+        """The actor, made where there is none. Ray ends it with the run that made it, however that run ends."""
+        import ray
+
+        offered = ray.cluster_resources().get("worker", 0)
+        share = REPLACEMENT if self._replacing or ray.available_resources().get("worker", 0) < SLOT else SLOT
+        return ray.remote(Worker).options(
+            name=self.name, namespace=self.NAMESPACE, get_if_exists=True, num_cpus=0, num_gpus=0, max_restarts=0,
+            max_concurrency=1, resources={"worker": share} if offered else None, scheduling_strategy="SPREAD",
+        ).remote(**self.arguments)
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, told without torch: a host does not import it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _MEMORY)
+
+
+def _oom_kills() -> int:
+    """Processes that this machine's kernel has ended for want of memory (0 where it does not say)."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0

@@ -1,0 +1,119 @@
+"""Every wait ends: with the replies, a stop, or a deadline that starts anew while somebody gets on."""
+
+import itertools
+import json
+import threading
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from server import exchange as module
+from server.exchange import exchange, nodes
+from sim.errors import Failure, ResumableStop, UserError
+
+
+class Clock:
+    """Time passes only where somebody waits."""
+
+    time_s = 0.0
+
+    def now_s(self):
+        return Clock.time_s
+
+    def sleep(self, duration_s):
+        Clock.time_s += duration_s
+
+
+class Grid:
+    """Replies as told: `script[node]` lists what the node answers, try by try; None: never."""
+
+    def __init__(self, script):
+        self.script = {node: iter(answers) for node, answers in script.items()}
+        self.sent, self.ids = {}, itertools.count()
+
+    def get_node_ids(self):
+        return list(self.script)
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            ids.append(f"m{next(self.ids)}")
+            self.sent[ids[-1]] = message, next(self.script[message.metadata.dst_node_id])
+        return ids
+
+    def pull_messages(self, ids):
+        for name in ids:
+            message, answer = self.sent[name]
+            if answer is None:
+                continue
+            message.metadata.__dict__["_message_id"] = name
+            reply = Message(answer, reply_to=message)
+            assert reply.metadata.reply_to_message_id == name
+            yield reply
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    Clock.time_s = 0.0
+    monkeypatch.setattr(module, "WallClock", Clock)
+    for name in ("_run_id", "_node_id", "_task_id"):  # as inside a run: a message asks for them
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def _ask(script, stop=None, heartbeat=lambda: None, deadline_s=10.0):
+    grid = Grid(script)
+    messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in script]
+    return exchange(grid, messages, deadline_s, stop or threading.Event(), heartbeat)
+
+
+def _said(text):
+    return RecordDict({"result": ConfigRecord({"said": text})})
+
+
+def _wrong(kind):
+    words = {"error": kind, "message": f"a {kind}", "traceback": "line 1"}
+    return RecordDict({"result": ConfigRecord({name: json.dumps(value) for name, value in words.items()})})
+
+
+def test_replies_come_in_the_order_of_the_messages():
+    replies = _ask({7: [_said("seven")], 3: [_said("three")]})
+    assert [reply.content["result"]["said"] for reply in replies] == ["seven", "three"]
+
+
+def test_a_host_that_dies_inside_flower_is_asked_again():
+    dead = Error(code=0, reason="the actor died")
+    assert _ask({1: [dead, dead, _said("at last")]})[0].content["result"]["said"] == "at last"
+    with pytest.raises(Failure, match="the actor died"):
+        _ask({1: [dead, dead, dead]})
+
+
+def test_a_silent_host_ends_in_a_resumable_stop():
+    with pytest.raises(ResumableStop, match="1 of 2 hosts neither answered nor got on within 10 s"):
+        _ask({1: [_said("here")], 2: [None]})
+    assert 10 <= Clock.time_s < 11
+
+
+def test_the_deadline_starts_anew_while_hosts_get_on():
+    with pytest.raises(ResumableStop):
+        _ask({1: [None]}, heartbeat=lambda: min(int(Clock.time_s), 45))
+    assert 55 <= Clock.time_s < 56
+
+
+def test_a_stop_is_heeded_at_once():
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(ResumableStop, match="interrupted"):
+        _ask({1: [None]}, stop)
+    with pytest.raises(ResumableStop, match="interrupted"):
+        nodes(Grid({1: []}), 2, 10.0, stop)
+    assert Clock.time_s < 1
+
+
+def test_what_a_host_says_went_wrong_is_raised():
+    with pytest.raises(UserError, match="a UserError"):
+        _ask({1: [_wrong("UserError")]})
+    with pytest.raises(ResumableStop, match="a ResumableStop"):
+        _ask({1: [_wrong("ResumableStop")]})
+    with pytest.raises(Failure, match="a Failure\nline 1"):
+        _ask({1: [_wrong("Failure")]})

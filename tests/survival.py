@@ -1,0 +1,86 @@
+"""Really running, really killing: what the survival tests and `make soak` share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+
+
+class Untether:
+    """`untether run` in a process of its own, to be killed."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None):
+        command = [sys.executable, "-m", "sim.cli", "run", *arguments]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**ENVIRONMENT, **(env or {})}
+        )
+        self.family: list[psutil.Process] = []
+
+    def __enter__(self) -> Untether:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def workers(self) -> list[psutil.Process]:
+        """The worker processes of this very run."""
+        return [process for process in self._family() if _name(process).startswith("ray::Worker")]
+
+    def kill(self) -> None:
+        """SIGKILL, without a warning and to the coordinator alone."""
+        self._family()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self, timeout_s: float = 240) -> tuple[int, str]:
+        """(exit code, what it printed), once it has ended."""
+        output, _ = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, output
+
+    def orphans(self, within_s: float = 20) -> list[str]:
+        """What of it still runs after a while."""
+        _, alive = psutil.wait_procs(self.family, timeout=within_s)
+        return [_name(process) for process in alive]
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            self.family = psutil.Process(self.process.pid).children(recursive=True) or self.family
+        except psutil.NoSuchProcess:
+            pass
+        return self.family
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def wait_for(what, run: Untether, timeout_s: float = 180) -> None:
+    """Waits until `what()` is true; AssertionError with the run's last words where it ends before."""
+    end = time.monotonic() + timeout_s
+    while not what():
+        if run.process.poll() is not None:
+            raise AssertionError(f"the run ended before: {run.end()[1]}")
+        assert time.monotonic() < end, f"{what} within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def commits(path: Path) -> int:
+    """Rounds that are committed."""
+    return len(list((path / "state" / "commits").glob("*.json")))
+
