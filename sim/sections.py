@@ -86,7 +86,7 @@ class Model(Section):
 class Lora(Section):
     """The private adapter (PEFT's meaning of every field)."""
 
-    rank: int = Field(4, ge=1, le=1024, description="LoRA rank r")
+    rank: int = Field(8, ge=1, le=1024, description="LoRA rank r")
     alpha: float = Field(16.0, gt=0, description="scaling is alpha / rank (rsLoRA: alpha / sqrt(rank))")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: tuple[str, ...] = Field(("all-linear",), description="module suffixes, or all-linear")
@@ -96,7 +96,7 @@ class Lora(Section):
 class Training(Section):
     """How an adapter is trained on its device (loss on the answer only)."""
 
-    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate of AdamW")
+    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
     epochs: float = Field(4.0, gt=0, description="passes over the device's samples")
     steps: int = Field(0, ge=0, description="optimizer steps; 0: follow epochs")
     batch_size: int = Field(8, ge=1, description="samples a step")
@@ -153,7 +153,7 @@ class Cloud(Section):
     base_url: str = Field("", description="endpoint, such as https://api.openai.com/v1 (provider = openai)")
     model: str = Field("", description="model name at the endpoint; for `transformers`: model name or path")
     api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
-    samples: int = Field(32, ge=0, description="synthetic samples asked for a user and task")
+    samples: int = Field(16, ge=0, description="synthetic samples asked for a user and task")
     samples_per_request: int = Field(8, ge=1, description="larger orders are split into requests of so many")
     show_items: int = Field(16, ge=1, description="most history items shown in a request (latest first)")
     show_chars: int = Field(12000, ge=200, description="most characters of history shown in a request")
