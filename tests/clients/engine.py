@@ -26,7 +26,8 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module
     torch.manual_seed(0)
     common = dict(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4 if kind == "llama" else 2, max_position_embeddings=128, pad_token_id=PAD, eos_token_id=END, bos_token_id=2,
+        num_key_value_heads=4 if kind == "llama" else 2,
+        max_position_embeddings=128, pad_token_id=PAD, eos_token_id=END, bos_token_id=2,
     )  # fmt: skip
     if kind == "gpt2":
         config = tf.GPT2Config(

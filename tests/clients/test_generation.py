@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from clients import generation
+from clients.adapters import AdapterStack, LoraSpec
+from clients.generation import GenerationRow, generate, label_scores
+from tests.clients import engine
+
+
+@pytest.fixture(scope="module")
+def world():
+    base, _ = engine.tiny_base("llama")
+    specs = [LoraSpec(2, 8), LoraSpec(4, 16)]
+    stack = AdapterStack.of_states(base, specs, [engine.random_state(base, s, k) for k, s in enumerate(specs)])
+    draw = np.random.default_rng(3)
+    rows = [
+        GenerationRow(draw.integers(3, engine.VOCABULARY, int(draw.integers(2, 30))).tolist(), (0, None, 1)[k % 3])
+        for k in range(9)
+    ]
+    return base, stack, rows
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_rows_answer_does_not_depend_on_its_company(world, temperature):
+    base, stack, rows = world
+    options = {"max_new_tokens": 9, "temperature": temperature}
+    together = generate(base, stack, rows, seeds=range(9), **options)
+    small = generate(base, stack, rows, seeds=range(9), batch_size=2, **options)
+    alone = [generate(base, stack, [row], seeds=[seed], **options)[0] for seed, row in enumerate(rows)]
+    assert together == small == alone
+    assert len({tuple(answer) for answer in together}) > 1
+
+
+def test_sampling_draws_from_the_models_distribution(world):
+    base, _, _ = world
+    prompt = [5, 9, 11]
+    rows = [GenerationRow(prompt)] * 4000
+    first = [answer[0] if answer else engine.END for answer in generate(
+        base, None, rows, max_new_tokens=1, temperature=2.0, seeds=range(4000)
+    )]  # fmt: skip
+    with torch.no_grad():
+        logits = base.logits_at(torch.tensor([2]), torch.tensor([prompt]), use_cache=False)[0]
+    expected = torch.softmax(logits / 2.0, -1).numpy()
+    found = np.bincount(first, minlength=engine.VOCABULARY) / 4000
+    assert np.abs(found - expected).sum() < 0.15
+
+
+def test_sampling_without_seeds_is_refused(world):
+    base, _, rows = world
+    with pytest.raises(ValueError, match="seed"):
+        generate(base, None, [GenerationRow(rows[0].prompt_ids)], max_new_tokens=2, temperature=1.0)
+
+
+def test_limits_are_each_rows_own_and_the_end_is_not_returned(world):
+    base, stack, rows = world
+    answers = generate(base, stack, rows, max_new_tokens=list(range(9)))
+    assert all(len(answer) <= limit for limit, answer in enumerate(answers))
+    assert not any(engine.END in answer for answer in answers)
+    assert answers[0] == []
+
+
+def test_long_prompts_are_cut_to_leave_room(world):
+    base, _, _ = world
+    answer = generate(base, None, [GenerationRow([7] * 500)], max_new_tokens=20)[0]
+    assert len(answer) <= 20
+
+
+def test_progress_counts_rows(world):
+    base, stack, rows = world
+    seen = []
+    generate(base, stack, rows, max_new_tokens=2, batch_size=4, progress=lambda *now: seen.append(now))
+    assert seen == [(4, 9), (8, 9), (9, 9)]
+
+
+def test_label_scores_normalised_by_length(world):
+    base, stack, rows = world
+    labels = [[[5, 6, 7], [8]]] * len(rows)
+    plain = label_scores(base, stack, rows, labels)
+    mean = label_scores(base, stack, rows, labels, normalize=True)
+    for (long, short), (long_mean, short_mean) in zip(plain, mean, strict=True):
+        assert long_mean == pytest.approx(long / 3)
+        assert short_mean == short
+    assert label_scores(base, stack, rows[:2], [[], [[4]]])[0] == []
+
+
+def test_running_out_of_memory_halves_the_batch(world, monkeypatch):
+    base, stack, rows = world
+    expected = generate(base, stack, rows, max_new_tokens=5)
+    plain, refused = generation._Prompts.__init__, []
+
+    def scarce(self, base_, stack_, rows_, room):
+        if len(rows_) > 2:
+            refused.append(len(rows_))
+            raise MemoryError
+        plain(self, base_, stack_, rows_, room)
+
+    monkeypatch.setattr(generation._Prompts, "__init__", scarce)
+    assert generate(base, stack, rows, max_new_tokens=5) == expected
+    assert refused
