@@ -31,15 +31,14 @@ class Either:
     """Up when either of two is."""
 
     def __init__(self, one: Spells, other: Spells):
-        self.pair = (one, other)
+        self.one, self.other = one, other
 
     def at(self, time_s: float) -> tuple[bool, float]:
-        (up, until), (other_up, other_until) = (spells.at(time_s) for spells in self.pair)
-        if up and other_up:
-            return True, max(until, other_until)
-        if up or other_up:
-            return True, until if up else other_until
-        return False, min(until, other_until)
+        up, until = self.one.at(time_s)
+        if up:  # until then, whatever the other does
+            return True, until
+        other_up, other_until = self.other.at(time_s)
+        return (True, other_until) if other_up else (False, min(until, other_until))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +48,12 @@ class Readiness:
     allowed: Spells
     charging: Spells
     threshold: float | None = None
+    drawn: OnOff | None = None
+
+    def forget(self, before_s: float) -> None:
+        """Drops the drawn habits of earlier days."""
+        if self.drawn is not None:
+            self.drawn.forget(before_s)
 
     @classmethod
     def of(
@@ -63,32 +68,34 @@ class Readiness:
             return cls(ALWAYS, ALWAYS)
         if when == "schedule":
             return cls(Daily(seed, device_id, "schedule", hardware.train_hours, jitter_s=0.0), ALWAYS)
+        drawn = None
         if trace is not None:
             charging, idle, wifi = (
                 Windows(windows, period_s=trace.period_s, phase_s=phase_s)
                 for windows in (trace.charging, trace.idle, trace.wifi)
             )
         else:
-            charging, idle, wifi = _habits(profile, seed, device_id)
+            drawn = OnOff(seed, device_id, IDLE_S, USE_S, purpose="idle")
+            charging, idle, wifi = _habits(profile, seed, device_id, drawn)
         if when == "trace":
             if trace is None:
                 raise UserError(
                     'hardware.train_when = "trace" needs state traces (FLASH) in network.traces, with network.kind = '
                     '"trace". Or choose one of always, idle, charging, battery, schedule'
                 )
-            return cls(all_of([charging, idle, wifi]), charging)
+            return cls(all_of([charging, idle, wifi]), charging, None, drawn)
         threshold = None if profile.on_mains else hardware.battery_threshold
         if when == "charging":
-            return cls(all_of([charging, idle]), charging)
-        return cls(idle if when == "idle" else ALWAYS, charging, threshold)
+            return cls(all_of([charging, idle]), charging, None, drawn)
+        return cls(idle if when == "idle" else ALWAYS, charging, threshold, drawn)
 
 
-def _habits(profile: Profile, seed: int, device_id: str) -> tuple[Spells, Spells, Spells]:
+def _habits(profile: Profile, seed: int, device_id: str, used: OnOff) -> tuple[Spells, Spells, Spells]:
     if profile.on_mains:
         return ALWAYS, ALWAYS, ALWAYS
     charging = Daily(seed, device_id, "charge", CHARGE_HOURS, CHARGE_JITTER_S)
     asleep = Daily(seed, device_id, "sleep", SLEEP_HOURS, SLEEP_JITTER_S)
-    return charging, Either(asleep, OnOff(seed, device_id, IDLE_S, USE_S, purpose="idle")), ALWAYS
+    return charging, Either(asleep, used), ALWAYS
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,6 +139,8 @@ class Timeline:
         """Who is up and whose request gets through, if all have the sizes they are expected to have."""
         start_s, end_s = round * DAY_S, (round + 1) * DAY_S
         self.links.forget(start_s)
+        for readiness in self._readiness.values():
+            readiness.forget(start_s)
         lanes = self._ask(round, asks)
         attempts = tuple(attempt for asked in lanes.values() for attempt in asked.attempts)
         finals = {ask.request_id: lanes[ask.lane].finals[ask.request_id] for ask in asks}

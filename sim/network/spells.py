@@ -142,8 +142,16 @@ class Daily:
         self.jitter_s = jitter_s * math.sqrt(0.5)
         self._habit = self._draw("habit")
         self._days: dict[int, tuple[float, float]] = {}
+        self._last = (0.0, 0.0, False)
 
     def at(self, time_s: float) -> tuple[bool, float]:
+        since_s, until_s, up = self._last  # arms ask the same thing one after another
+        if not since_s <= time_s < until_s:
+            up, until_s = self._at(time_s)
+            self._last = (time_s, until_s, up)
+        return up, until_s
+
+    def _at(self, time_s: float) -> tuple[bool, float]:
         day = math.floor(time_s / DAY_S)
         for each in (day - 1, day, day + 1, day + 2):
             start, end = self._window(each)
@@ -166,10 +174,9 @@ class Daily:
         return self._days[day]
 
     def _draw(self, what: object) -> tuple[float, float]:
-        """Two independent standard normals (Box-Muller)."""
-        first = (derive(*self.words, self.purpose, what, "r") + 1) / (2**63 + 1)
-        angle = 2 * math.pi * derive(*self.words, self.purpose, what, "a") / 2**63
-        radius = math.sqrt(-2 * math.log(first))
+        """Two independent standard normals (Box-Muller), each from 31 bits of one draw."""
+        high, low = divmod(derive(*self.words, self.purpose, what), 2**32)
+        radius, angle = math.sqrt(-2 * math.log((high + 1) / 2**31)), 2 * math.pi * low / 2**32
         return radius * math.cos(angle), radius * math.sin(angle)
 
 
@@ -192,7 +199,7 @@ class OnOff:
         self.words = (seed, device, purpose)
         self.means = (mean_up_s, mean_down_s)
         self.distribution, self.rhythm, self.quiet_s = distribution, rhythm, quiet_hour * HOUR_S
-        self._restart()
+        self._edges, self._from = array("d"), math.inf  # drawn when first asked
 
     def at(self, time_s: float) -> tuple[bool, float]:
         if time_s < self._from:
