@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test install bench lint clean
+.PHONY: run test soak install bench lint clean
 
 run: $(STAMP)
 	$(BIN)/untether run
@@ -12,6 +12,10 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+# One run, killed twenty times at random moments, against an undisturbed one (some twenty minutes).
+soak: $(STAMP)
+	$(BIN)/python tests/soak.py
 
 install: $(STAMP)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from sim.clock import WallClock
 from sim.cluster import join_cluster, runtime_env
 from sim.console import LiveProgress
 from sim.environment import describe
@@ -72,6 +73,9 @@ def reopen(path: Path, experiment: Experiment | None = None) -> RunDirectory:
     if experiment is not None and experiment != run.experiment:
         write_atomically(run.path / "experiment.toml", experiment.to_toml())
     check(run.experiment)
+    environment = run.read_json("environment.json") or describe(run.experiment)
+    resumed = [*environment.get("resumed", []), WallClock().timestamp()]
+    run.write_json("environment.json", {**environment, "resumed": resumed})
     return run
 
 

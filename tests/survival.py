@@ -45,7 +45,7 @@ class Untether:
         """Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
 
-    def end(self, timeout_s: float = 240) -> tuple[int, str]:
+    def end(self, timeout_s: float = 600) -> tuple[int, str]:
         """(exit code, what it printed), once it has ended."""
         output, _ = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, output
@@ -70,7 +70,7 @@ def _name(process: psutil.Process) -> str:
         return ""
 
 
-def wait_for(what, run: Untether, timeout_s: float = 180) -> None:
+def wait_for(what, run: Untether, timeout_s: float = 600) -> None:
     """Waits until `what()` is true; AssertionError with the run's last words where it ends before."""
     end = time.monotonic() + timeout_s
     while not what():

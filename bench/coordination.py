@@ -1,0 +1,134 @@
+"""What a device costs before it learns anything: messages, state written, events, commits, tables.
+
+    python -m bench.coordination [DEVICES] [ROUNDS]
+
+Flower, Ray, the round loop, the hosts and the run directory are the real ones; the worker writes an event and a metric
+a device and does nothing else. Fixed seconds (start-up, two polls a round) show in the run with 100 devices.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import clients.app
+import server.app
+from clients.device import Shard
+from clients.executors import InProcess
+from sim.errors import ResumableStop
+from sim.experiment import Experiment
+from sim.population.source import device_id
+from sim.results import RunDirectory
+
+
+class IdleWorker:
+    """Writes what a pass always writes, and learns nothing."""
+
+    def __init__(self, run: str):
+        self.run = RunDirectory.open(run)
+
+    def fetch(self, shard: Shard) -> dict[str, Any]:
+        """An event and the columns of a device that asked."""
+        return self._pass("fetch", "augment", shard)
+
+    def learn(self, shard: Shard, samples: object) -> dict[str, Any]:
+        """An event and the columns of a device that trained."""
+        return self._pass("learn", "train", shard)
+
+    def _pass(self, name: str, kind: str, shard: Shard) -> dict[str, Any]:
+        ids = [device_id(index) for index in shard.devices]
+        rows = {
+            "events": [
+                {"time_s": 0.0, "event_id": f"{kind}-{i}", "device_id": i, "kind": kind, "outcome": "ok"} for i in ids
+            ],
+            "metrics": [{"device_id": i, "user_id": i, "arm": "local", "value": 0.5, "n": 1} for i in ids],
+        }
+        parts = {
+            table: [self.run.write_part(table, shard.seed, shard.round, f"{name}-{shard.name}", found)]
+            for table, found in rows.items()
+        }
+        count = len(ids)
+        columns = {"device": list(shard.devices), "outcome": ["ok"] * count, "bytes_up": [0] * count}
+        return {"parts": parts, "columns": columns, "models": {}}
+
+
+clients.app._executor = lambda order, context: InProcess(lambda: IdleWorker(order["run"]))
+app = clients.app.app
+
+
+class Stopwatch:
+    """A progress display that keeps when each round began and ended."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+        self.ended: list[float] = []
+
+    def start(self, *_: object) -> None: ...
+
+    def update(self, *_: object) -> None: ...
+
+    def begin(self, *_: object) -> None:
+        self.begun.append(time.perf_counter())
+
+    def end(self) -> None:
+        self.ended.append(time.perf_counter())
+
+
+def measure(devices: int, rounds: int) -> None:
+    """One run; prints its rounds and what they come to a device."""
+    import ray
+    from flwr.simulation import run_simulation
+
+    from sim.cluster import runtime_env
+
+    experiment = Experiment.read(None, {
+        "population.users": str(devices), "rounds": str(rounds), "cloud.provider": "world", "arms": "local",
+    })  # fmt: skip
+    folder = tempfile.mkdtemp(prefix="untether-bench-")
+    run, watch = RunDirectory.create(Path(folder) / "run", experiment), Stopwatch()
+    begun = time.perf_counter()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env())
+    try:
+        made = server.app.make_app(run, 1, watch, threading.Event())
+        run_simulation(made, app, num_supernodes=2, backend_config={"client_resources": {"num_cpus": 1}})
+    finally:
+        ray.shutdown()
+    whole = time.perf_counter() - begun
+    times = [end - start for start, end in zip(watch.begun, watch.ended, strict=True)]
+    merging = time.perf_counter()
+    run.merge(experiment)
+    merging = time.perf_counter() - merging
+    later = times[1:] or times
+    each = 1000 * sum(later) / len(later) / devices
+    print(
+        f"{devices:6d} devices: rounds {', '.join(f'{t:.2f}' for t in times)} s; {each:.3f} ms a device and "
+        f"round after the first; tables {1000 * merging / rounds / devices:.3f} ms; whole run {whole:.1f} s; "
+        f"load {os.getloadavg()[0]:.1f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measures a small fleet, for the fixed cost, and a large one."""
+    words = [int(word) for word in sys.argv[1:]]
+    devices, rounds = (*words, 10_000, 3)[:2] if len(words) < 2 else words[:2]
+    if len(words) == 1:
+        devices, rounds = words[0], 3
+    server.app.finish = lambda *_: None  # type: ignore[assignment]  # a report of nothing
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    for number in sorted({100, devices}):
+        try:
+            measure(number, rounds)
+        except ResumableStop as stop:
+            sys.exit(str(stop))
+
+
+if __name__ == "__main__":
+    from bench.coordination import main as imported  # Flower's processes import this module by its name
+
+    imported()

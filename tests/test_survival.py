@@ -1,0 +1,105 @@
+"""Killed for real, at random moments: the resumed run ends with the results of one that nobody disturbed.
+
+The disturbed run has two hosts and two workers and goes through Flower and Ray; the undisturbed one is a single worker
+in this process, so that this is also the test that hosts and workers change no number.
+"""
+
+import random
+import time
+
+import pytest
+from fleet import answers, metrics, run_in_process, tiny
+from survival import Untether, commits, wait_for
+from test_determinism import assert_same_results
+
+from clients.worker import Endpoint
+from server.background import start_background
+from sim.results import RunDirectory
+
+PLAIN = tiny(rounds=3, arms="local,cloud")
+EXPERIMENT = tiny(rounds=3, arms="local,cloud", engine__hosts=2, engine__shard=2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    with start_background("world", {}) as gateway:
+        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
+        return run_in_process(tmp_path_factory.mktemp("undisturbed") / "run", PLAIN, endpoint)
+
+
+@pytest.fixture
+def moment(request):
+    """Waits for a random moment; the draws are printed where the test fails."""
+    draw = random.Random()
+
+    def wait(most_s):
+        duration_s = draw.uniform(0, most_s)
+        print(f"waits {duration_s:.2f} s")
+        time.sleep(duration_s)
+
+    return wait
+
+
+def assert_whole(run, undisturbed, rounds=3):
+    """Every round is there once, and its results are those of the undisturbed run."""
+    assert_same_results(run, undisturbed)
+    assert not answers(run).duplicated(["seed", "round", "device_id", "arm", "query_id"]).any()
+    assert sorted(metrics(run)["round"].unique()) == list(range(rounds))
+    assert not run.read("events")["event_id"].duplicated().any()
+
+
+@pytest.mark.timeout(1200)
+def test_a_run_killed_three_times_ends_like_an_undisturbed_one(tmp_path, undisturbed, moment):
+    path, file = tmp_path / "run", tmp_path / "experiment.toml"
+    file.write_text(EXPERIMENT.to_toml())
+
+    with Untether(str(file), "--out", str(path)) as first:  # the coordinator is killed
+        wait_for(lambda: commits(path) >= 1, first)
+        moment(2)
+        first.kill()
+        assert first.orphans() == []
+
+    with Untether("--resume", str(path)) as second:  # a worker is killed, then comes Ctrl-C
+        wait_for(lambda: second.workers(), second)
+        moment(2)
+        second.workers()[0].kill()
+        with Untether("--resume", str(path)) as intruder:
+            code, said = intruder.end()
+            assert code == 2 and f"in use by another run (process {second.process.pid} on" in said
+        wait_for(lambda: commits(path) >= 2, second)
+        second.interrupt()
+        code, said = second.end(timeout_s=120)
+        assert code == 1 and f"Resume with: untether run --resume {path}" in said
+        assert second.orphans() == []
+
+    with Untether("--resume", str(path)) as third:  # a worker is killed once more
+        wait_for(lambda: third.workers(), third)
+        moment(1)
+        third.workers()[-1].kill()
+        code, said = third.end()
+        assert code == 0, said
+
+    run = RunDirectory.open(path)
+    assert_whole(run, undisturbed)
+    events = run.read("events")
+    died = events[events["kind"] == "worker_died"]
+    assert len(died) >= 1 and set(died["outcome"]) == {"crashed"} and died["detail"].str.len().min() > 40
+
+    with Untether("--resume", str(path), "--set", "rounds=4") as other:
+        code, said = other.end()
+        assert code == 2 and "rounds: 3 there, 4 here" in said
+    with Untether("--resume", str(path)) as again:  # nothing is left to do
+        code, said = again.end()
+        assert code == 0 and "report:" in said
+
+
+def test_ctrl_c_while_ray_starts_ends_at_once(tmp_path):
+    file = tmp_path / "experiment.toml"
+    file.write_text(EXPERIMENT.to_toml())
+    with Untether(str(file), "--out", str(tmp_path / "run")) as run:
+        wait_for(lambda: (tmp_path / "run" / "log.txt").exists(), run)
+        time.sleep(0.5)
+        run.interrupt()
+        code, said = run.end(timeout_s=120)
+        assert code == 1 and "Resume with: untether run --resume" in said
+        assert run.orphans() == []
