@@ -22,7 +22,7 @@ from clients.training import Example, TrainJob, TrainSettings, train
 from sim.cost import MODELS, CostModel, ModelShape
 from sim.experiment import Lora
 from sim.hardware import built_in
-from sim.this_machine import training_flops_per_s
+from sim.this_machine import WHOLE_STEP, training_flops_per_s
 
 NAME = "SmolLM2-135M"
 
@@ -69,12 +69,12 @@ def main() -> None:
         took += [after - before for before, after in zip([begun, *times], times, strict=False)]
     speed = max(speed, training_flops_per_s(now=now))
     real_s = min(took)
-    profile = dataclasses.replace(built_in()["raspberry-pi-5"], compute_gflops=speed / 1e9, training_share=1.0)
+    profile = dataclasses.replace(built_in()["raspberry-pi-5"], compute_gflops=speed / 1e9, training_share=WHOLE_STEP)
     tokens = arguments.rows * arguments.tokens
     cost = CostModel(profile, shape, 32, lora)
     predicted_s = cost.training_s(tokens, arguments.rows * (arguments.tokens // 4), arguments.tokens)
     print(f"{NAME}, {arguments.rows}x{arguments.tokens} tokens a step, {torch.get_num_threads()} threads")
-    print(f"this machine: {speed / 1e9:.1f} GFLOPS of training")
+    print(f"this machine: {speed / 1e9:.1f} GFLOPS in linear maps")
     print(f"a step: predicted {predicted_s:.2f} s, real {real_s:.2f} s ({predicted_s / real_s - 1:+.0%})")
 
 
