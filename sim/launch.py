@@ -85,6 +85,7 @@ def check(experiment: Experiment) -> None:
     from server.cloud import check_cloud
     from strategies import make_strategy
 
+    _only_what_a_run_follows(experiment)
     make_strategy(experiment.strategy.name)
     create_filters(experiment.filters)
     check_cloud(experiment)
@@ -94,6 +95,22 @@ def check(experiment: Experiment) -> None:
         if len(population) == 0:
             raise UserError(f"the population of seed {seed} is empty: no user has enough history and a query")
         population.user(0)
+
+
+def _only_what_a_run_follows(experiment: Experiment) -> None:
+    """Links, machines and the cloud's capacity stand in the timeline, which the round loop does not ask yet."""
+    usual = Experiment()
+    for name, own, default in (
+        ("network", experiment.network, usual.network),
+        ("hardware", experiment.hardware, usual.hardware),
+        ("cloud.capacity", experiment.cloud.capacity, usual.cloud.capacity),
+    ):
+        changed = [field for field in type(own).model_fields if getattr(own, field) != getattr(default, field)]
+        if changed:
+            raise UserError(
+                f"{name}.{changed[0]} = `{getattr(own, changed[0])}`: a run does not follow [{name}] yet, so its result "
+                f"would not change. Leave it at `{getattr(default, changed[0])}`; sim.timeline can be used by itself"
+            )
 
 
 def check_model(base: str) -> None:

@@ -143,6 +143,7 @@ def test_an_endpoint_that_refuses_the_key_is_the_users_mistake(tmp_path, monkeyp
     [
         ({"strategy.name": "fedavg"}, "Known: private"),
         ({"population.tasks": "LaMP_9"}, "LaMP_9"),
+        ({"network.availability": "0.5"}, "network.availability"),
         ({"model.base": "/nowhere/model"}, "model.base"),
         ({"cloud.provider": "opnai"}, "Did you mean `openai`"),
         ({"population.source": "lamp", "population.path": "/nowhere"}, "/nowhere"),
