@@ -98,7 +98,7 @@ def check(experiment: Experiment) -> None:
 
 
 def _only_what_a_run_follows(experiment: Experiment) -> None:
-    """Links, machines and the cloud's capacity stand in the timeline, which the round loop does not ask yet."""
+    """Links, machines and the cloud's capacity live in the timeline, which the round loop does not ask yet."""
     usual = Experiment()
     for name, own, default in (
         ("network", experiment.network, usual.network),
@@ -108,8 +108,8 @@ def _only_what_a_run_follows(experiment: Experiment) -> None:
         changed = [field for field in type(own).model_fields if getattr(own, field) != getattr(default, field)]
         if changed:
             raise UserError(
-                f"{name}.{changed[0]} = `{getattr(own, changed[0])}`: a run does not follow [{name}] yet, so its result "
-                f"would not change. Leave it at `{getattr(default, changed[0])}`; sim.timeline can be used by itself"
+                f"{name}.{changed[0]} = `{getattr(own, changed[0])}`: a run does not follow [{name}] yet, so nothing "
+                f"would change; leave it at `{getattr(default, changed[0])}`; sim.timeline can be used by itself"
             )
 
 
