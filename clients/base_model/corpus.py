@@ -57,8 +57,12 @@ class Batch(NamedTuple):
     lengths: np.ndarray
 
 
-def documents(seed: int, chunk: int, split: str = "pretraining", users: int = USERS_A_CHUNK) -> list[Document]:
-    """The documents of `users` users: chunk after chunk, always other ones. Follows from (seed, chunk, split)."""
+def documents(seed: int, chunk: int, split: str = "pretraining", users: int = 0) -> list[Document]:
+    """The documents of `users` users (0: of a chunk's usual number): chunk after chunk, always other ones.
+
+    Follows from (seed, chunk, split, users).
+    """
+    users = users or USERS_A_CHUNK
     world, rng = World(seed), generator(seed, "corpus", split, chunk)
     late = min(1.0, chunk / EARLY_CHUNKS) if split == "pretraining" else 1.0
     rag_share, reading_share = 0.08 + 0.17 * late, 0.6 - 0.52 * late

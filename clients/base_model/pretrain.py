@@ -197,8 +197,11 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def _tokenizer(out: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
-    if (out / "resume").exists() and (out / "tokenizer.json").exists():
-        return PreTrainedTokenizerFast.from_pretrained(out)
+    """The tokenizer that lies in `out`, if it has the recipe's size; else a new one."""
+    if (out / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+        if len(tokenizer) == recipe.vocabulary:
+            return tokenizer
     tokenizer = build_tokenizer(recipe.seed, recipe.vocabulary)
     tokenizer.save_pretrained(out)
     return tokenizer

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clients.base_model import FOLDER
+from clients.base_model import FOLDER, corpus
 from clients.base_model.corpus import batches, documents, encode
 from clients.base_model.pretrain import Recipe, held_out_loss, pretrain
 from clients.encoding import decode_answer, encode_answer, encode_prompt
@@ -48,12 +48,12 @@ def test_any_text_round_trips(tokenizer, text):
 
 
 def test_it_knows_the_tasks_and_no_user(model, tokenizer):
-    losses = held_out_loss(model, tokenizer, seed=5, users=12)
+    losses = held_out_loss(model, tokenizer, seed=5, users=6)
     uniform = torch.log(torch.tensor(float(model.config.vocab_size))).item()
     assert all(0.02 < loss < 0.25 * uniform for loss in losses.values()), losses
     for name in ("LaMP_1", "LaMP_2", "LaMP_3"):
         task = get_task(name)
-        for query in World(5).user(0, "validation", (name,)).queries:
+        for query in World(5).user(0, "validation", (name,), queries=4).queries:
             prompt = torch.tensor([encode_prompt(tokenizer, task.prompt(query.input))])
             written = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
             assert decode_answer(tokenizer, written.tolist()) in task.labels
@@ -80,8 +80,11 @@ def test_encoding_is_what_a_device_encodes_and_batches_lose_nothing(tokenizer):
     assert all(b.ids.size <= 2048 or len(b.ids) == 1 for b in made)
 
 
-def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
-    recipe = Recipe(7, 6, 512, 2, vocabulary=300, hidden=16, layers=1, heads=2, feed_forward=16, warmup=2)
+def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(corpus, "USERS_A_CHUNK", 4)
+    recipe = Recipe(7, 6, 512, 2, hidden=16, layers=1, heads=2, feed_forward=16, warmup=2)
+    for folder in ("whole", "parts"):
+        tokenizer.save_pretrained(tmp_path / folder)
     whole = pretrain(tmp_path / "whole", recipe=recipe, processes=1, say=lambda line: None)
 
     class Stop(Exception):
