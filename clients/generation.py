@@ -19,10 +19,12 @@ from clients.cache import RoomyCache
 from clients.encoding import truncate_prompt
 from clients.gemm import fast_products
 from clients.lora_layers import Route
-from clients.memory import is_out_of_memory
+from clients.memory import give_back, is_out_of_memory
 from sim.seeding import generator
 
 BATCH_ROWS = {"cpu": 128, "cuda": 512}
+BATCH_TOKENS = {"cpu": 16384, "cuda": 262144}
+"""Most tokens in the cache of a batch: long prompts come in smaller batches."""
 _LENGTH_RATIO = 1.25
 """Rows whose prompts differ by no more than this factor are padded to one length."""
 _COMPACT_BELOW = 0.75
@@ -74,8 +76,10 @@ def generate(
             progress(done, len(rows))
 
     with torch.inference_mode(), fast_products():
-        for batch in _batches(wanted, prompts, rows, batch_size or BATCH_ROWS.get(base.device.type, 128)):
+        room = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+        for batch in _batches(base, wanted, room, rows, batch_size):
             _halving(decode, batch, base.device)
+    give_back()
     return answers
 
 
@@ -92,7 +96,6 @@ def label_scores(
 
     normalize: divide by the label's tokens. The prompt is read once for all its labels.
     """
-    size = batch_size or BATCH_ROWS.get(base.device.type, 128)
     longest = [max((len(label) for label in of_row), default=0) for of_row in labels]
     prompts = _fit(base, rows, longest)
     found: list[list[float]] = [[] for _ in rows]
@@ -106,9 +109,11 @@ def label_scores(
 
     with torch.inference_mode(), fast_products():
         wanted = [index for index, of_row in enumerate(labels) if of_row]
-        per_row = max((len(labels[index]) for index in wanted), default=1)
-        for batch in _batches(wanted, prompts, rows, max(1, size // per_row)):
+        copies = max((len(labels[index]) for index in wanted), default=1)
+        room = [len(prompt) + extra for prompt, extra in zip(prompts, longest, strict=True)]
+        for batch in _batches(base, wanted, room, rows, batch_size, copies):
             _halving(judge, batch, base.device)
+    give_back()
     return found
 
 
@@ -121,19 +126,40 @@ def _fit(base: FrozenBase, rows: Sequence[GenerationRow], extra: Sequence[int]) 
 
 
 def _batches(
-    indices: Sequence[int], prompts: Sequence[Sequence[int]], rows: Sequence[GenerationRow], size: int
+    base: FrozenBase,
+    indices: Sequence[int],
+    lengths: Sequence[int],
+    rows: Sequence[GenerationRow],
+    size: int | None,
+    copies: int = 1,
 ) -> list[list[int]]:
-    """Batches of rows of similar length; in each, rows of one adapter are neighbours and rows without one come last."""
+    """Batches of rows of similar length (tokens, answers included), each row to be held `copies` times.
+
+    In each, rows of one adapter are neighbours and rows without one come last.
+    """
+    size = size or BATCH_ROWS.get(base.device.type, 128)
+    tokens = BATCH_TOKENS.get(base.device.type, 16384)
 
     def adapter(index: int) -> float:
         return math.inf if rows[index].adapter is None else rows[index].adapter
 
     def bucket(index: int) -> int:
-        return int(math.log(len(prompts[index])) / math.log(_LENGTH_RATIO))
+        return int(math.log(lengths[index]) / math.log(_LENGTH_RATIO))
 
-    order = sorted(indices, key=lambda index: (-bucket(index), adapter(index), index))
-    cut = [order[start : start + size] for start in range(0, len(order), size)]
-    return [sorted(batch, key=adapter) for batch in cut]
+    batches: list[list[int]] = []
+    longest = 0
+    for index in sorted(indices, key=lambda index: (-bucket(index), adapter(index), index)):
+        widest = max(longest, lengths[index])
+        held = (len(batches[-1]) + 1) * copies if batches else 0
+        # A batch that has found company of its own length is not padded for the sake of shorter rows.
+        alike = batches and (bucket(index) == bucket(batches[-1][0]) or len(batches[-1]) < size // 8)
+        if alike and held <= size and held * widest <= tokens:
+            batches[-1].append(index)
+            longest = widest
+        else:
+            batches.append([index])
+            longest = lengths[index]
+    return [sorted(batch, key=adapter) for batch in batches]
 
 
 def _halving(work: Callable[[list[int]], None], batch: list[int], device: torch.device) -> None:

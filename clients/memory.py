@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+
 import torch
 
 _SHARE = 0.5
@@ -27,6 +30,12 @@ def free_bytes(device: torch.device) -> int:
 def budget_bytes(asked: int | None, device: torch.device) -> int:
     """The budget asked for, or half of what is free."""
     return asked if asked else int(free_bytes(device) * _SHARE)
+
+
+def give_back() -> None:
+    """Return freed heap memory to the system: batches of many shapes leave it in pieces (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,13 +23,13 @@ from clients.encoding import truncate_prompt
 from clients.gemm import fast_products
 from clients.jobs import Example, TrainJob, TrainSettings, batch_plan
 from clients.lora_layers import Route
-from clients.memory import activation_bytes_per_token, budget_bytes, is_out_of_memory
+from clients.memory import activation_bytes_per_token, budget_bytes, give_back, is_out_of_memory
 from clients.optimizer import CohortAdamW, Update
 from sim.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", "train"]
 
-PASS_TOKENS = {"cpu": 4096, "cuda": 32768}
+PASS_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Padded tokens of one forward and backward pass: on a CPU its activations should stay near the caches."""
 
 
@@ -78,7 +78,9 @@ def train(
     if not jobs:
         return {}
     with fast_products():
-        return _Engine(base, jobs, memory_bytes, max_cohort, pass_tokens, progress).run()
+        results = _Engine(base, jobs, memory_bytes, max_cohort, pass_tokens, progress).run()
+    give_back()
+    return results
 
 
 @dataclass(eq=False)

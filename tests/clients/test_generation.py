@@ -100,3 +100,19 @@ def test_running_out_of_memory_halves_the_batch(world, monkeypatch):
     monkeypatch.setattr(generation._Prompts, "__init__", scarce)
     assert generate(base, stack, rows, max_new_tokens=5) == expected
     assert refused
+
+
+def test_long_prompts_come_in_smaller_batches(world, monkeypatch):
+    base, _, _ = world
+    sizes, plain = [], generation._Prompts.__init__
+
+    def watched(self, base_, stack_, rows_, room):
+        sizes.append((len(rows_), max(len(row.prompt_ids) for row in rows_) + room))
+        plain(self, base_, stack_, rows_, room)
+
+    monkeypatch.setattr(generation._Prompts, "__init__", watched)
+    monkeypatch.setitem(generation.BATCH_TOKENS, "cpu", 200)
+    generate(base, None, [GenerationRow([7] * length) for length in (5, 60, 61, 62, 63, 6, 7, 8)], max_new_tokens=4)
+    assert sum(rows for rows, _ in sizes) == 8
+    assert all(rows * tokens <= 200 for rows, tokens in sizes)
+    assert [rows for rows, _ in sizes] == [2, 3, 3]
