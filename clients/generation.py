@@ -152,7 +152,7 @@ def _batches(
         widest = max(longest, lengths[index])
         held = (len(batches[-1]) + 1) * copies if batches else 0
         # A batch that has found company of its own length is not padded for the sake of shorter rows.
-        alike = batches and (bucket(index) == bucket(batches[-1][0]) or len(batches[-1]) < size // 8)
+        alike = batches and (bucket(index) == bucket(batches[-1][0]) or len(batches[-1]) < max(8, size // 8))
         if alike and held <= size and held * widest <= tokens:
             batches[-1].append(index)
             longest = widest

@@ -115,4 +115,4 @@ def test_long_prompts_come_in_smaller_batches(world, monkeypatch):
     generate(base, None, [GenerationRow([7] * length) for length in (5, 60, 61, 62, 63, 6, 7, 8)], max_new_tokens=4)
     assert sum(rows for rows, _ in sizes) == 8
     assert all(rows * tokens <= 200 for rows, tokens in sizes)
-    assert [rows for rows, _ in sizes] == [2, 3, 3]
+    assert [rows for rows, _ in sizes] == [3, 2, 3]
