@@ -200,8 +200,10 @@ def farewell(run: RunDirectory, terminal: TextIO | None) -> Callable[[], None]:
         # What runs here ends with this process: Ray's processes and the gateway watch for their parent.
         cursor = "\x1b[?25h" if terminal is not None and terminal.isatty() else ""
         text = f"{cursor}\nstopped: interrupted\nResume with: untether run --resume {run.path}"
-        print(text, file=terminal or sys.stderr, flush=True)
-        os._exit(1)
+        try:
+            print(text, file=terminal or sys.stderr, flush=True)
+        finally:  # nobody may be there to read it
+            os._exit(1)
 
     return leave
 

@@ -39,7 +39,7 @@ class Untether:
         self._family()
         if self.process.poll() is None:
             self.process.kill()
-        self.process.communicate()
+            self.process.communicate()
 
     def interrupt(self) -> None:
         """Ctrl-C."""
@@ -50,7 +50,7 @@ class Untether:
         output, _ = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, output
 
-    def orphans(self, within_s: float = 20) -> list[str]:
+    def orphans(self, within_s: float = 90) -> list[str]:
         """What of it still runs after a while."""
         _, alive = psutil.wait_procs(self.family, timeout=within_s)
         return [_name(process) for process in alive]
@@ -77,7 +77,7 @@ def wait_for(what, run: Untether, timeout_s: float = 600) -> None:
         if run.process.poll() is not None:
             raise AssertionError(f"the run ended before: {run.end()[1]}")
         assert time.monotonic() < end, f"{what} within {timeout_s} s"
-        time.sleep(0.02)
+        time.sleep(0.2)
 
 
 def commits(path: Path) -> int:
