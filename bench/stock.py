@@ -116,6 +116,7 @@ def one_device(workload: Workload, device: DeviceData, folder: Path) -> dict:
     trainer = transformers.Trainer(
         causal, arguments, train_dataset=rows, data_collator=transformers.DataCollatorForSeq2Seq(tokenizer)
     )
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     lap("train")
 
