@@ -156,6 +156,7 @@ def _simulate(run: RunDirectory, progress: LiveProgress, stop: threading.Event, 
     os.environ.update({
         "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false", "RAY_DEDUP_LOGS": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "RAY_worker_niceness": "0",  # its default of 15 starves the workers on a machine with anything else to do
     })
     progress.note("starting Flower and Ray ...")
     import ray
