@@ -19,7 +19,7 @@ from clients.cache import RoomyCache
 from clients.encoding import truncate_prompt
 from clients.gemm import fast_products
 from clients.lora_layers import Route
-from clients.memory import give_back, is_out_of_memory
+from clients.memory import give_back, is_out_of_memory, keep_heap
 from sim.seeding import generator
 
 BATCH_ROWS = {"cpu": 128, "cuda": 512}
@@ -75,6 +75,7 @@ def generate(
         if progress is not None:
             progress(done, len(rows))
 
+    keep_heap()
     with torch.inference_mode(), fast_products():
         room = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
         for batch in _batches(base, wanted, room, rows, batch_size):
@@ -107,6 +108,7 @@ def label_scores(
             lengths = [len(label) if normalize else 1 for label in labels[index]]
             found[index] = [score / length for score, length in zip(of_row, lengths, strict=True)]
 
+    keep_heap()
     with torch.inference_mode(), fast_products():
         wanted = [index for index, of_row in enumerate(labels) if of_row]
         copies = max((len(labels[index]) for index in wanted), default=1)

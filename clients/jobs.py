@@ -15,7 +15,7 @@ from torch import Tensor
 from clients.adapters import LoraSpec
 from sim.seeding import generator
 
-_BUCKET_TOKENS = 16
+_BUCKET_TOKENS = 8
 """Examples whose lengths differ by less may share a batch in any order; a batch is padded by about so much at most."""
 
 
@@ -92,7 +92,7 @@ class TrainJob:
 def batch_plan(job: TrainJob) -> list[list[int]]:
     """Indices into job.examples for every step.
 
-    Each epoch shuffles the examples, brings similar lengths together (within 16 tokens the shuffled order stays), cuts
+    Each epoch shuffles the examples, brings similar lengths together (within 8 tokens the shuffled order stays), cuts
     batches and shuffles those.
     """
     total, size = job.total_steps, job.settings.batch_size

@@ -23,7 +23,7 @@ from clients.encoding import truncate_prompt
 from clients.gemm import fast_products
 from clients.jobs import Example, TrainJob, TrainSettings, batch_plan
 from clients.lora_layers import Route
-from clients.memory import activation_bytes_per_token, budget_bytes, give_back, is_out_of_memory
+from clients.memory import activation_bytes_per_token, budget_bytes, give_back, is_out_of_memory, keep_heap
 from clients.optimizer import CohortAdamW, Update
 from sim.seeding import derive
 
@@ -77,6 +77,7 @@ def train(
         raise ValueError("two jobs have the same key")
     if not jobs:
         return {}
+    keep_heap()
     with fast_products():
         results = _Engine(base, jobs, memory_bytes, max_cohort, pass_tokens, progress).run()
     give_back()
