@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 from sim.clock import WallClock
 from sim.cluster import join_cluster, runtime_env
 from sim.console import LiveProgress
@@ -198,7 +200,10 @@ def farewell(run: RunDirectory, terminal: TextIO | None) -> Callable[[], None]:
     """What to do when a stop takes longer than it should: say so, and end at once. Nothing committed is lost by it."""
 
     def leave() -> None:
-        # What runs here ends with this process: Ray's processes and the gateway watch for their parent.
+        # Ray's agents would look for their parent for minutes; a cluster that was joined has no child here.
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
         cursor = "\x1b[?25h" if terminal is not None and terminal.isatty() else ""
         text = f"{cursor}\nstopped: interrupted\nResume with: untether run --resume {run.path}"
         try:
