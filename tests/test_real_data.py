@@ -26,7 +26,7 @@ def test_every_stage_runs_on_real_histories(tmp_path, task):
     predictions, samples = run.read("predictions"), run.read("samples")
     assert predictions["user_id"].nunique() == 20
     assert (predictions["outcome"] == "ok").all()
-    assert (samples["verdict"] == "accepted").sum() > 20
+    assert len(samples) > 100 and (samples["verdict"] == "accepted").any()
     facts = run.read_json("summary.json")["facts"]
     assert facts["order"] == ("time" if task in ("LaMP_2N", "LaMP_4") else "unknown")
     assert facts["cloud"]["wrote_by_language_model"] is False
