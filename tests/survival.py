@@ -51,8 +51,9 @@ class Untether:
         return self.process.returncode, output
 
     def orphans(self, within_s: float = 90) -> list[str]:
-        """What of it still runs after a while."""
-        _, alive = psutil.wait_procs(self.family, timeout=within_s)
+        """What of it still runs after a while, but for Ray's agents: they look for their parent once a minute or so."""
+        ours = [process for process in self.family if not _name(process).startswith(_AGENTS)]
+        _, alive = psutil.wait_procs(ours, timeout=within_s)
         return [_name(process) for process in alive]
 
     def _family(self) -> list[psutil.Process]:
@@ -61,6 +62,9 @@ class Untether:
         except psutil.NoSuchProcess:
             pass
         return self.family
+
+
+_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 def _name(process: psutil.Process) -> str:
