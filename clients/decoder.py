@@ -155,8 +155,7 @@ class LeanDecoder:
             q, k = self._norm(attention.q_norm, q), self._norm(attention.k_norm, k)
         scale = attention.scaling
         if torch.is_grad_enabled() and mask is None and tokens <= _SHORT and q.device.type == "cpu":
-            if q.dtype in (torch.float32, torch.float64):
-                return ShortAttention.apply(q, k, v, cos, sin, scale)
+            return ShortAttention.apply(q, k, v, cos, sin, scale)
         q, k, v = Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, index)

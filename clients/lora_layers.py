@@ -199,8 +199,7 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor, route: Route, mask: Ten
         return
     delta = torch.bmm(left, right)
     delta = route.collect(delta if mask is None else delta.mul_(mask), y.shape)
-    head = y[: route.adapted]
-    head.copy_(head.to(delta.dtype) + delta)
+    y[: route.adapted].add_(delta)  # adds in the wider type and rounds once, as PEFT does
 
 
 class _AdaptedLinears(torch.autograd.Function):
