@@ -154,7 +154,8 @@ class LeanDecoder:
         if hasattr(attention, "q_norm"):
             q, k = self._norm(attention.q_norm, q), self._norm(attention.k_norm, k)
         scale = attention.scaling
-        if torch.is_grad_enabled() and mask is None and tokens <= _SHORT and q.device.type == "cpu":
+        alone = mask is None and cache is None
+        if torch.is_grad_enabled() and alone and tokens <= _SHORT and q.device.type == "cpu":
             return ShortAttention.apply(q, k, v, cos, sin, scale)
         q, k, v = Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin), v.transpose(1, 2)
         if cache is not None:
