@@ -19,6 +19,7 @@ from sim.sections import (
     ARMS,
     ArmSettings,
     Cloud,
+    Drift,
     Engine,
     Evaluation,
     Filters,
@@ -54,6 +55,7 @@ class Experiment(Section):
     filters: Filters = Filters()
     network: Network = Network()
     hardware: Hardware = Hardware()
+    drift: Drift = Drift()
     strategy: Strategy = Strategy()
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()

@@ -106,6 +106,7 @@ def _only_what_a_run_follows(experiment: Experiment) -> None:
         ("network", experiment.network, usual.network),
         ("hardware", experiment.hardware, usual.hardware),
         ("cloud.capacity", experiment.cloud.capacity, usual.cloud.capacity),
+        ("drift", experiment.drift, usual.drift),
     ):
         changed = [field for field in type(own).model_fields if getattr(own, field) != getattr(default, field)]
         if changed:

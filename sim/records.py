@@ -18,7 +18,7 @@ class Interaction:
     task (`sim.population.tasks`). `form` says how the pair is shaped: `"query"` like the task's own queries, or the
     name of the auxiliary shape the task trains on where profiles are not shaped like queries (LaMP-1: `"title"`,
     abstract -> title; LaMP-7: `"complete"`, first words -> rest). `time_s` is seconds since 1970
-    (UTC), None if undated.
+    (UTC), None if undated. `round` is the round at whose start the device has it, where histories are replayed.
     """
 
     item_id: str
@@ -27,13 +27,15 @@ class Interaction:
     output: str
     time_s: float | None = None
     form: str = "query"
+    round: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
     """A held-out question. `input` is the content without the instruction, `gold` the expected answer.
 
-    `visible` is how many of the user's interactions of this task, in history order, precede this query.
+    `visible` is how many of the user's interactions of this task, in history order, precede this query. `round` is the
+    round in which it is asked (None: in every one).
     """
 
     query_id: str
@@ -42,6 +44,7 @@ class Query:
     gold: str
     time_s: float | None = None
     visible: int | None = None
+    round: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,12 @@ class Population(Section):
     min_history: int = Field(3, ge=1, description="users with fewer items (of a task) are excluded and counted")
     max_history: int = Field(0, ge=0, description="train on at most the latest so many items a task; 0: all")
     shared_users: int = Field(48, ge=0, description="disjoint users that the `shared` arm's adapter is trained on")
+    replay: bool = Field(
+        False, description="rounds deliver later interactions in order of time and ask each query in the round of its "
+        "date; false: every round has the history before the first query, and asks all queries"
+    )
+    arrivals: float = Field(0.5, ge=0, description="world, replay: new interactions a user, task and round")
+    round_days: float = Field(30.0, gt=0, description="files, replay: days of a real history that a round stands for")
 
     @model_validator(mode="after")
     def _consistent(self) -> Population:
@@ -309,6 +315,40 @@ class Hardware(Section):
     @classmethod
     def _hours(cls, hours: tuple[float, float]) -> tuple[float, float]:
         return _day_hours(hours)
+
+
+class Drift(Section):
+    """How users change (world), and when a device asks the cloud and trains again."""
+
+    kind: Literal["none", "gradual", "abrupt", "recurring"] = Field(
+        "none", description="world: how users change from one persona to another"
+    )
+    day: float = Field(10.0, ge=0, description="world: day of the run on which the change begins")
+    rate: float = Field(0.05, gt=0, description="gradual: share of the way a day")
+    period: float = Field(14.0, gt=0, description="recurring: days of one turn, half of them in each persona")
+    size: float = Field(1.0, ge=0, le=1, description="how far the way goes; 1: into another persona altogether")
+    share: float = Field(1.0, ge=0, le=1, description="share of the users that change at all")
+    jitter_days: float = Field(7.0, ge=0, description="a user's change begins up to so many days later")
+    policy: Literal["every", "never", "on_drift", "when_online", "budget"] = Field(
+        "every", description="when a device asks and trains again, after its first time: every so many rounds; never; "
+        "when its detector says that the user changed; in each round that it has a link; while drift.tokens last"
+    )
+    every: int = Field(1, ge=1, description="every, budget: rounds from one time to the next")
+    stagger: int = Field(
+        1, ge=1, description="device i asks for the first time in round i mod stagger, so that an adapter's age is not "
+        "the calendar"
+    )
+    tokens: int = Field(0, ge=0, description="budget: cloud tokens, read and written, that a device may spend")
+    detector: Literal["adwin", "page_hinkley", "kswin"] = Field(
+        "adwin", description="on_drift: watches how wrong the device's answers were, as its user corrected them"
+    )
+    false_alarms: float = Field(
+        0.05, gt=0, lt=1, description="on_drift: share of devices whose user did not change that may raise an alarm"
+    )
+    samples: Literal["refresh", "keep", "age"] = Field(
+        "refresh", description="synthetic samples of earlier rounds: dropped, kept, or kept for max_age rounds"
+    )
+    max_age: int = Field(7, ge=1, description="age: most rounds that a synthetic sample is used")
 
 
 class Strategy(Section):
