@@ -55,8 +55,8 @@ def answer(worker: Worker, shard: Shard, devices: Sequence[Device], adapters: Ma
     slots = {owner: number for number, owner in enumerate(owners)}
     rows, questions = [], []
     for device in devices:
-        items = device.real_items(worker.experiment)
-        for query, arm, prompt in _asked(worker.experiment, device, items):
+        items = device.real_items(worker.experiment, shard.round)
+        for query, arm, prompt in _asked(worker.experiment, device, shard.round, items):
             row = prediction_row(device, query, arm, answered_by="base")
             rows.append(row)
             if arm == "majority":
@@ -80,11 +80,11 @@ def _owner(device: Device, query: Query, arm: str) -> Owner:
 
 
 def _asked(
-    experiment: Experiment, device: Device, items: Sequence[Interaction]
+    experiment: Experiment, device: Device, round: int, items: Sequence[Interaction]
 ) -> Iterable[tuple[Query, str, str]]:
-    """(query, arm, prompt) for every query of a device and every arm that the device itself answers."""
+    """(query, arm, prompt) for every query of a device's round and every arm that the device itself answers."""
     retrievers = {task: Retriever([item for item in items if item.task == task]) for task in device.user.tasks}
-    for query in device.user.queries:
+    for query in device.queries(round):
         task, retrieved = get_task(query.task), None
         plain = task.prompt(query.input)
         for arm in experiment.arms:

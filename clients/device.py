@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sim.experiment import Experiment
-from sim.population.order import one_shot_history
+from sim.population.order import asked, known_history
 from sim.population.source import device_id
-from sim.records import Interaction, User
+from sim.records import Interaction, Query, User
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +22,18 @@ class Device:
         """The device's name in every table."""
         return device_id(self.index)
 
-    def real_items(self, experiment: Experiment) -> tuple[Interaction, ...]:
-        """What the device may train on, retrieve and show to the cloud: per task, what its first query may see."""
+    def real_items(self, experiment: Experiment, round: int) -> tuple[Interaction, ...]:
+        """What the device may train on, retrieve and show to the cloud in a round: per task, what it knows by then."""
         most = experiment.population.max_history
-        return tuple(item for task in self.user.tasks for item in one_shot_history(self.user, task, most))
+        return tuple(item for task in self.user.tasks for item in known_history(self.user, task, round, most))
+
+    def queries(self, round: int) -> tuple[Query, ...]:
+        """The queries that its user asks in a round."""
+        return asked(self.user, round)
+
+    def held_out(self, round: int) -> tuple[Query, ...]:
+        """The queries of this round and those still to come: nothing that the device learns from may hold them."""
+        return tuple(query for query in self.user.queries if query.round is None or query.round >= round)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def fetch(worker: Worker, shard: Shard) -> dict[str, Any]:
     requests = [r for index in orders for r in (*orders[index], *(request for request, _ in questions[index]))]
     replies = _ask(worker, shard, requests, len(devices))
     candidates = {device.index: samples_from(orders[device.index], replies) for device in devices}
-    judged = _judge(worker, devices, candidates)
+    judged = _judge(worker, shard, devices, candidates)
     by_id = {reply.request_id: reply for reply in replies}
     answers = [row for device in devices for row in _answers(device, questions[device.index], by_id)]
     tables = {
@@ -66,11 +66,11 @@ def fetch(worker: Worker, shard: Shard) -> dict[str, Any]:
 
 
 def _orders(worker: Worker, shard: Shard, device: Device) -> list[CloudRequest]:
-    """The requests for synthetic samples of one device: per task, from what its first query may see."""
+    """The requests for synthetic samples of one device: per task, from what it knows by this round."""
     experiment, cloud = worker.experiment, worker.experiment.cloud
     if not cloud.samples or not NEED_SAMPLES.intersection(experiment.arms):
         return []
-    items = device.real_items(experiment)
+    items = device.real_items(experiment, shard.round)
     return [
         request
         for task in device.user.tasks
@@ -84,11 +84,11 @@ def _orders(worker: Worker, shard: Shard, device: Device) -> list[CloudRequest]:
 
 
 def _questions(worker: Worker, shard: Shard, device: Device) -> list[tuple[CloudRequest, Query]]:
-    """The cloud arm's requests: every query with the history in its prompt."""
+    """The cloud arm's requests: every query of the round with the history in its prompt."""
     experiment, cloud = worker.experiment, worker.experiment.cloud
     if "cloud" not in experiment.arms:
         return []
-    items = device.real_items(experiment)
+    items = device.real_items(experiment, shard.round)
     return [
         (
             answer_request(
@@ -99,7 +99,7 @@ def _questions(worker: Worker, shard: Shard, device: Device) -> list[tuple[Cloud
             ),
             query,
         )
-        for number, query in enumerate(device.user.queries)
+        for number, query in enumerate(device.queries(shard.round))
     ]
 
 
@@ -124,10 +124,10 @@ def _ask(worker: Worker, shard: Shard, requests: Sequence[CloudRequest], devices
 
 
 def _judge(
-    worker: Worker, devices: Sequence[Device], candidates: dict[int, list[Sample]]
+    worker: Worker, shard: Shard, devices: Sequence[Device], candidates: dict[int, list[Sample]]
 ) -> dict[int, list[JudgedSample]]:
     """Filters the devices' candidates, a cohort embedded in one pass; leaks are the evaluator's to find."""
-    checkers = {device.index: LeakChecker(device.user.queries) for device in devices}
+    checkers = {device.index: LeakChecker(device.held_out(shard.round)) for device in devices}
     owner = {sample.sample_id: index for index, samples in candidates.items() for sample in samples}
 
     def leaks(sample: Sample) -> bool:
@@ -137,7 +137,7 @@ def _judge(
     for start in range(0, len(devices) if owner else 0, COHORT):
         worker.progress(ASKING * len(devices) + (1 - ASKING) * start)
         some = devices[start : start + COHORT]
-        real = {device.index: device.real_items(worker.experiment) for device in some}
+        real = {device.index: device.real_items(worker.experiment, shard.round) for device in some}
         theirs = {device.index: candidates[device.index] for device in some}
         judged |= judge(theirs, real, worker.experiment.filters, worker.encoder, leaks)
     return judged

@@ -117,7 +117,7 @@ def _told(
     run: RunDirectory, seed: int, round: int, method: str, lost: dict[int, str], failures: Sequence[Mapping[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows for what went wrong: an event a death, and the answers that lost devices owed."""
-    tables: dict[str, list[dict[str, Any]]] = lost_rows(run.experiment, seed, lost, method) if lost else {}
+    tables: dict[str, list[dict[str, Any]]] = lost_rows(run.experiment, seed, round, lost, method) if lost else {}
     if failures:
         tables["events"] = [_event(seed, round, number, failure) for number, failure in enumerate(failures)]
     return tables

@@ -77,7 +77,7 @@ def learn(worker: Worker, shard: Shard, sample_parts: Sequence[str]) -> dict[str
         "device": [device.index for device in devices],
         "outcome": ["ok"] * len(devices),
         "trained_tokens": [trained[device.device_id] for device in devices],
-        "queries": [len(device.user.queries) for device in devices],
+        "queries": [len(device.queries(shard.round)) for device in devices],
     }
     models = {f"base {worker.experiment.model.base}": f"{worker.base.fingerprint} {worker.base.dtype}"}
     return {"parts": parts, "columns": columns, "models": models}
@@ -111,18 +111,20 @@ def _materials(
     accepted, unfiltered = _read_samples(worker, sample_parts, [device_id(index) for index in sorted(wanted)])
     return {
         device.index: Material(
-            real=device.real_items(worker.experiment),
+            real=device.real_items(worker.experiment, shard.round),
             accepted=tuple(accepted[device.device_id]),
             unfiltered=tuple(unfiltered[device.device_id]),
-            foreign=tuple(_harmless(device, [s for donor in donors[device.index] for s in accepted[device_id(donor)]])),
+            foreign=tuple(
+                _harmless(shard, device, [s for donor in donors[device.index] for s in accepted[device_id(donor)]])
+            ),
         )
         for device in devices
     }
 
 
-def _harmless(device: Device, samples: Sequence[Sample]) -> list[Sample]:
+def _harmless(shard: Shard, device: Device, samples: Sequence[Sample]) -> list[Sample]:
     """Foreign samples without leaks of this device's own queries (they were checked against their owner's)."""
-    checker = LeakChecker(device.user.queries) if samples else None
+    checker = LeakChecker(device.held_out(shard.round)) if samples else None
     return [s for s in samples if checker and not checker.is_leak(s.task, s.input, s.output)]
 
 

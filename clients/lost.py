@@ -12,7 +12,9 @@ from sim.population.source import open_population
 from sim.population.tasks import get_task
 
 
-def lost_rows(experiment: Experiment, seed: int, lost: dict[int, str], method: str) -> dict[str, list[dict[str, Any]]]:
+def lost_rows(
+    experiment: Experiment, seed: int, round: int, lost: dict[int, str], method: str
+) -> dict[str, list[dict[str, Any]]]:
     """Predictions and metrics of devices that a pass could not finish; `lost` maps device to outcome.
 
     Each answer is empty, scored as such, and carries the outcome (`crashed`, `out_of_memory`). The fetch pass owes the
@@ -22,13 +24,13 @@ def lost_rows(experiment: Experiment, seed: int, lost: dict[int, str], method: s
     rows = [
         answered(row, "", outcome)
         for index, outcome in sorted(lost.items())
-        for row in _owed(Device(index, population.user(index)), experiment.arms, method)
+        for row in _owed(Device(index, population.user(index)), round, experiment.arms, method)
     ]
     return {"predictions": rows, "metrics": metric_rows(rows)}
 
 
-def _owed(device: Device, arms: Sequence[str], method: str) -> Iterator[dict[str, Any]]:
-    for query in device.user.queries:
+def _owed(device: Device, round: int, arms: Sequence[str], method: str) -> Iterator[dict[str, Any]]:
+    for query in device.queries(round):
         for arm in arms:
             mine = (arm == "cloud") == (method == "fetch")
             if mine and not (arm == "majority" and get_task(query.task).kind == "generation"):

@@ -10,7 +10,7 @@ from clients.answering import Adapter, Owner
 from clients.encoding import encode_answer, encode_prompt
 from clients.training import Example, TrainJob, TrainSettings, train
 from sim.clock import DAY_S
-from sim.population.order import one_shot_history
+from sim.population.order import known_history
 from sim.population.tasks import get_task
 from sim.records import Interaction
 from sim.seeding import derive
@@ -33,7 +33,7 @@ def train_shared(worker: Worker, seed: int) -> dict[str, Any]:
             examples=[
                 _example(worker, item)
                 for user in users
-                for item in one_shot_history(user, task)
+                for item in known_history(user, task, 0)
                 if _older(item, first_query_s)
             ],
             settings=TrainSettings.of(training),

@@ -76,7 +76,7 @@ class Rounds:
         self.experiment, self.seed, self.population = experiment, seed, population
         self.timeline = Timeline(experiment, seed, device_id, state)
         arms = {*experiment.arms, *(["collaborative"] if "rag_adapter" in experiment.arms else [])}
-        self._known: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        self._known: dict[int, tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]] = {}
         self.arms = [arm for arm in LEARNS_FROM if arm in arms]
         self.asks_samples = bool(experiment.cloud.samples) and any(arm != "local" for arm in self.arms)
 
@@ -150,7 +150,7 @@ class Rounds:
         return self.timeline.state()
 
     def _asks(self, round: int, device: int) -> Iterator[Ask]:
-        tasks, of_queries = self._tasks(device)
+        tasks, of_queries = self._tasks(round, device)
         if self.asks_samples:
             expected = self.timeline.expected(AUGMENT)
             for name in request_names(self.experiment, self.seed, round, device, tasks):
@@ -164,11 +164,13 @@ class Rounds:
             for number in order:
                 yield Ask(names[number], device, expected, CLOUD, times[number] if by_day else None)
 
-    def _tasks(self, device: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _tasks(self, round: int, device: int) -> tuple[tuple[str, ...], list[str]]:
+        """The tasks that a device asks samples for, and the task of each of its queries of a round."""
         if device not in self._known:
             user = self.population.user(device)
-            self._known[device] = user.tasks, tuple(query.task for query in user.queries)
-        return self._known[device]
+            self._known[device] = user.tasks, tuple((query.task, query.round) for query in user.queries)
+        tasks, queries = self._known[device]
+        return tasks, [task for task, when in queries if when in (None, round)]
 
     def _work(self, device: int, arm: str, material: Material, requests: Sequence[str]) -> Work:
         _, training = self.experiment.for_arm(arm)

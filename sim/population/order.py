@@ -35,6 +35,28 @@ def one_shot_history(user: User, task: str, most: int = 0) -> tuple[Interaction,
     return items[-most:] if most else items
 
 
+def known_history(user: User, task: str, round: int, most: int = 0) -> tuple[Interaction, ...]:
+    """What a device has of a task in a round: without replay `one_shot_history`, else what has come by that round.
+
+    A replayed item comes (`Interaction.round`) when every query that is not strictly later has been asked, so nothing
+    here is as late as a query of this round or a later one. `most` keeps the latest so many (0: all).
+    """
+    if not replayed(user):
+        return one_shot_history(user, task, most)
+    items = tuple(item for item in user.of_task(task) if item.round <= round)
+    return items[-most:] if most else items
+
+
+def asked(user: User, round: int) -> tuple[Query, ...]:
+    """The queries of a round: those that belong to it, and those that are asked in every one."""
+    return tuple(query for query in user.queries if query.round in (None, round))
+
+
+def replayed(user: User) -> bool:
+    """Whether the user moves through rounds of time."""
+    return any(query.round is not None for query in user.queries)
+
+
 def order_of(user: User, task: str | None = None) -> str:
     """ "time" where every query (of a task) is dated, so that what precedes it is known; otherwise "unknown"."""
     asked = [query for query in user.queries if task in (None, query.task)]
