@@ -1,8 +1,10 @@
 """Private adapters on disk: one safetensors file an arm and block of devices, tensors stacked over its devices.
 
 `adapters/seed-S/round-R/<arm>/<block>.safetensors` holds every LoRA tensor as [devices, ...]; its metadata names the
-devices. A device's adapter is the one of the latest round that trained it. Written whole or not at all; `prune` deletes
-what later rounds have superseded, so that a run of many rounds holds two.
+devices and what they were trained `on`. A device's adapter is the one of the latest round that trained it. A round may
+train it twice, first on what there is and then `on` samples: the second is the round's own, the first is kept under
+`<arm>.first`. Written whole or not at all; `prune` deletes what later rounds have superseded, so that a run of many
+rounds holds two.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from sim.errors import ResumableStop
 from sim.results import cannot_write
+from sim.rounds import FIRST
 
 State = Mapping[str, Tensor]
 """One adapter: PEFT's key -> tensor."""
@@ -58,12 +61,14 @@ class AdapterStore:
     def load(self, round: int, device: str, arm: str) -> dict[str, Tensor] | None:
         """The device's adapter as of `round` (the latest at or before it), or None."""
         for earlier in range(round, -1, -1):
-            place = self._devices(earlier, arm).get(device)
-            if place is not None:
-                path, row = place
-                with safe_open(path, framework="pt") as file:
-                    return {name: file.get_slice(name)[row].clone() for name in file.keys()}
+            if (found := self.load_exactly(earlier, device, arm)) is not None:
+                return found
         return None
+
+    def load_exactly(self, round: int, device: str, arm: str) -> dict[str, Tensor] | None:
+        """The adapter that the device trained in this very round, or None."""
+        place = self._devices(round, arm).get(device)
+        return None if place is None else self._read(*place)
 
     def devices(self, round: int, arm: str) -> Sequence[str]:
         """The devices that trained this arm in this round."""
@@ -72,8 +77,8 @@ class AdapterStore:
     def prune(self, round: int) -> int:
         """Deletes files of rounds before `round` whose every device has a later adapter, at or before it.
 
-        Call it once `round` is committed: a resumed run needs nothing older. Returns how many files went. The arm
-        `shared` is trained once and stays.
+        Call it once `round` is committed and what it trained is live: nothing older is needed then, nor the first of
+        two adapters of one round. Returns how many files went. The arm `shared` is trained once and stays.
         """
         older = sorted(number for number in self._rounds() if number < round)
         arms = {path.name for number in older for path in (self.root / f"round-{number}").iterdir()} - {"shared"}
@@ -84,7 +89,7 @@ class AdapterStore:
                 folder = self.root / f"round-{number}" / arm
                 mine = self._devices(number, arm)
                 for path in folder.glob("*.safetensors"):
-                    if all(device in later for device, (place, _) in mine.items() if place == path):
+                    if arm.endswith(FIRST) or all(d in later for d, (place, _) in mine.items() if place == path):
                         path.unlink(missing_ok=True)
                         gone += 1
                 later |= set(mine)
@@ -93,6 +98,11 @@ class AdapterStore:
                     folder.parent.rmdir()
         self._index.clear()
         return gone
+
+    @staticmethod
+    def _read(path: Path, row: int) -> dict[str, Tensor]:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name)[row].clone() for name in file.keys()}
 
     def _rounds(self) -> list[int]:
         return [int(path.name.removeprefix("round-")) for path in self.root.glob("round-*")]

@@ -9,17 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sim.experiment import Experiment
 from sim.population.tasks import get_task
 from sim.records import Interaction, Sample
+from sim.rounds import LEARNS_FROM
 from sim.seeding import generator
 
-TRAINED = (
-    "local", "local_matched", "synthetic_only", "unfiltered", "unfiltered_matched", "placebo", "collaborative",
-)
-"""Arms with a private adapter of their own."""
-
-NEED_SAMPLES = frozenset(TRAINED) - {"local"} | {"rag_adapter"}
+NEED_SAMPLES = frozenset(LEARNS_FROM) - {"local"} | {"rag_adapter"}
 """Arms that depend on what the cloud wrote (`local_matched` by its number of steps)."""
 
 
@@ -35,14 +30,6 @@ class Material:
     accepted: tuple[Sample, ...] = ()
     unfiltered: tuple[Sample, ...] = ()
     foreign: tuple[Sample, ...] = ()
-
-
-def trained_arms(experiment: Experiment) -> tuple[str, ...]:
-    """The arms of an experiment that own an adapter (`rag_adapter` uses the collaborative one, so it brings it)."""
-    return tuple(
-        arm for arm in TRAINED
-        if arm in experiment.arms or (arm == "collaborative" and "rag_adapter" in experiment.arms)
-    )
 
 
 def training_pairs(arm: str, material: Material, seed: int, device_id: str, round: int) -> list[tuple[str, str]]:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 from clients.adapter_store import AdapterStore
 from clients.adapters import LoraSpec, save_peft
-from clients.arms import TRAINED
 from clients.base import FrozenBase
 from clients.base_model import resolve
 from sim.errors import UserError, unknown
 from sim.results import RunDirectory
+from sim.rounds import LEARNS_FROM
 
 
 def export_adapter(run: RunDirectory, device: str, arm: str, out: Path, seed: int | None = None) -> Path:
     """Writes the adapter as of the last round. UserError names what there is where device, arm or seed is not."""
     experiment = run.experiment
-    if arm not in TRAINED:
-        raise UserError(f"--arm: {unknown('arm with an adapter', arm, TRAINED)}")
+    if arm not in LEARNS_FROM:
+        raise UserError(f"--arm: {unknown('arm with an adapter', arm, LEARNS_FROM)}")
     seed = experiment.seeds[0] if seed is None else seed
     store = AdapterStore(run.path, seed)
     state = store.load(experiment.rounds - 1, device, arm)

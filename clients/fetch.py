@@ -1,12 +1,13 @@
 """The fetch pass: a shard of devices asks the cloud, over HTTP, and filters what comes back.
 
-Also where the `cloud` arm is answered: its queries go out on the same link, to the same endpoint.
+Also where the `cloud` arm's queries are asked, of the same endpoint. Whether the answers reach their device is for the
+schedule to say, so the learn pass records them.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from clients.arms import NEED_SAMPLES
@@ -21,12 +22,13 @@ from clients.augmentation import (
 )
 from clients.device import Device, Shard
 from clients.filters import judge
-from clients.scoring import answered, metric_rows, prediction_row
 from clients.worker import Worker
 from sim.clock import DAY_S
 from sim.leaks import LeakChecker
+from sim.orders import rows as table_rows
 from sim.population.tasks import get_task
-from sim.records import JudgedSample, Query, Sample
+from sim.protocol import estimate_tokens
+from sim.records import Interaction, JudgedSample, Query, Sample
 
 COHORT = 64
 """Devices whose samples are embedded and judged together."""
@@ -35,34 +37,47 @@ ASKING = 0.4
 """Share of the pass that asking takes, for the progress display."""
 
 
-def fetch(worker: Worker, shard: Shard) -> dict[str, Any]:
+def fetch(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
     """Runs the pass and stages its tables: samples with every filter's score, attempts, the privacy ledger, and the
-    cloud arm's predictions. Returns columns a device and the parts written.
+    cloud's answers to queries. Devices that are `due` ask for samples; requests that are `held` are not made. Returns
+    columns a device and the parts written.
     """
+    due, held = set(order["due"]), {name for (name,) in table_rows(order, "held", "request")}
     devices = worker.devices(shard)
-    orders = {device.index: _orders(worker, shard, device) for device in devices}
-    questions = {device.index: _questions(worker, shard, device) for device in devices}
+    orders = {
+        device.index: _made(_orders(worker, shard, device), held) if device.index in due else [] for device in devices
+    }
+    questions = {device.index: _questions(worker, shard, device, held) for device in devices}
     requests = [r for index in orders for r in (*orders[index], *(request for request, _ in questions[index]))]
-    replies = _ask(worker, shard, requests, len(devices))
+    replies = _ask(worker, shard, requests, len(devices)) if requests else []
     candidates = {device.index: samples_from(orders[device.index], replies) for device in devices}
     judged = _judge(worker, shard, devices, candidates)
     by_id = {reply.request_id: reply for reply in replies}
-    answers = [row for device in devices for row in _answers(device, questions[device.index], by_id)]
     tables = {
         "samples": [_sample_row(device, item) for device in devices for item in judged[device.index]],
         "events": [row for request in requests for row in _event_rows(shard, request, by_id[request.request_id])],
         "ledger": [row for request in requests for row in _ledger_rows(shard, request, by_id[request.request_id])],
-        "predictions": answers,
-        "metrics": metric_rows(answers),
-    }
+        "answers": [
+            _answer_row(device, query, by_id[request.request_id])
+            for device in devices for request, query in questions[device.index]
+        ],
+    }  # fmt: skip
     parts = {
-        table: [worker.run.write_part(table, shard.seed, shard.round, f"fetch-{shard.name}", rows)]
-        for table, rows in tables.items()
+        table: [worker.run.write_part(table, shard.seed, shard.round, f"fetch-{shard.name}", found)]
+        for table, found in tables.items()
     }
     models = {f"cloud {reply.model}": reply.fingerprint for reply in replies if reply.model}
     if judged and any(judged.values()):
         models[f"encoder {worker.experiment.filters.encoder}"] = f"{worker.encoder.fingerprint} {worker.encoder.dtype}"
-    return {"parts": parts, "columns": _columns(devices, orders, by_id, candidates, judged), "models": models}
+    columns = _columns(devices, orders, by_id, judged)
+    for device in devices:
+        for name, count in _material(worker, shard, device, judged[device.index]).items():
+            columns.setdefault(name, []).append(count)
+    return {"parts": parts, "columns": columns, "models": models}
+
+
+def _made(requests: Sequence[CloudRequest], held: Collection[str]) -> list[CloudRequest]:
+    return [request for request in requests if request.request_id not in held]
 
 
 def _orders(worker: Worker, shard: Shard, device: Device) -> list[CloudRequest]:
@@ -83,13 +98,15 @@ def _orders(worker: Worker, shard: Shard, device: Device) -> list[CloudRequest]:
     ]
 
 
-def _questions(worker: Worker, shard: Shard, device: Device) -> list[tuple[CloudRequest, Query]]:
+def _questions(
+    worker: Worker, shard: Shard, device: Device, held: Collection[str]
+) -> list[tuple[CloudRequest, Query]]:
     """The cloud arm's requests: every query of the round with the history in its prompt."""
     experiment, cloud = worker.experiment, worker.experiment.cloud
     if "cloud" not in experiment.arms:
         return []
     items = device.real_items(experiment, shard.round)
-    return [
+    asked = [
         (
             answer_request(
                 get_task(query.task), [item for item in items if item.task == query.task], query.input, query.query_id,
@@ -101,6 +118,7 @@ def _questions(worker: Worker, shard: Shard, device: Device) -> list[tuple[Cloud
         )
         for number, query in enumerate(device.queries(shard.round))
     ]
+    return [(request, query) for request, query in asked if request.request_id not in held]
 
 
 def _ask(worker: Worker, shard: Shard, requests: Sequence[CloudRequest], devices: int) -> list[CloudReply]:
@@ -143,16 +161,11 @@ def _judge(
     return judged
 
 
-def _answers(
-    device: Device, asked: Sequence[tuple[CloudRequest, Query]], replies: dict[str, CloudReply]
-) -> list[dict[str, Any]]:
-    rows = []
-    for request, query in asked:
-        reply = replies[request.request_id]
-        row = prediction_row(device, query, "cloud", answered_by="cloud")
-        answered(row, reply.text.strip() if reply.ok else "", "ok" if reply.ok else "no_answer")
-        rows.append(row)
-    return rows
+def _answer_row(device: Device, query: Query, reply: CloudReply) -> dict[str, Any]:
+    return {
+        "device_id": device.device_id, "request_id": reply.request_id, "query_id": query.query_id,
+        "outcome": "ok" if reply.ok else "no_answer", "text": reply.text.strip() if reply.ok else "",
+    }  # fmt: skip
 
 
 def _sample_row(device: Device, item: JudgedSample) -> dict[str, Any]:
@@ -161,8 +174,13 @@ def _sample_row(device: Device, item: JudgedSample) -> dict[str, Any]:
         "sample_id": sample.sample_id, "request_id": sample.request_id, "device_id": device.device_id,
         "user_id": device.user.user_id, "task": sample.task, "form": sample.form, "input": sample.input,
         "output": sample.output, "semantic": item.semantic, "diversity": item.diversity,
-        "length_ratio": item.length_ratio, "verdict": "rejected_by:leak" if item.extra.get("leak") else item.verdict,
+        "length_ratio": item.length_ratio, "verdict": "rejected_by:leak" if is_leak(item) else item.verdict,
     }
+
+
+def is_leak(item: JudgedSample) -> bool:
+    """Whether the evaluator found a held-out text in it: no arm may learn from it."""
+    return bool(item.extra.get("leak"))
 
 
 def _event_rows(shard: Shard, request: CloudRequest, reply: CloudReply) -> list[dict[str, Any]]:
@@ -199,7 +217,6 @@ def _columns(
     devices: Sequence[Device],
     orders: dict[int, list[CloudRequest]],
     replies: dict[str, CloudReply],
-    candidates: dict[int, list[Sample]],
     judged: dict[int, list[JudgedSample]],
 ) -> dict[str, list[Any]]:
     """What goes to the server: counts and outcomes, no text."""
@@ -209,8 +226,26 @@ def _columns(
         columns["device"].append(device.index)
         columns["outcome"].append(merge_outcomes(own))
         columns["requests"].append(len(own))
-        columns["received"].append(len(candidates[device.index]))
-        columns["accepted"].append(sum(item.accepted for item in judged[device.index]))
+        columns["candidates"].append(len(judged[device.index]))
         for name in ("bytes_up", "bytes_down", "tokens_in", "tokens_out"):
             columns[name].append(sum(reply.total(name) for reply in own))
     return dict(columns)
+
+
+def _material(worker: Worker, shard: Shard, device: Device, judged: Sequence[JudgedSample]) -> dict[str, int]:
+    """What the device could train on, counted (`sim.rounds.Material`)."""
+    real = device.real_items(worker.experiment, shard.round)
+    kinds = {
+        "real": real,
+        "accepted": [item.sample for item in judged if item.accepted and not is_leak(item)],
+        "received": [item.sample for item in judged if not is_leak(item)],
+    }
+    tokens = {kind: [_tokens(item) for item in items] for kind, items in kinds.items()}
+    counts = {name: count for kind in kinds for name, count in (
+        (kind, len(tokens[kind])), (f"{kind}_tokens", sum(tokens[kind]))
+    )}  # fmt: skip
+    return {**counts, "longest": max([*tokens["real"], *tokens["received"]], default=0)}
+
+
+def _tokens(item: Interaction | Sample) -> int:
+    return estimate_tokens(get_task(item.task).prompt(item.input, item.form) + item.output)

@@ -17,6 +17,7 @@ from clients.executors import Executor, WorkerDied
 from clients.lost import lost_rows
 from sim.clock import DAY_S
 from sim.errors import ResumableStop, UserError, disk_is_full
+from sim.orders import cut
 from sim.population.source import device_id
 from sim.results import RunDirectory
 
@@ -42,7 +43,6 @@ def run_pass(
     """
     seed, round, devices = order["seed"], order["round"], list(order["devices"])
     done = _Pass()
-    arguments = [list(order["samples"])] if method == "learn" else []
     queue = [tuple(devices[start : start + shard_size]) for start in range(0, len(devices), shard_size)][::-1]
     deaths: dict[tuple[int, ...], int] = dict.fromkeys(queue, -1)  # a whole shard may die once more than a half
     lost: dict[int, str] = {}
@@ -54,7 +54,7 @@ def run_pass(
         reply = run.read_receipt(seed, round, receipt)
         if reply is None or reply["columns"]["device"] != list(some):
             try:
-                reply = executor.call(method, shard, *arguments, deadline_s=deadline_s)
+                reply = executor.call(method, shard, cut(order, some), deadline_s=deadline_s)
             except WorkerDied as death:
                 done.failures.append(_failure(method, some, death))
                 _tell(progress.with_suffix(".deaths"), "x" * len(done.failures))
@@ -116,8 +116,8 @@ def _failure(method: str, devices: Sequence[int], death: WorkerDied) -> dict[str
 def _told(
     run: RunDirectory, seed: int, round: int, method: str, lost: dict[int, str], failures: Sequence[Mapping[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows for what went wrong: an event a death, and the answers that lost devices owed."""
-    tables: dict[str, list[dict[str, Any]]] = lost_rows(run.experiment, seed, round, lost, method) if lost else {}
+    """Rows for what went wrong: an event a death and, in the learn pass, the answers that lost devices owed."""
+    tables = lost_rows(run.experiment, seed, round, lost) if lost and method == "learn" else {}
     if failures:
         tables["events"] = [_event(seed, round, number, failure) for number, failure in enumerate(failures)]
     return tables

@@ -6,26 +6,27 @@ learns depends only on its own data and on (seed, device, round): never on the b
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from clients.adapter_store import AdapterStore, adapter_version
 from clients.adapters import LoraSpec
-from clients.answering import Adapter, Owner, answer
-from clients.arms import Material, trained_arms, training_pairs
+from clients.answering import SHARED, Adapter, Owner, answer, cloud_answers
+from clients.arms import Material, training_pairs
 from clients.device import Device, Shard
 from clients.encoding import encode_answer, encode_prompt
-from clients.scoring import metric_rows
+from clients.materials import Materials
+from clients.scoring import error, metric_rows
 from clients.shared import shared_adapters
 from clients.training import Example, TrainJob, TrainResult, TrainSettings, train
 from clients.worker import Worker
 from sim.clock import DAY_S
-from sim.leaks import LeakChecker
+from sim.orders import rows as table_rows
 from sim.population.source import device_id
-from sim.records import Sample
+from sim.rounds import trained, watched
 from sim.seeding import derive
 
 BLOCK_ADAPTERS = 256
@@ -38,49 +39,71 @@ LOSSES_KEPT = 16
 """Rows of `training` an adapter and round: the first step, the last and some between."""
 
 
-def learn(worker: Worker, shard: Shard, sample_parts: Sequence[str]) -> dict[str, Any]:
-    """Runs the pass and stages its tables; `sample_parts` are the round's samples, of all shards (for the placebo).
+@dataclass(frozen=True, slots=True)
+class Version:
+    """An adapter that may answer in this round, as the schedule has it. `kept`: under which name in the store."""
+
+    arm: str
+    round: int
+    on: str
+    live_s: float
+    kept: str
+
+
+def learn(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs the pass and stages its tables. The order's tables are those of `sim.rounds.Rounds.order`;
+    `sample_parts` and `answer_parts` are what the fetch passes wrote, of all shards.
 
     Returns {"parts": {table: [path]}, "columns": {name: [value a device]}, "models": {name: fingerprint}}.
     """
     rows: dict[str, list[dict[str, Any]]] = {"predictions": [], "metrics": [], "training": [], "events": []}
     devices = worker.devices(shard)
-    materials = _materials(worker, shard, devices, sample_parts)
+    versions = _versions(order)
+    materials = Materials(worker, shard, order)
     store = AdapterStore(worker.run.path, shard.seed)
-    store.prune(shard.round - 1)  # the round before is committed
-    shared = shared_adapters(worker, shard.seed) if "shared" in worker.experiment.arms else {}
-    size = max(1, BLOCK_ADAPTERS // max(1, len(trained_arms(worker.experiment))))
+    store.prune(order["settled"])
+    shared = shared_adapters(worker, shard.seed) if SHARED in worker.experiment.arms else {}
+    size = max(1, BLOCK_ADAPTERS // max(1, len(trained(worker.experiment))))
+    answers = cloud_answers(worker, shard, devices, order) if "cloud" in worker.experiment.arms else []
     for start in range(0, len(devices), size):
         block = devices[start : start + size]
         report = _reporter(worker, start, len(block))
-        jobs = list(_jobs(worker, shard, block, materials, store))
+        jobs = list(_jobs(worker, shard, block, versions, materials, store))
         engine = worker.experiment.engine
         budget = int(engine.memory_gib * 2**30) or None
         results = train(worker.base, jobs, memory_bytes=budget, max_cohort=engine.cohort or None, progress=report)
-        store.save(shard.round, f"{shard.name}-{start:05d}", _by_arm(results))
-        adapters: dict[Owner, Adapter] = {
-            job.key: Adapter(job.spec, results[job.key].state, adapter_version(results[job.key].state)) for job in jobs
-        }
-        answers = answer(worker, shard, block, {**adapters, **shared})
-        rows["predictions"] += answers
-        rows["metrics"] += metric_rows(answers)
+        store.save(shard.round, f"{shard.name}-{start:05d}", _by_name(results))
+        adapters = {**_adapters(worker, shard, block, versions, results, store), **shared}
+        answers += answer(worker, shard, block, adapters, order["measured"])
         rows["training"] += _training_rows(results)
         rows["events"] += _event_rows(shard, results)
+    rows["predictions"] = answers
+    rows["metrics"] = [{**row, "time_s": (shard.round + 1) * DAY_S} for row in metric_rows(answers)]
     parts = {
         table: [worker.run.write_part(table, shard.seed, shard.round, f"learn-{shard.name}", found)]
         for table, found in rows.items()
     }
-    trained: dict[str, int] = defaultdict(int)
+    trained_tokens: dict[str, int] = defaultdict(int)
     for row in rows["events"]:
-        trained[row["device_id"]] += row["tokens_in"]
+        trained_tokens[row["device_id"]] += row["tokens_in"]
     columns = {
         "device": [device.index for device in devices],
         "outcome": ["ok"] * len(devices),
-        "trained_tokens": [trained[device.device_id] for device in devices],
+        "trained_tokens": [trained_tokens[device.device_id] for device in devices],
         "queries": [len(device.queries(shard.round)) for device in devices],
     }
+    if worker.experiment.drift.policy == "on_drift":
+        columns["errors"] = _errors(devices, answers, watched(worker.experiment))
     models = {f"base {worker.experiment.model.base}": f"{worker.base.fingerprint} {worker.base.dtype}"}
     return {"parts": parts, "columns": columns, "models": models}
+
+
+def _versions(order: Mapping[str, Any]) -> dict[int, list[Version]]:
+    """By device, in the order in which they go live."""
+    found: dict[int, list[Version]] = defaultdict(list)
+    for device, *rest in table_rows(order, "versions", "device", "arm", "round", "on", "live_s", "as"):
+        found[device].append(Version(*rest))
+    return {device: sorted(of_device, key=lambda version: version.live_s) for device, of_device in found.items()}
 
 
 def _reporter(worker: Worker, before: int, devices: int) -> Callable[[int, int], None]:
@@ -96,104 +119,88 @@ def _reporter(worker: Worker, before: int, devices: int) -> Callable[[int, int],
     return report
 
 
-def _materials(
-    worker: Worker, shard: Shard, devices: Sequence[Device], sample_parts: Sequence[str]
-) -> dict[int, Material]:
-    """Each device's own data and samples and, for the placebo, the accepted samples of the next three devices."""
-    total = len(worker.population(shard.seed))
-    placebo = "placebo" in worker.experiment.arms
-    donors = {
-        device.index: [(device.index + k) % total for k in (1, 2, 3) if (device.index + k) % total != device.index]
-        if placebo else []
-        for device in devices
-    }  # fmt: skip
-    wanted = {*donors, *(donor for several in donors.values() for donor in several)}
-    accepted, unfiltered = _read_samples(worker, sample_parts, [device_id(index) for index in sorted(wanted)])
-    return {
-        device.index: Material(
-            real=device.real_items(worker.experiment, shard.round),
-            accepted=tuple(accepted[device.device_id]),
-            unfiltered=tuple(unfiltered[device.device_id]),
-            foreign=tuple(
-                _harmless(shard, device, [s for donor in donors[device.index] for s in accepted[device_id(donor)]])
-            ),
-        )
-        for device in devices
-    }
-
-
-def _harmless(shard: Shard, device: Device, samples: Sequence[Sample]) -> list[Sample]:
-    """Foreign samples without leaks of this device's own queries (they were checked against their owner's)."""
-    checker = LeakChecker(device.held_out(shard.round)) if samples else None
-    return [s for s in samples if checker and not checker.is_leak(s.task, s.input, s.output)]
-
-
-def _read_samples(
-    worker: Worker, parts: Sequence[str], devices: Sequence[str]
-) -> tuple[dict[str, list[Sample]], dict[str, list[Sample]]]:
-    """By device id: the accepted samples, and all but the leaks."""
-    names = ["sample_id", "request_id", "task", "input", "output", "form"]
-    accepted: dict[str, list[Sample]] = defaultdict(list)
-    unfiltered: dict[str, list[Sample]] = defaultdict(list)
-    for part in sorted(parts):
-        table = pq.read_table(
-            worker.run.path / part, columns=[*names, "device_id", "verdict"],
-            filters=[("device_id", "in", list(devices))],
-        )
-        for row in table.to_pylist():
-            sample = Sample(*(row[name] for name in names))
-            if row["verdict"] == "accepted":
-                accepted[row["device_id"]].append(sample)
-            if row["verdict"] != "rejected_by:leak":
-                unfiltered[row["device_id"]].append(sample)
-    return accepted, unfiltered
-
-
 def _jobs(
-    worker: Worker, shard: Shard, block: Sequence[Device], materials: Mapping[int, Material], store: AdapterStore
-) -> Iterator[TrainJob]:
-    """A training job for every arm of every device that has something to train on. Arms share their seeds: the same
-    data gives the same adapter.
+    worker: Worker, shard: Shard, block: Sequence[Device], versions: Mapping[int, Sequence[Version]],
+    materials: Materials, store: AdapterStore,
+) -> Iterator[TrainJob]:  # fmt: skip
+    """A training job for every adapter of the block that the schedule has trained in this round. Arms share their
+    seeds: the same data gives the same adapter.
     """
     experiment, tokenizer = worker.experiment, worker.base.tokenizer
     for device in block:
-        material, words = materials[device.index], (shard.seed, device.device_id)
-        for arm in trained_arms(experiment):
-            pairs = training_pairs(arm, material, *words, shard.round)
+        words = (shard.seed, device.device_id)
+        for version in versions.get(device.index, ()):
+            if version.round != shard.round:
+                continue
+            material: Material = materials.of(device, version.on)
+            pairs = training_pairs(version.arm, material, *words, shard.round)
             if not pairs:
                 continue
-            lora, training = experiment.for_arm(arm)
+            lora, training = experiment.for_arm(version.arm)
             settings = TrainSettings.of(training)
-            if arm == "local_matched":
+            if version.arm == "local_matched":
                 like = training_pairs("collaborative", material, *words, shard.round)
                 steps = TrainSettings.of(experiment.for_arm("collaborative")[1]).total_steps(len(like))
                 settings = TrainSettings.of(training, steps=steps)
             going_on = shard.round > 0 and training.start == "continue"
             yield TrainJob(
-                key=(device.index, arm),
+                key=(device.index, version),
                 examples=[Example(encode_prompt(tokenizer, p), encode_answer(tokenizer, a)) for p, a in pairs],
                 settings=settings,
                 spec=LoraSpec.of(lora),
                 seed=derive(*words, shard.round, "train"),
                 init_seed=derive(*words, "adapter"),
-                state=store.load(shard.round - 1, device.device_id, arm) if going_on else None,
+                state=store.load(shard.round - 1, device.device_id, version.arm) if going_on else None,
             )
 
 
-def _by_arm(results: Mapping[Any, TrainResult]) -> dict[str, dict[str, Any]]:
+def _by_name(results: Mapping[Any, TrainResult]) -> dict[str, dict[str, Any]]:
+    """The states to keep, by the name in the store and device id."""
     grouped: dict[str, dict[str, Any]] = defaultdict(dict)
-    for (index, arm), result in results.items():
-        grouped[arm][device_id(index)] = result.state
+    for (index, version), result in results.items():
+        grouped[version.kept][device_id(index)] = result.state
     return grouped
+
+
+def _adapters(
+    worker: Worker, shard: Shard, block: Sequence[Device], versions: Mapping[int, Sequence[Version]],
+    results: Mapping[Any, TrainResult], store: AdapterStore,
+) -> dict[Owner, list[Adapter]]:  # fmt: skip
+    """Every adapter that may answer a query of this round, by its owner, in the order in which they go live."""
+    adapters: dict[Owner, list[Adapter]] = defaultdict(list)
+    for device in block:
+        for version in versions.get(device.index, ()) if device.queries(shard.round) else ():
+            trained_now = results.get((device.index, version))
+            state = trained_now.state if trained_now else store.load_exactly(
+                version.round, device.device_id, version.kept
+            )  # fmt: skip
+            if state is None:  # there was nothing to train on after all
+                continue
+            known = [item.time_s for item in device.real_items(worker.experiment, version.round)]
+            spec = LoraSpec.of(worker.experiment.for_arm(version.arm)[0])
+            until_s = max((time_s for time_s in known if time_s is not None), default=None)
+            adapters[device.index, version.arm].append(
+                Adapter(spec, state, adapter_version(state), version.live_s, until_s)
+            )
+    return adapters
+
+
+def _errors(devices: Sequence[Device], answers: Sequence[Mapping[str, Any]], arm: str | None) -> list[str]:
+    """How wrong each device's answers by one arm were, as JSON: what its user's corrections told it."""
+    found: dict[str, list[float]] = {device.device_id: [] for device in devices}
+    for row in answers:
+        if row["arm"] == arm:
+            found[row["device_id"]].append(error(row["task"], row["score"]))
+    return [json.dumps(found[device.device_id]) for device in devices]
 
 
 def _training_rows(results: Mapping[Any, TrainResult]) -> list[dict[str, Any]]:
     rows = []
-    for (index, arm), result in results.items():
+    for (index, version), result in results.items():
         stride = max(1, -(-result.steps // (LOSSES_KEPT - 1)))
         for step in sorted({*range(0, result.steps, stride), result.steps - 1} if result.steps else ()):
             rows.append({
-                "device_id": device_id(index), "arm": arm, "step": step, "loss": result.losses[step],
+                "device_id": device_id(index), "arm": version.arm, "step": step, "loss": result.losses[step],
                 "lr": result.learning_rates[step], "tokens": sum(result.tokens_by_step[: step + 1]),
             })  # fmt: skip
     return rows
@@ -202,9 +209,10 @@ def _training_rows(results: Mapping[Any, TrainResult]) -> list[dict[str, Any]]:
 def _event_rows(shard: Shard, results: Mapping[Any, TrainResult]) -> list[dict[str, Any]]:
     return [
         {
-            "time_s": shard.round * DAY_S, "event_id": f"train-s{shard.seed}-r{shard.round}-{device_id(index)}-{arm}",
-            "attempt": 0, "device_id": device_id(index), "arm": arm, "kind": "train", "outcome": result.outcome,
+            "time_s": shard.round * DAY_S, "attempt": 0, "device_id": device_id(index), "arm": version.arm,
+            "event_id": f"train-s{shard.seed}-r{shard.round}-{device_id(index)}-{version.arm}-{version.on}",
+            "kind": "train", "outcome": result.outcome,
             "tokens_in": result.tokens, "detail": f"{result.steps} steps",
         }
-        for (index, arm), result in results.items()
+        for (index, version), result in results.items()
     ]  # fmt: skip

@@ -12,26 +12,22 @@ from sim.population.source import open_population
 from sim.population.tasks import get_task
 
 
-def lost_rows(
-    experiment: Experiment, seed: int, round: int, lost: dict[int, str], method: str
-) -> dict[str, list[dict[str, Any]]]:
-    """Predictions and metrics of devices that a pass could not finish; `lost` maps device to outcome.
+def lost_rows(experiment: Experiment, seed: int, round: int, lost: dict[int, str]) -> dict[str, list[dict[str, Any]]]:
+    """Predictions and metrics of devices that the learn pass could not finish; `lost` maps device to outcome.
 
-    Each answer is empty, scored as such, and carries the outcome (`crashed`, `out_of_memory`). The fetch pass owes the
-    `cloud` arm's answers, the learn pass all others.
+    Each answer is empty, scored as such, and carries the outcome (`crashed`, `out_of_memory`).
     """
     population = open_population(experiment, seed)
     rows = [
         answered(row, "", outcome)
         for index, outcome in sorted(lost.items())
-        for row in _owed(Device(index, population.user(index)), round, experiment.arms, method)
+        for row in _owed(Device(index, population.user(index)), round, experiment.arms)
     ]
     return {"predictions": rows, "metrics": metric_rows(rows)}
 
 
-def _owed(device: Device, round: int, arms: Sequence[str], method: str) -> Iterator[dict[str, Any]]:
+def _owed(device: Device, round: int, arms: Sequence[str]) -> Iterator[dict[str, Any]]:
     for query in device.queries(round):
         for arm in arms:
-            mine = (arm == "cloud") == (method == "fetch")
-            if mine and not (arm == "majority" and get_task(query.task).kind == "generation"):
+            if not (arm == "majority" and get_task(query.task).kind == "generation"):
                 yield prediction_row(device, query, arm, answered_by="nobody")

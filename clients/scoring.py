@@ -11,6 +11,9 @@ from sim.metrics import score
 from sim.population.tasks import get_task
 from sim.records import Query
 
+WORST_RATING = 4.0
+"""The largest error between two ratings of 1 to 5 stars."""
+
 
 def prediction_row(device: Device, query: Query, arm: str, answered_by: str) -> dict[str, Any]:
     """A row of `predictions` before it is answered. `answered_by`: base, adapter, shared, majority or cloud."""
@@ -26,6 +29,11 @@ def answered(row: dict[str, Any], prediction: str, outcome: str = "ok") -> dict[
     value = score(row["task"], prediction, row["gold"])[get_task(row["task"]).primary]
     row.update(prediction=prediction, outcome=outcome, score=value)
     return row
+
+
+def error(task: str, score: float) -> float:
+    """How wrong an answer with this score was, from 0 (right) to 1 (as wrong as can be): one scale for all tasks."""
+    return min(1.0, score / WORST_RATING) if get_task(task).kind == "rating" else 1.0 - score
 
 
 def metric_rows(predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

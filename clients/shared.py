@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from clients.adapter_store import AdapterStore, adapter_version
 from clients.adapters import LoraSpec
-from clients.answering import Adapter, Owner
+from clients.answering import SHARED, Adapter, Owner
 from clients.encoding import encode_answer, encode_prompt
 from clients.training import Example, TrainJob, TrainSettings, train
 from sim.clock import DAY_S
@@ -26,7 +26,7 @@ def train_shared(worker: Worker, seed: int) -> dict[str, Any]:
     """
     population = worker.population(seed)
     users, first_query_s = population.shared_users(), population.first_query_s()
-    lora, training = worker.experiment.for_arm("shared")
+    lora, training = worker.experiment.for_arm(SHARED)
     jobs = [
         TrainJob(
             key=task,
@@ -38,25 +38,25 @@ def train_shared(worker: Worker, seed: int) -> dict[str, Any]:
             ],
             settings=TrainSettings.of(training),
             spec=LoraSpec.of(lora),
-            seed=derive(seed, "shared", task, "train"),
-            init_seed=derive(seed, "shared", task, "adapter"),
+            seed=derive(seed, SHARED, task, "train"),
+            init_seed=derive(seed, SHARED, task, "adapter"),
         )
         for task in dict.fromkeys(task for user in users for task in user.tasks)
     ]
     results = train(worker.base, [job for job in jobs if job.examples])
     if results:
-        AdapterStore(worker.run.path, seed).save(0, "tasks", {"shared": {t: r.state for t, r in results.items()}})
+        AdapterStore(worker.run.path, seed).save(0, "tasks", {SHARED: {t: r.state for t, r in results.items()}})
     return {"steps": {str(task): result.steps for task, result in results.items()}}
 
 
-def shared_adapters(worker: Worker, seed: int) -> dict[Owner, Adapter]:
-    """The shared adapters by ("shared", task), as `train_shared` left them (none where there are no other users)."""
+def shared_adapters(worker: Worker, seed: int) -> dict[Owner, list[Adapter]]:
+    """The shared adapters by (SHARED, task), as `train_shared` left them (none where there are no other users)."""
     store = AdapterStore(worker.run.path, seed)
-    spec = LoraSpec.of(worker.experiment.for_arm("shared")[0])
-    adapters: dict[Owner, Adapter] = {}
-    for task in store.devices(0, "shared"):
-        state = store.load(0, task, "shared") or {}
-        adapters["shared", task] = Adapter(spec, state, adapter_version(state))
+    spec = LoraSpec.of(worker.experiment.for_arm(SHARED)[0])
+    adapters: dict[Owner, list[Adapter]] = {}
+    for task in store.devices(0, SHARED):
+        state = store.load(0, task, SHARED) or {}
+        adapters[SHARED, task] = [Adapter(spec, state, adapter_version(state))]
     return adapters
 
 

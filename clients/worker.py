@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clients.device import Device, Shard
-from sim.population.source import Population, open_population
+from sim.population.source import Population, device_id, open_population
 from sim.results import RunDirectory
+from sim.timeline import Timeline
 
 if TYPE_CHECKING:
     from clients.base import FrozenBase
@@ -45,22 +47,23 @@ class Worker:
         self.endpoint = endpoint
         self._progress = Path(progress) if progress else None
         self._population: tuple[int, Population] | None = None
+        self._timeline: Timeline | None = None
 
     def pid(self) -> int:
         """The process this worker lives in."""
         return os.getpid()
 
-    def fetch(self, shard: Shard) -> dict[str, Any]:
+    def fetch(self, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
         """Asks the cloud for this shard's devices and filters what comes back (see `clients.fetch`)."""
         from clients.fetch import fetch
 
-        return fetch(self, shard)
+        return fetch(self, shard, order)
 
-    def learn(self, shard: Shard, samples: Sequence[str]) -> dict[str, Any]:
-        """Trains, answers and scores this shard's devices; `samples` are the round's parts of that table."""
+    def learn(self, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Trains, answers and scores this shard's devices (see `clients.learn`)."""
         from clients.learn import learn
 
-        return learn(self, shard, samples)
+        return learn(self, shard, order)
 
     def share(self, seed: int) -> dict[str, Any]:
         """Trains the `shared` arm's adapters, once for all workers."""
@@ -89,6 +92,14 @@ class Worker:
         if self._population is None or self._population[0] != seed:
             self._population = (seed, open_population(self.experiment, seed))
         return self._population[1]
+
+    def timeline(self, seed: int, measured: str = "{}") -> Timeline:
+        """The virtual time of a seed's devices, for what an answer takes; one seed is held at a time. `measured` is the
+        order's.
+        """
+        if self._timeline is None or self._timeline.seed != seed:
+            self._timeline = Timeline(self.experiment, seed, device_id, json.loads(measured))
+        return self._timeline
 
     def devices(self, shard: Shard) -> list[Device]:
         """The shard's devices, in order."""

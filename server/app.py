@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from server.cloud import open_cloud
 from server.exchange import exchange, nodes
-from sim.errors import Failure
+from server.replies import complete, errors, gather, materials, result
 from sim.finish import finish
 from sim.population.source import open_population
 from sim.results import RunDirectory
+from sim.rounds import Rounds, sizes_of
 from strategies import make_strategy
 
 
@@ -48,42 +48,55 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
         progress.start(experiment.seeds, experiment.rounds, done)
         strategy.hosts = {int(m.content["host"]["partition"]): m.metadata.src_node_id for m in hosts}
         for seed in experiment.seeds:
-            devices = list(range(len(open_population(experiment, seed))))
-            for round in range(experiment.rounds):
-                if run.committed(seed, round):
-                    continue
+            population = open_population(experiment, seed)
+            devices = list(range(len(population)))
+            rounds = [round for round in range(experiment.rounds) if not run.committed(seed, round)]
+            virtual = Rounds(experiment, seed, population, run.carried(seed, rounds[0] - 1)) if rounds else None
+            for round in rounds:
                 progress.begin(seed, round)
                 order = {
                     "run": str(run.path.resolve()), "base_url": cloud.base_url, "model": cloud.model,
                     "fingerprint": cloud.fingerprint, "threads": threads, "deadline_s": experiment.engine.deadline_s,
-                    "seed": seed, "round": round, "devices": devices, "samples": [],
+                    "seed": seed, "round": round, "devices": devices,
                 }
 
-                # 1. plan: who takes part. 2. fetch: ask the cloud, filter what it wrote.
-                watch = _Watch(run, "fetch", len(devices), progress)
-                messages = strategy.configure_fetch(round, ConfigRecord(order), grid)
-                asked = exchange(grid, messages, deadline_s, stop, watch)
-                parts = _gather(asked)
+                # 1. plan: who asks and trains, and whose requests get through.
+                agenda = virtual.plan(round, devices)
 
-                # 3. share: the adapters that belong to no device, once a seed.
-                if "shared" in experiment.arms and round == 0:
+                # 2. fetch: ask the cloud, filter what it wrote.
+                watch = _Watch(run, "fetch", len(agenda.asking), progress)
+                asking = ConfigRecord({**order, **agenda.order(), "devices": agenda.asking})
+                asked = exchange(grid, strategy.configure_fetch(round, asking, grid), deadline_s, stop, watch)
+                parts = gather(asked)
+
+                # 3. schedule: when everything ends, from what it really took.
+                answers = run.read_rows(parts.pop("events", []))
+                day = virtual.schedule(agenda, sizes_of(answers), materials(asked))
+                if "shared" in experiment.arms and round == 0:  # the adapters that belong to no device, once a seed
                     exchange(grid, _share(strategy.hosts, order), deadline_s, stop)
 
                 # 4. learn: train, answer, score.
-                order["samples"] = parts.get("samples", [])
                 watch = _Watch(run, "learn", len(devices), progress)
-                messages = strategy.configure_train(round, arrays, ConfigRecord(order), grid)
+                staged = {"sample_parts": run.sample_parts(seed, round, parts)}
+                staged["answer_parts"] = parts.pop("answers", [])
+                learning = ConfigRecord({**order, **virtual.order(day), **staged})
+                messages = strategy.configure_train(round, arrays, learning, grid)
                 learned = exchange(grid, messages, deadline_s, stop, watch)
                 _, totals = strategy.aggregate_train(round, learned)
 
                 # 5. commit: what is not named here never happened.
-                _complete(devices, learned)
-                for table, paths in _gather(learned).items():
+                complete(devices, learned)
+                for table, paths in gather(learned).items():
                     parts.setdefault(table, []).extend(paths)
+                events = virtual.event_rows(day, answers, run.read_rows(parts.pop("events", [])))
+                parts["events"] = [run.write_part("events", seed, round, "round", events)]
+                virtual.advance(day, errors(learned))
                 replies = [*asked, *learned]
-                models = {name: value for reply in replies for name, value in _result(reply, "models").items()}
-                failures = [failure for reply in replies for failure in _result(reply, "failures")]
-                run.commit(seed, round, parts, {"totals": dict(totals or {}), "models": models, "failures": failures})
+                models = {name: value for reply in replies for name, value in result(reply, "models").items()}
+                failures = [failure for reply in replies for failure in result(reply, "failures")]
+                facts = {"totals": dict(totals or {}), "models": models, "failures": failures}
+                carried = virtual.state() if round + 1 < experiment.rounds else None
+                run.commit(seed, round, parts, facts, carried)
                 progress.end()
         truth = cloud.truth()
     finish(run, truth, cloud.facts())
@@ -143,22 +156,3 @@ def _hello(nodes: Sequence[int]) -> list[Message]:
 def _share(hosts: dict[int, int], order: dict) -> list[Message]:
     content = RecordDict({"order": ConfigRecord(order)})
     return [Message(content, dst_node_id=hosts[min(hosts)], message_type=f"{MessageType.QUERY}.share")]
-
-
-def _gather(replies: Sequence[Message]) -> dict[str, list[str]]:
-    parts: dict[str, list[str]] = {}
-    for reply in replies:
-        for table, paths in _result(reply, "parts").items():
-            parts.setdefault(table, []).extend(paths)
-    return parts
-
-
-def _complete(devices: Sequence[int], replies: Sequence[Message]) -> None:
-    """Raises Failure if a device of the plan is in no reply: a round is committed whole."""
-    missing = set(devices).difference(*(reply.content["devices"].get("device", []) for reply in replies))
-    if missing:
-        raise Failure(f"{len(missing)} of {len(devices)} devices are in no host's reply, such as {min(missing)}")
-
-
-def _result(reply: Message, name: str) -> Any:
-    return json.loads(str(reply.content["result"][name]))

@@ -27,6 +27,7 @@ from sim.errors import ResumableStop, UserError, disk_is_full
 from sim.experiment import Experiment, fields, parse_value
 from sim.population.source import open_population
 from sim.results import RunDirectory, write_atomically
+from sim.rounds import Rounds
 from sim.run_lock import RunLock
 
 GRACE_S = 6.0
@@ -87,7 +88,6 @@ def check(experiment: Experiment) -> None:
     from server.cloud import check_cloud
     from strategies import make_strategy
 
-    _only_what_a_run_follows(experiment)
     make_strategy(experiment.strategy.name)
     create_filters(experiment.filters)
     check_cloud(experiment)
@@ -97,23 +97,7 @@ def check(experiment: Experiment) -> None:
         if len(population) == 0:
             raise UserError(f"the population of seed {seed} is empty: no user has enough history and a query")
         population.user(0)
-
-
-def _only_what_a_run_follows(experiment: Experiment) -> None:
-    """Links, machines and the cloud's capacity live in the timeline, which the round loop does not ask yet."""
-    usual = Experiment()
-    for name, own, default in (
-        ("network", experiment.network, usual.network),
-        ("hardware", experiment.hardware, usual.hardware),
-        ("cloud.capacity", experiment.cloud.capacity, usual.cloud.capacity),
-        ("drift", experiment.drift, usual.drift),
-    ):
-        changed = [field for field in type(own).model_fields if getattr(own, field) != getattr(default, field)]
-        if changed:
-            raise UserError(
-                f"{name}.{changed[0]} = `{getattr(own, changed[0])}`: a run does not follow [{name}] yet, so nothing "
-                f"would change; leave it at `{getattr(default, changed[0])}`; sim.timeline can be used by itself"
-            )
+        Rounds(experiment, seed, population)  # profiles, models, traces, policy
 
 
 def check_model(base: str) -> None:

@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ TABLES: dict[str, pa.Schema] = {
         "seed:i round:i time_s:f device_id:s request_id:s item_id:s chars:i tokens:i masked:i"
     ),
     "training": _schema("seed:i round:i device_id:s arm:s step:i loss:f lr:f tokens:i"),
+}
+
+#: What one pass of a round leaves to the next, on the hosts' side; no table of the run directory.
+STAGED: dict[str, pa.Schema] = {
+    "answers": _schema("seed:i round:i device_id:s request_id:s query_id:s outcome:s text:s"),
 }
 
 #: The order of rows in a finished table: whatever the number of workers, the same file.
@@ -149,7 +154,7 @@ class RunDirectory:
 
         Writing the same part again replaces it, so that a shard may be retried. Missing columns become null.
         """
-        schema = TABLES[table]
+        schema = (TABLES | STAGED)[table]
         columns = {
             field.name: pa.array([row.get(field.name) for row in rows], type=field.type)
             for field in schema
@@ -166,15 +171,46 @@ class RunDirectory:
         frames = [pq.read_table(self.path / part).to_pandas() for part in parts]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
-    def commit(self, seed: int, round: int, parts: Mapping[str, Sequence[str]], facts: Mapping[str, Any]) -> None:
-        """Makes a staged round count: one atomic file. `parts` by table; `facts` is small JSON kept with it."""
+    def read_rows(self, parts: Iterable[str], devices: Collection[str] | None = None) -> list[dict[str, Any]]:
+        """The rows of staged or committed parts, of all devices or of some."""
+        only = None if devices is None else [("device_id", "in", list(devices))]
+        return [row for part in sorted(parts) for row in pq.read_table(self.path / part, filters=only).to_pylist()]
+
+    def sample_parts(self, seed: int, round: int, parts: Mapping[str, Sequence[str]]) -> list[str]:
+        """The parts that hold what devices may train on in `round`, itself staged as `parts`: those of earlier rounds
+        too, where the experiment's devices go back to them.
+        """
+        experiment, staged = self.experiment, list(parts.get("samples", []))
+        if experiment.drift.samples == "refresh" and experiment.network.fallback != "stale_samples":
+            return staged
+        commits = [self.committed(seed, past) for past in range(round)]
+        return [path for commit in commits if commit for path in commit["parts"].get("samples", [])] + staged
+
+    def commit(
+        self, seed: int, round: int, parts: Mapping[str, Sequence[str]], facts: Mapping[str, Any],
+        carried: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Makes a staged round count: one atomic file. `parts` by table; `facts` is small JSON kept with it; `carried`
+        is what the next round begins from.
+        """
+        if carried is not None:
+            write_atomically(self._carried_path(seed, round), json.dumps(carried))
         text = json.dumps({"parts": {table: sorted(paths) for table, paths in parts.items()}, "facts": dict(facts)})
         write_atomically(self._commit_path(seed, round), text)
+        self._carried_path(seed, round - 1).unlink(missing_ok=True)
 
     def committed(self, seed: int, round: int) -> dict[str, Any] | None:
         """The commit of a round, or None."""
         path = self._commit_path(seed, round)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def carried(self, seed: int, round: int) -> dict[str, Any] | None:
+        """What the round after `round` begins from; None before the first."""
+        path = self._carried_path(seed, round)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _carried_path(self, seed: int, round: int) -> Path:
+        return self.path / "state" / "carried" / f"seed-{seed}-round-{round}.json"
 
     def _commit_path(self, seed: int, round: int) -> Path:
         return self.path / "state" / "commits" / f"seed-{seed}-round-{round}.json"

@@ -4,18 +4,21 @@ hosts must be told. Names no text: a device's data is here only as counts and le
 
 from __future__ import annotations
 
+import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sim.asking import Ask, Size
+from sim.clock import DAY_S
 from sim.experiment import Experiment
+from sim.orders import columns
+from sim.policies import Policies
 from sim.population.source import Population, device_id
 from sim.sections import Training
 from sim.timeline import Plan, Schedule, Timeline
-from sim.timeline_state import STALE, Work
+from sim.timeline_state import SAMPLES, STALE, Work
 
 LEARNS_FROM = {
     "local": "real", "local_matched": "real", "synthetic_only": "accepted", "unfiltered": "real received",
@@ -29,10 +32,16 @@ AUGMENT, CLOUD = "augment", "cloud"
 KINDS = ("augment", "answer")
 """Of the events that are requests."""
 
+FIRST = ".first"
+"""Behind the arm's name: where the first of two adapters of one round is kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What a device could train on in a round, counted: items and their tokens (about four characters each)."""
+    """What a device could train on in a round, counted: items and their tokens (about four characters each).
+
+    `received` are all samples but leaks; `longest` the tokens of the longest example.
+    """
 
     real: int
     real_tokens: int
@@ -41,6 +50,47 @@ class Material:
     received: int = 0
     received_tokens: int = 0
     longest: int = 128
+
+    def plus(self, samples: Iterable[Sequence[int]]) -> Material:
+        """With the samples of other rounds, each (accepted, accepted tokens, received, received tokens)."""
+        own = (self.accepted, self.accepted_tokens, self.received, self.received_tokens)
+        return replace(self, **dict(zip(_SAMPLES, map(sum, zip(own, *samples, strict=True)), strict=True)))
+
+
+_SAMPLES = tuple(field.name for field in fields(Material))[2:6]
+
+
+@dataclass(frozen=True, slots=True)
+class Agenda:
+    """A round as planned. `due`: the devices that ask and train; `asking`: those that have any request to make."""
+
+    plan: Plan
+    due: tuple[int, ...]
+
+    @property
+    def asking(self) -> list[int]:
+        return sorted({*self.due, *(ask.device for ask in self.plan.asks)})
+
+    def order(self) -> dict[str, Any]:
+        """For the fetch pass: who is due, and the requests that are not to be made."""
+        granted = self.plan.granted
+        held = [(ask.device, ask.request_id) for ask in self.plan.asks if ask.request_id not in granted]
+        return {"due": list(self.due), **columns("held", ("device", "request"), held)}
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """A round as it came out. `served`: cloud tokens that a due device spent, and whether it has what it asked for.
+
+    `came`: of the devices whose samples came, how many (see `Material.plus`). `lost`: (device, request) of answers that
+    never reached their device.
+    """
+
+    agenda: Agenda
+    schedule: Schedule
+    served: Mapping[int, tuple[int, bool]]
+    came: Mapping[int, tuple[int, ...]]
+    lost: tuple[tuple[int, str], ...]
 
 
 def request_names(experiment: Experiment, seed: int, round: int, device: int, tasks: Sequence[str]) -> list[str]:
@@ -66,92 +116,47 @@ def optimizer_steps(training: Training, examples: int) -> int:
 class Rounds:
     """The virtual time of one seed, as the round loop uses it.
 
-    1. `plan(round, devices)`; 2. ask for all but `ungranted(plan)`; 3. `schedule(plan, sizes, materials)`;
-    4. learn as `learning(schedule)` says; write `event_rows`; 5. `advance(schedule)`, and commit `state()` with it.
+    1. `plan(round, devices)`; 2. fetch, by `Agenda.order`; 3. `schedule(agenda, sizes, materials)`; 4. learn, by
+    `order(day)`; write `event_rows`; 5. `advance(day, errors)`, and commit with `state()`.
     """
 
     def __init__(
         self, experiment: Experiment, seed: int, population: Population, state: Mapping[str, Any] | None = None
     ):
+        state = state or {}
         self.experiment, self.seed, self.population = experiment, seed, population
-        self.timeline = Timeline(experiment, seed, device_id, state)
-        arms = {*experiment.arms, *(["collaborative"] if "rag_adapter" in experiment.arms else [])}
+        self.timeline = Timeline(experiment, seed, device_id, state.get("timeline"))
+        self.policies = Policies(experiment.drift, state.get("policies"))
+        self._samples: dict[int, dict[int, tuple[int, ...]]] = {
+            int(device): {int(round): tuple(counts) for round, counts in found.items()}
+            for device, found in state.get("samples", {}).items()
+        }
+        self._lost: list[tuple[int, str]] = [(device, name) for device, name in state.get("lost", ())]
         self._known: dict[int, tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]] = {}
-        self.arms = [arm for arm in LEARNS_FROM if arm in arms]
+        self.arms = trained(experiment)
         self.asks_samples = bool(experiment.cloud.samples) and any(arm != "local" for arm in self.arms)
 
-    def plan(self, round: int, devices: Sequence[int]) -> Plan:
-        """Which of the requests that these devices want to make get through."""
-        return self.timeline.plan(round, [ask for device in devices for ask in self._asks(round, device)])
+    # --- 1. plan ----------------------------------------------------------------------------------------------
 
-    def ungranted(self, plan: Plan) -> list[str]:
-        """The requests that are not to be made, for the fetch pass."""
-        granted = plan.granted
-        return [ask.request_id for ask in plan.asks if ask.request_id not in granted]
+    def plan(self, round: int, devices: Sequence[int]) -> Agenda:
+        """Who asks and trains in a round, and which of all requests get through."""
+        due = tuple(device for device in devices if self._due(round, device))
+        owing = set(due) if self.asks_samples else set()
+        asks = [ask for device in devices for ask in self._asks(round, device, device in owing)]
+        return Agenda(self.timeline.plan(round, asks), due)
 
-    def schedule(self, plan: Plan, sizes: Mapping[str, Size], materials: Mapping[int, Material]) -> Schedule:
-        """When everything ends. `sizes` of the requests that were made; `materials` of the devices that learn."""
-        wanted: dict[int, list[str]] = {device: [] for device in materials}
-        for ask in plan.asks:
-            if ask.lane == AUGMENT and ask.device in wanted:
-                wanted[ask.device].append(ask.request_id)
-        works = [
-            self._work(device, arm, material, wanted[device])
-            for device, material in materials.items()
-            for arm in self.arms
-        ]
-        return self.timeline.schedule(plan, sizes, works)
-
-    def learning(self, schedule: Schedule) -> dict[str, list[str]]:
-        """For the learn pass, what is not as in a run without virtual time (so empty lists by default).
-
-        `lost`: requests whose samples never reached their device. Adapters, as `device/arm`: `untrained` in this round
-        (their last one, or the frozen base, answers); `stale`, trained on the samples that came before; `twice`,
-        trained on what there was first, and later again with this round's samples, from where the round began.
-        """
-        granted, versions = schedule.plan.granted, [v for v in schedule.versions if v.outcome == "ok"]
-        last = {(version.device, version.arm): version for version in versions}
-        owners = dict.fromkeys((version.device, version.arm) for version in schedule.versions)
-        waiting = dict.fromkeys((ask.device, arm) for ask in schedule.plan.asks for arm in self.arms)
-        count = Counter((version.device, version.arm) for version in versions)
-        return {
-            "lost": [name for name, final in schedule.finals.items() if name in granted and not final.answered],
-            "untrained": [_name(*key) for key in {**owners, **waiting} if key not in last],
-            "stale": [_name(*key) for key, version in last.items() if version.on == STALE],
-            "twice": [_name(*key) for key, number in count.items() if number > 1],
-        }
-
-    def event_rows(
-        self, schedule: Schedule, answers: Sequence[Mapping[str, Any]], learned: Sequence[Mapping[str, Any]] = ()
-    ) -> list[dict[str, Any]]:
-        """The round's rows of `events`: those of the timeline, with what the passes know of real answers and real
-        training (`answers`, `learned`: their own rows), and all else that the passes noted.
-        """
-        details = {row["request_id"]: row["detail"] for row in answers if row["kind"] in KINDS}
-        training = {(row["device_id"], row["arm"]): row for row in learned if row["kind"] == "train"}
-        rows = [dict(row) for row in (*answers, *learned) if row["kind"] not in (*KINDS, "train")]
-        for row in self.timeline.event_rows(schedule):
-            if row["kind"] == "train":
-                real = training.get((row["device_id"], row["arm"]))
-                if real is not None and row["outcome"] == "ok":
-                    row |= {"tokens_in": real["tokens_in"], "outcome": real["outcome"]}
-                    row["detail"] = f"{row['detail']}, {real['detail']}"
-            elif row["attempt"] == schedule.finals[row["request_id"]].attempts - 1:
-                row["detail"] = " ".join(filter(None, [row["detail"], details.get(row["request_id"])]))
-            rows.append(row)
-        return rows
-
-    def advance(self, schedule: Schedule) -> None:
-        """Makes a schedule the past."""
-        self.timeline.advance(schedule)
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run needs (JSON)."""
-        return self.timeline.state()
-
-    def _asks(self, round: int, device: int) -> Iterator[Ask]:
-        tasks, of_queries = self._tasks(round, device)
+    def _due(self, round: int, device: int) -> bool:
+        link, start_s = self.timeline.link(device), round * DAY_S
+        expected = 0
         if self.asks_samples:
+            size = self.timeline.expected(AUGMENT)
+            parts = math.ceil(self.experiment.cloud.samples / self.experiment.cloud.samples_per_request)
+            expected = (size.tokens_in + size.tokens_out) * parts * len(self._tasks(round, device)[0])
+        return self.policies.due(round, device, expected, lambda: link.next_up(start_s, start_s + DAY_S) is not None)
+
+    def _asks(self, round: int, device: int, for_samples: bool) -> Iterator[Ask]:
+        tasks, of_queries = self._tasks(round, device)
+        if for_samples:
             expected = self.timeline.expected(AUGMENT)
             for name in request_names(self.experiment, self.seed, round, device, tasks):
                 yield Ask(name, device, expected, AUGMENT)
@@ -172,20 +177,154 @@ class Rounds:
         tasks, queries = self._known[device]
         return tasks, [task for task, when in queries if when in (None, round)]
 
-    def _work(self, device: int, arm: str, material: Material, requests: Sequence[str]) -> Work:
+    # --- 3. schedule ------------------------------------------------------------------------------------------
+
+    def schedule(self, agenda: Agenda, sizes: Mapping[str, Size], materials: Mapping[int, Material]) -> Day:
+        """When everything ends. `sizes` of the requests that were made; `materials` of the devices that are due."""
+        plan = agenda.plan
+        wanted: dict[int, list[str]] = {device: [] for device in agenda.due}
+        for ask in plan.asks:
+            if ask.lane == AUGMENT:
+                wanted[ask.device].append(ask.request_id)
+        works = [
+            self._work(plan.round, device, arm, materials[device], wanted[device])
+            for device in agenda.due if device in materials
+            for arm in self.arms
+        ]  # fmt: skip
+        schedule = self.timeline.schedule(plan, sizes, works)
+        finals, granted = schedule.finals, plan.granted
+        served, came = {}, {}
+        for device, names in wanted.items():
+            done = any(finals[name].outcome == "ok" for name in names)
+            served[device] = (sum(_tokens(sizes[name]) for name in names if name in sizes), done or not names)
+            if done and device in materials:
+                came[device] = tuple(getattr(materials[device], name) for name in _SAMPLES)
+        lost = [(finals[name].device, name) for name in granted if not finals[name].answered]
+        return Day(agenda, schedule, served, came, tuple(sorted(lost)))
+
+    def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> Work:
         _, training = self.experiment.for_arm(arm)
         counted = LEARNS_FROM[arm].split()
+        material = own.plus(self._samples[device][past] for past in self._earlier(round, device))
         items, tokens = _total(material, counted)
         steps = optimizer_steps(training, items)
         if arm == "local_matched" and not training.steps:
             _, like = self.experiment.for_arm("collaborative")
             steps = optimizer_steps(like, material.real + material.accepted)
-        fallback_items, fallback_tokens = _total(material, [what for what in counted if what == "real"])
+        nothing = replace(own, **dict.fromkeys(_SAMPLES, 0))
+        had = nothing.plus(self._samples[device][past] for past in self._stale(device))
         return Work(
             device, arm, steps, _trained_tokens(training, steps, items, tokens),
-            () if arm == "local" else tuple(requests), *_fallback(training, fallback_items, fallback_tokens),
+            () if arm == "local" else tuple(requests), *_fallback(training, *_total(had, counted)),
             row_tokens=material.longest,
         )
+
+    def _earlier(self, round: int, device: int) -> list[int]:
+        """The earlier rounds whose samples a device trains on beside those of `round`."""
+        drift, rounds = self.experiment.drift, self._samples.get(device, {})
+        oldest = {"refresh": round, "keep": 0, "age": round - drift.max_age}[drift.samples]
+        return [past for past in rounds if oldest <= past < round]
+
+    def _stale(self, device: int) -> list[int]:
+        """The round whose samples a device falls back on, if it does and has any."""
+        wanted = self.experiment.network.fallback == "stale_samples"
+        return sorted(self._samples.get(device, ()))[-1:] if wanted else []
+
+    # --- 4. learn ---------------------------------------------------------------------------------------------
+
+    def order(self, day: Day) -> dict[str, Any]:
+        """For the learn pass, tables by device.
+
+        `versions`: every adapter that may answer in this round, those to be trained now (of this `round`) among them;
+        `as` is where it is kept. `samples`: the rounds whose samples a device trains on, `on` what. `lost`: requests
+        whose answers never came. `settled`: every adapter up to that round is live. `measured`: for the worker's own
+        timeline.
+        """
+        round, start_s = day.schedule.plan.round, day.schedule.plan.start_s
+        by_day, settled = self.experiment.hardware.queries == "day", round - 1
+        versions = []
+        for (device, arm), found in day.schedule.state.live.items():
+            for place, version in enumerate(found):
+                later = any(other.round == version.round for other in found[place + 1 :])
+                if by_day or place == len(found) - 1:
+                    kept = arm + FIRST if later else arm
+                    versions.append((device, arm, version.round, version.on, version.live_s, kept))
+                if by_day and version.live_s > start_s and version.round < round:
+                    settled = min(settled, version.round - 1)
+        samples = [
+            (device, past, on)
+            for device in day.agenda.due
+            for on, rounds in (
+                (SAMPLES, [*self._earlier(round, device), *([round] if device in day.came else [])]),
+                (STALE, self._stale(device)),
+            )
+            for past in rounds
+        ]
+        return {
+            "settled": settled, "due": list(day.agenda.due), "measured": json.dumps(self.timeline.measured()),
+            **columns("versions", ("device", "arm", "round", "on", "live_s", "as"), versions),
+            **columns("samples", ("device", "round", "on"), samples),
+            **columns("lost", ("device", "request"), [*self._lost, *day.lost]),
+        }
+
+    def event_rows(
+        self, day: Day, answers: Sequence[Mapping[str, Any]], learned: Sequence[Mapping[str, Any]] = ()
+    ) -> list[dict[str, Any]]:
+        """The round's rows of `events`: those of the timeline, with what the passes know of real answers and real
+        training (`answers`, `learned`: their own rows), and all else that the passes noted.
+        """
+        schedule = day.schedule
+        details = {row["request_id"]: row["detail"] for row in answers if row["kind"] in KINDS}
+        training = {row["event_id"]: row for row in learned if row["kind"] == "train"}
+        rows = [dict(row) for row in (*answers, *learned) if row["kind"] not in (*KINDS, "train")]
+        for row in self.timeline.event_rows(schedule):
+            if row["kind"] == "train":
+                real = training.get(row["event_id"])
+                if real is not None and row["outcome"] == "ok":
+                    row |= {"tokens_in": real["tokens_in"], "outcome": real["outcome"]}
+                    row["detail"] = f"{row['detail']}, {real['detail']}"
+            elif row["attempt"] == schedule.finals[row["request_id"]].attempts - 1:
+                row["detail"] = " ".join(filter(None, [row["detail"], details.get(row["request_id"])]))
+            rows.append(row)
+        return rows
+
+    # --- 5. commit --------------------------------------------------------------------------------------------
+
+    def advance(self, day: Day, errors: Mapping[int, Sequence[float]] | None = None) -> None:
+        """Makes a round the past. `errors`: how wrong each device's answers were (see `Policies.observe`)."""
+        round = day.schedule.plan.round
+        self.timeline.advance(day.schedule)
+        for device, (tokens, done) in day.served.items():
+            self.policies.served(round, device, tokens, done)
+        for device, found in (errors or {}).items():
+            self.policies.observe(device, found)
+        for device, counts in day.came.items():
+            kept = {past: self._samples[device][past] for past in self._earlier(round + 1, device)}
+            self._samples[device] = {**kept, round: counts}
+        self._lost += day.lost
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs (JSON)."""
+        return {
+            "timeline": self.timeline.state(), "policies": self.policies.state(), "samples": self._samples,
+            "lost": self._lost,
+        }
+
+
+def trained(experiment: Experiment) -> list[str]:
+    """The arms of an experiment that own an adapter (`rag_adapter` uses the collaborative one, so it brings it)."""
+    arms = {*experiment.arms, *(["collaborative"] if "rag_adapter" in experiment.arms else [])}
+    return [arm for arm in LEARNS_FROM if arm in arms]
+
+
+def watched(experiment: Experiment) -> str | None:
+    """The arm whose answers a device's detector of drift sees: `collaborative`, else the first that is trained."""
+    arms = trained(experiment)
+    return "collaborative" if "collaborative" in arms else next(iter(arms), None)
+
+
+def _tokens(size: Size) -> int:
+    return size.tokens_in + size.tokens_out
 
 
 def _total(material: Material, counted: Sequence[str]) -> tuple[int, int]:
@@ -202,10 +341,6 @@ def _trained_tokens(training: Training, steps: int, items: int, tokens: int) -> 
 def _fallback(training: Training, items: int, tokens: int) -> tuple[int, int]:
     steps = optimizer_steps(training, items)
     return steps, _trained_tokens(training, steps, items, tokens)
-
-
-def _name(device: int, arm: str) -> str:
-    return f"{device}/{arm}"
 
 
 def sizes_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Size]:

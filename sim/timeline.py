@@ -178,11 +178,12 @@ class Timeline:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs (JSON)."""
-        state = self._state.dump()
-        if any(profile.name == THIS_MACHINE for profile in self.fleet.profiles):
-            measured = next(p for p in self.fleet.profiles if p.name == THIS_MACHINE)
-            state["this_machine"] = {**asdict(measured), "sources": dict(measured.sources)}
-        return state
+        return {**self._state.dump(), **self.measured()}
+
+    def measured(self) -> dict[str, Any]:
+        """The profile of this machine, if devices have it (JSON): measured once, and the same for whoever asks."""
+        found = [profile for profile in self.fleet.profiles if profile.name == THIS_MACHINE]
+        return {"this_machine": {**asdict(found[0]), "sources": dict(found[0].sources)}} if found else {}
 
     def _ask(self, round: int, asks: Sequence[Ask]) -> dict[str, Asked]:
         experiment, lanes = self.experiment, defaultdict(list)

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from sim.errors import UserError, unknown
+from sim.orders import cut
 
 FETCH = f"{MessageType.QUERY}.fetch"
 """Message type of the fetch pass: ask the cloud, filter what it wrote."""
@@ -38,7 +39,7 @@ class FleetStrategy(Strategy):
         for position, partition in enumerate(partitions):
             own = [device for device in devices if device % len(partitions) == position]
             if own:
-                order = ConfigRecord({**config, "devices": own})
+                order = ConfigRecord({**cut(config, own), "devices": own})
                 content = RecordDict({"order": order, **({"arrays": arrays} if arrays is not None else {})})
                 messages.append(Message(content, dst_node_id=self.hosts[partition], message_type=message_type))
         return messages

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
@@ -10,8 +12,12 @@ from clients.executors import InProcess
 from clients.host import run_pass
 from clients.worker import Endpoint, Worker
 from sim.experiment import Experiment
+from sim.orders import cut
+from sim.population.source import open_population
 from sim.results import RunDirectory
+from sim.rounds import Material, Rounds, sizes_of
 
+COUNTS = [field.name for field in fields(Material)]
 KEYS = ["seed", "round", "device_id", "arm", "task", "query_id"]
 
 
@@ -36,21 +42,49 @@ def run_in_process(path: Path, experiment: Experiment, endpoint: Endpoint, hosts
     if worker is not None:
         fresh.__dict__ |= {name: worker.__dict__[name] for name in ("base", "encoder") if name in worker.__dict__}
     executor = InProcess(lambda: fresh)
-    devices = range(experiment.population.users)
+    devices = list(range(experiment.population.users))
     for seed in experiment.seeds:
+        virtual = Rounds(experiment, seed, open_population(experiment, seed))
         for round in range(experiment.rounds):
-            parts: dict[str, list[str]] = {}
-            for name in ("fetch", "learn"):
-                samples = parts.get("samples", [])
-                for host in range(hosts):
-                    own = [device for device in devices if device % hosts == host]
-                    order = {"devices": own, "seed": seed, "round": round, "samples": samples}
-                    result = run_pass(executor, name, run, order, experiment.engine.shard, 600.0, path / "progress")
-                    for table, paths in result["parts"].items():
-                        parts.setdefault(table, []).extend(paths)
-            run.commit(seed, round, parts, {"failures": [], "models": {}})
+            agenda = virtual.plan(round, devices)
+            parts, replies = _pass(run, executor, "fetch", seed, round, agenda.order(), agenda.asking, hosts)
+            events = run.read_rows(parts.pop("events", []))
+            columns = [reply["columns"] for reply in replies]
+            materials = {
+                device: Material(*counts)
+                for found in columns for device, *counts in zip(*(found[n] for n in ("device", *COUNTS)), strict=True)
+            }  # fmt: skip
+            day = virtual.schedule(agenda, sizes_of(events), materials)
+            staged = {"sample_parts": run.sample_parts(seed, round, parts), "answer_parts": parts.pop("answers", [])}
+            learned, replies = _pass(
+                run, executor, "learn", seed, round, {**virtual.order(day), **staged}, devices, hosts
+            )
+            for table, paths in learned.items():
+                parts.setdefault(table, []).extend(paths)
+            rows = virtual.event_rows(day, events, run.read_rows(parts.pop("events", [])))
+            parts["events"] = [run.write_part("events", seed, round, "round", rows)]
+            errors = {
+                device: json.loads(found)
+                for reply in replies
+                for device, found in zip(reply["columns"]["device"], reply["columns"].get("errors", []), strict=False)
+            }
+            virtual.advance(day, errors)
+            run.commit(seed, round, parts, {"failures": [], "models": {}}, virtual.state())
     run.merge(experiment)
     return run
+
+
+def _pass(run, executor, name, seed, round, order, devices, hosts):
+    parts: dict[str, list[str]] = {}
+    replies = []
+    for host in range(hosts):
+        if own := [device for device in devices if device % hosts == host]:
+            told = {**cut(order, own), "devices": own, "seed": seed, "round": round}
+            shard, progress = run.experiment.engine.shard, run.path / "progress"
+            replies.append(run_pass(executor, name, run, told, shard, 600.0, progress))
+            for table, paths in replies[-1]["parts"].items():
+                parts.setdefault(table, []).extend(paths)
+    return parts, replies
 
 
 def answers(run: RunDirectory) -> pd.DataFrame:

@@ -58,7 +58,8 @@ def test_no_text_of_a_user_travels(finished, tmp_path):
 
     run = RunDirectory.open(shutil.copytree(finished[0], tmp_path / "run"))
     worker = Worker(str(run.path), Endpoint("http://127.0.0.1:9/v1", "none"), threads=1)
-    reply = worker.learn(Shard(1, 0, (0, 1)), [])
+    order = {"settled": -1, "due": [], "measured": "{}", "sample_parts": [], "answer_parts": []}
+    reply = worker.learn(Shard(1, 0, (0, 1)), order)
     said = json.dumps(reply)
     users = [worker.population(1).user(index) for index in range(2)]
     texts = [text for user in users for item in user.history for text in (item.input, item.output) if len(text) > 9]

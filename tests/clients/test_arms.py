@@ -1,8 +1,9 @@
 """What each arm trains on, and that arms are independent of each other."""
 
-from clients.arms import TRAINED, Material, trained_arms, training_pairs
+from clients.arms import Material, training_pairs
 from sim.experiment import Experiment
 from sim.records import Interaction, Sample
+from sim.rounds import LEARNS_FROM, trained
 
 
 def _sample(name, task="LaMP_4"):
@@ -42,7 +43,7 @@ def test_matched_arms_draw_as_many_of_each_task_as_were_accepted():
 
 def test_without_samples_every_arm_with_real_data_is_local():
     bare = Material(REAL)
-    for arm in TRAINED:
+    for arm in LEARNS_FROM:
         assert _outputs(arm, bare) == ([] if arm == "synthetic_only" else _outputs("local", bare))
 
 
@@ -52,5 +53,5 @@ def test_prompts_carry_the_task_instruction():
 
 
 def test_rag_adapter_brings_the_collaborative_adapter():
-    assert trained_arms(Experiment(arms=("rag_adapter",))) == ("collaborative",)
-    assert trained_arms(Experiment(arms=("frozen", "cloud", "local"))) == ("local",)
+    assert trained(Experiment(arms=("rag_adapter",))) == ["collaborative"]
+    assert trained(Experiment(arms=("frozen", "cloud", "local"))) == ["local"]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.arms import TRAINED
 from clients.device import Device, Shard
 from clients.fetch import _orders, _questions
 from clients.jobs import TrainSettings
 from sim.asking import Size
 from sim.experiment import Experiment
+from sim.orders import rows
 from sim.population.source import device_id, open_population
 from sim.results import TABLES
-from sim.rounds import LEARNS_FROM, Material, Rounds, optimizer_steps, sizes_of
+from sim.rounds import Material, Rounds, optimizer_steps, sizes_of
 from sim.sections import Training
+from sim.timeline_state import REAL, SAMPLES, STALE
 
 MATERIAL = Material(real=6, real_tokens=600, accepted=12, accepted_tokens=1200, received=20, received_tokens=2000)
 SIZE = Size(3000, 1500, 700, 300)
@@ -28,28 +30,29 @@ def rounds(**sections) -> Rounds:
     return Rounds(experiment, 1, open_population(experiment, 1))
 
 
-def run(virtual: Rounds, round: int = 0, devices=range(4)):
-    plan = virtual.plan(round, devices)
-    sizes = {ask.request_id: SIZE for ask in plan.asks if ask.request_id not in virtual.ungranted(plan)}
-    schedule = virtual.schedule(plan, sizes, dict.fromkeys(devices, MATERIAL))
-    return plan, schedule
+def run(virtual: Rounds, round: int = 0, devices=range(4), material=MATERIAL):
+    agenda = virtual.plan(round, devices)
+    sizes = {name: SIZE for name in agenda.plan.granted}
+    return agenda, virtual.schedule(agenda, sizes, dict.fromkeys(agenda.due, material))
+
+
+def to_train(virtual: Rounds, day, round: int = 0) -> dict[str, str]:
+    """What the learn pass is told to train in this round: `device/arm` and on what."""
+    told = rows(virtual.order(day), "versions", "device", "arm", "round", "on")
+    return {f"{device}/{arm}": on for device, arm, made, on in told if made == round}
 
 
 def test_requests_are_named_as_the_fetch_pass_names_them():
     experiment = Experiment(population={"users": 4}, cloud={"samples": 20, "samples_per_request": 8})
     virtual = rounds(cloud={"samples": 20, "samples_per_request": 8})
     worker, shard = SimpleNamespace(experiment=experiment), Shard(1, 2, tuple(range(4)))
-    named = [ask.request_id for ask in virtual.plan(2, range(4)).asks]
+    named = [ask.request_id for ask in virtual.plan(2, range(4)).plan.asks]
     made = []
     for index in range(4):
         device = Device(index, virtual.population.user(index))
         made += [request.request_id for request in _orders(worker, shard, device)]
-        made += [request.request_id for request, _ in _questions(worker, shard, device)]
+        made += [request.request_id for request, _ in _questions(worker, shard, device, ())]
     assert named == made and len(named) > 20
-
-
-def test_arms_and_steps_are_those_of_the_passes():
-    assert tuple(LEARNS_FROM) == TRAINED
 
 
 @given(st.integers(1, 200), st.floats(0.1, 20), st.integers(0, 50), st.integers(1, 32))
@@ -59,32 +62,84 @@ def test_steps_are_counted_as_the_engine_counts_them(items, epochs, steps, batch
     assert optimizer_steps(training, 0) == 0
 
 
-def test_by_default_there_is_nothing_to_tell():
+def test_by_default_everything_is_asked_and_trained_once():
     virtual = rounds()
-    plan, schedule = run(virtual)
-    assert virtual.ungranted(plan) == []
-    assert virtual.learning(schedule) == {"lost": [], "untrained": [], "stale": [], "twice": []}
-    by_arm = {v.arm: v for v in schedule.versions if v.device == 0}
-    assert set(by_arm) == set(virtual.arms)
+    agenda, day = run(virtual)
+    told = virtual.order(day)
+    assert agenda.due == (0, 1, 2, 3) and agenda.order() == {"due": [0, 1, 2, 3], "held.device": [], "held.request": []}
+    names = [f"{device}/{arm}" for device in range(4) for arm in virtual.arms]
+    assert to_train(virtual, day) == {name: REAL if name.endswith("/local") else SAMPLES for name in names}
+    assert told["versions.as"] == told["versions.arm"] and told["lost.request"] == [] and told["settled"] == -1
+    assert list(rows(told, "samples", "device", "round", "on")) == [(device, 0, SAMPLES) for device in range(4)]
+    by_arm = {v.arm: v for v in day.schedule.versions if v.device == 0}
     # local: 6 items are 1 step a pass, 6 passes; the others 18 items, 3 a pass; matched: as many steps on 6 items
     assert by_arm["local"].load_s < by_arm["local_matched"].load_s
     assert by_arm["collaborative"].load_s == pytest.approx(by_arm["placebo"].load_s, rel=1e-6)
 
 
-def test_what_is_told_without_a_cloud():
+def test_what_is_trained_without_a_cloud():
     names = [f"{device}/{arm}" for device in range(4) for arm in rounds().arms]
     virtual = rounds(network={"availability": 0})
-    plan, schedule = run(virtual)
-    assert len(virtual.ungranted(plan)) == len(plan.asks)
-    assert virtual.learning(schedule)["untrained"] == []
+    agenda, day = run(virtual)
+    assert len(agenda.order()["held.request"]) == len(agenda.plan.asks)
+    assert to_train(virtual, day) == dict.fromkeys(names, REAL)
     virtual = rounds(network={"availability": 0, "fallback": "wait"})
-    told = virtual.learning(run(virtual)[1])
-    assert set(told["untrained"]) == {name for name in names if not name.endswith("/local")}
-    virtual = rounds(network={"outages": ("0h+10h",), "ask_within_h": 0.0})
-    told = virtual.learning(run(virtual)[1])
-    assert set(told["twice"]) == {name for name in names if not name.endswith("/local")}
+    assert to_train(virtual, run(virtual)[1]) == {name: REAL for name in names if name.endswith("/local")}
     virtual = rounds(hardware={"nominal_model": "Qwen2.5-3B", "profiles": ("galaxy-a14",)})
-    assert set(virtual.learning(run(virtual)[1])["untrained"]) == set(names)
+    assert to_train(virtual, run(virtual)[1]) == {}
+
+
+def test_a_device_that_trains_twice_keeps_both_while_queries_come():
+    late = {"network": {"outages": ("0h+10h",), "ask_within_h": 0.0}}
+    at_the_end = rounds(**late)
+    _, day = run(at_the_end)
+    assert {version.on for version in day.schedule.versions if version.arm == "collaborative"} == {REAL, SAMPLES}
+    assert to_train(at_the_end, day)["0/collaborative"] == SAMPLES, "the first of the two would answer nobody"
+    by_day = rounds(**late, hardware={"queries": "day"})
+    _, day = run(by_day)
+    told = list(rows(by_day.order(day), "versions", "device", "arm", "on", "as"))
+    assert (0, "collaborative", REAL, "collaborative.first") in told
+    assert (0, "collaborative", SAMPLES, "collaborative") in told
+
+
+def test_samples_of_earlier_rounds():
+    """(kept as, what round 3 trains on beside its own)."""
+    for kept, earlier in (("refresh", []), ("keep", [0, 1, 2]), ("age", [1, 2])):
+        virtual = rounds(drift={"samples": kept, "max_age": 2}, rounds=4, arms=("collaborative",))
+        for round in range(3):
+            virtual.advance(run(virtual, round)[1])
+        _, day = run(virtual, 3)
+        used = list(rows(virtual.order(day), "samples", "device", "round", "on"))
+        assert [past for device, past, _ in used if device == 0] == [*earlier, 3]
+        items = MATERIAL.real + (1 + len(earlier)) * MATERIAL.accepted
+        (version,) = (version for version in day.schedule.versions if version.device == 0)
+        (alike, *_) = run(rounds(arms=("collaborative",)), material=Material(items, 100 * items))[1].schedule.versions
+        assert version.load_s == pytest.approx(alike.load_s, rel=0.01)
+
+
+def test_stale_samples_are_the_last_that_came():
+    virtual = rounds(network={"outages": ("48h+24h",), "fallback": "stale_samples"}, rounds=3, arms=("collaborative",))
+    for round in range(2):
+        virtual.advance(run(virtual, round)[1])
+    _, day = run(virtual, 2)
+    assert to_train(virtual, day, 2) == {f"{device}/collaborative": STALE for device in range(4)}
+    told = set(rows(virtual.order(day), "samples", "device", "round", "on"))
+    assert {(device, 1, STALE) for device in range(4)} <= told and not [row for row in told if row[2] == SAMPLES]
+
+
+def test_devices_that_are_not_due_neither_ask_nor_train():
+    virtual = rounds(drift={"policy": "never", "stagger": 2}, rounds=3, arms=("local", "collaborative"))
+    due = []
+    for round in range(3):
+        agenda, day = run(virtual, round)
+        assert {ask.device for ask in agenda.plan.asks} == set(agenda.due)
+        assert set(to_train(virtual, day, round)) == {f"{d}/{arm}" for d in agenda.due for arm in virtual.arms}
+        due.append(agenda.due)
+        virtual.advance(day)
+    assert due == [(0, 2), (1, 3), ()]
+    assert {(device, round) for device, round in rows(virtual.order(day), "versions", "device", "round")} == {
+        (device, device % 2) for device in range(4)
+    }
 
 
 def test_sizes_are_summed_over_draws():
@@ -95,27 +150,31 @@ def test_sizes_are_summed_over_draws():
 
 def test_rows_are_those_of_both_worlds():
     virtual = rounds(network={"availability": 0.5, "mean_down_s": 7200})
-    plan, schedule = run(virtual)
-    answered = sorted(schedule.received)[0]
+    _, day = run(virtual)
+    answered = sorted(day.schedule.received)[0]
     answers = [
         {"kind": "augment", "request_id": answered, "attempt": 0, "detail": "a-model", "outcome": "ok"},
         {"kind": "worker_died", "request_id": None, "attempt": 0, "detail": "killed", "outcome": "crashed"},
     ]
-    learned = [{"kind": "train", "device_id": device_id(0), "arm": "local", "tokens_in": 77, "outcome": "ok",
+    learned = [{"kind": "train", "event_id": f"train-s1-r0-{device_id(0)}-local-real", "tokens_in": 77, "outcome": "ok",
                 "detail": "6 steps"}]  # fmt: skip
-    rows = virtual.event_rows(schedule, answers, learned)
-    assert all(set(row) <= set(TABLES["events"].names) for row in rows)
-    assert [row["detail"] for row in rows if row["kind"] == "worker_died"] == ["killed"]
-    (one,) = [row for row in rows if row.get("request_id") == answered and row["outcome"] == "ok"]
+    found = virtual.event_rows(day, answers, learned)
+    assert all(set(row) <= set(TABLES["events"].names) for row in found)
+    assert [row["detail"] for row in found if row["kind"] == "worker_died"] == ["killed"]
+    (one,) = [row for row in found if row.get("request_id") == answered and row["outcome"] == "ok"]
     assert "a-model" in one["detail"]
-    trained = [row for row in rows if row["kind"] == "train"]
-    assert len(trained) == len(schedule.versions)
+    trained = [row for row in found if row["kind"] == "train"]
+    assert len(trained) == len(day.schedule.versions)
     assert [row["detail"] for row in trained if row.get("tokens_in") == 77] == ["on real, 6 steps"]
 
 
 def test_a_resumed_seed_goes_on():
-    virtual = rounds()
-    _, schedule = run(virtual)
-    virtual.advance(schedule)
-    again = Rounds(virtual.experiment, 1, virtual.population, virtual.state())
-    assert run(again, 1)[1].versions == run(virtual, 1)[1].versions
+    sections = {"drift": {"policy": "on_drift", "samples": "keep"}, "rounds": 3, "network": {"availability": 0.5}}
+    virtual = rounds(**sections)
+    _, day = run(virtual)
+    virtual.advance(day, {0: [0.0] * 40 + [1.0] * 60})
+    again = Rounds(virtual.experiment, 1, virtual.population, json.loads(json.dumps(virtual.state())))
+    agenda, day = run(again, 1)
+    assert 0 in agenda.due and agenda == run(virtual, 1)[0]
+    assert day.schedule.versions == run(virtual, 1)[1].schedule.versions
+    assert again.order(day) == virtual.order(run(virtual, 1)[1])
