@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,10 @@ from flwr.clientapp import ClientApp
 
 from clients.executors import Executor, InProcess, RayExecutor
 from clients.host import call_again, guarded, run_pass
-from clients.worker import Endpoint, Worker
+from clients.worker import Endpoint, Post, WorkerProcess
 from sim.results import RunDirectory
 
 app = ClientApp()
-
-_executors: dict[str, Executor] = {}
 
 
 @app.query("hello")
@@ -87,19 +85,19 @@ def _progress(order: Any, context: Context) -> Path:
 
 
 def _executor(order: Any, context: Context) -> Executor:
+    partition, run_id = context.node_config["partition-id"], context.run_id
     progress = _progress(order, context).with_suffix(".shard")
-    arguments = {
-        "run_directory": order["run"],
-        "endpoint": Endpoint(order["base_url"], order["model"], order["fingerprint"]),
-        "threads": int(order["threads"]),
-        "progress": str(progress),
-    }
-    identity = hashlib.sha256(repr(sorted(arguments.items())).encode()).hexdigest()[:12]
-    name = f"worker-{context.node_config['partition-id']}-{identity}"
-    if name not in _executors:
-        ours = _in_ray()
-        _executors[name] = RayExecutor(name, arguments, progress) if ours else InProcess(lambda: Worker(**arguments))
-    return _executors[name]
+    endpoint = Endpoint(order["base_url"], order["model"], order["fingerprint"])
+    post = Post(str(order["run"]), endpoint, int(order["threads"]), str(progress))
+    if _in_ray():
+        return RayExecutor(f"worker-{run_id}-{partition}", post)
+    return InProcess(lambda: _here().at(post))
+
+
+@functools.cache
+def _here() -> WorkerProcess:
+    """This very process as the worker: where there is no Ray."""
+    return WorkerProcess()
 
 
 def _in_ray() -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from clients.worker import Worker
+from clients.worker import Post, Worker, WorkerProcess
 from sim.clock import WallClock
 
 POLL_S = 2.0
@@ -47,15 +47,17 @@ class InProcess:
 
 
 class RayExecutor:
-    """A named Ray actor of our own, one a host. Any of Flower's actors may call it; a dead one is replaced.
+    """A named Ray actor of our own, one a host and Flower run. Any of Flower's actors may call it; a dead one is
+    replaced.
 
-    `progress` is a file that changes while the worker gets on: a worker that leaves it alone for `deadline_s` hangs.
+    `post` goes with every call; its `progress` is a file that changes while the worker gets on: a worker that leaves it
+    alone for `deadline_s` hangs.
     """
 
     NAMESPACE = "untether"
 
-    def __init__(self, name: str, arguments: Mapping[str, Any], progress: Path | None = None):
-        self.name, self.arguments, self.progress = name, dict(arguments), progress
+    def __init__(self, name: str, post: Post):
+        self.name, self.post = name, post
         self._replacing = False
 
     def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]:
@@ -65,7 +67,7 @@ class RayExecutor:
         killed_before = _oom_kills()
         actor = self._actor()
         try:
-            return self._wait(getattr(actor, method).remote(*arguments), deadline_s)
+            return self._wait(actor.call.remote(self.post, method, *arguments), deadline_s)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if not memory_ran_out(cause):
@@ -98,7 +100,7 @@ class RayExecutor:
 
     def _look(self) -> str:
         try:
-            return self.progress.read_text() if self.progress else ""
+            return Path(self.post.progress).read_text()
         except OSError:
             return ""
 
@@ -122,10 +124,10 @@ class RayExecutor:
 
         offered = ray.cluster_resources().get("worker", 0)
         share = REPLACEMENT if self._replacing or ray.available_resources().get("worker", 0) < SLOT else SLOT
-        return ray.remote(Worker).options(
+        return ray.remote(WorkerProcess).options(
             name=self.name, namespace=self.NAMESPACE, get_if_exists=True, num_cpus=0, num_gpus=0, max_restarts=0,
             max_concurrency=1, resources={"worker": share} if offered else None, scheduling_strategy="SPREAD",
-        ).remote(**self.arguments)
+        ).remote()
 
 
 def memory_ran_out(error: BaseException) -> bool:

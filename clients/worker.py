@@ -1,16 +1,16 @@
 """A worker: the process that holds what is heavy (base model, encoder) and runs shards of devices through it.
 
 Everything a worker holds can be rebuilt from the run directory, so a worker may die at any moment: its shard is run
-again elsewhere and writes the same parts.
+again elsewhere and writes the same parts. The process outlives a run: each call says which run it is for, and a model
+that the next run shares is not loaded again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +34,67 @@ class Endpoint:
     fingerprint: str = ""
 
 
-class Worker:
-    """Runs shards. Heavy things load on first use and stay resident: one base model and one encoder a process."""
+@dataclass(frozen=True, slots=True)
+class Post:
+    """What a worker is told with each call: its run directory, the cloud, torch threads, where to tell progress."""
 
-    def __init__(self, run_directory: str, endpoint: Endpoint, threads: int = 0, progress: str = ""):
+    run: str
+    endpoint: Endpoint
+    threads: int = 0
+    progress: str = ""
+
+
+class Models:
+    """The heavy things of a process, loaded on first use: one base model and one encoder, the last ones asked for."""
+
+    def __init__(self) -> None:
+        self._held: dict[type, tuple[tuple[str, ...], Any]] = {}
+
+    def base(self, name: str, dtype: str, device: str) -> FrozenBase:
+        """The frozen on-device model."""
+        from clients.base import FrozenBase
+        from clients.base_model import resolve
+
+        return self._hold(FrozenBase, (name, dtype, device), lambda: FrozenBase.load(resolve(name), dtype, device))
+
+    def encoder(self, name: str, device: str) -> Encoder:
+        """The sentence encoder of the filters."""
+        from clients.embedding import Encoder
+
+        return self._hold(Encoder, (name, device), lambda: Encoder(name, device=device))
+
+    def _hold(self, kind: type, key: tuple[str, ...], load: Callable[[], Any]) -> Any:
+        if kind not in self._held or self._held[kind][0] != key:
+            self._held.pop(kind, None)  # before the next one needs its memory
+            self._held[kind] = key, load()
+        return self._held[kind][1]
+
+
+class WorkerProcess:
+    """What lives in a process of its own (a Ray actor): its models, and a worker for the run that it works for now."""
+
+    def __init__(self) -> None:
+        self._models = Models()
+        self._worker: Worker | None = None
+        self._post: Post | None = None
+
+    def at(self, post: Post) -> Worker:
+        """The worker of a run, with this process's models."""
+        if self._worker is None or self._post != post:
+            self._worker, self._post = Worker(post.run, post.endpoint, post.threads, post.progress, self._models), post
+        return self._worker
+
+    def call(self, post: Post, method: str, *arguments: Any) -> Any:
+        """A method of the worker of that run."""
+        return getattr(self.at(post), method)(*arguments)
+
+
+class Worker:
+    """Runs shards of one run; `models` are those of its process, which other runs may share."""
+
+    def __init__(
+        self, run_directory: str, endpoint: Endpoint, threads: int = 0, progress: str = "", models: Models | None = None
+    ):
         import torch
 
         if threads:
@@ -45,6 +102,7 @@ class Worker:
         self.run = RunDirectory.open(run_directory)
         self.experiment = self.run.experiment
         self.endpoint = endpoint
+        self.models = models or Models()
         self._progress = Path(progress) if progress else None
         self._population: tuple[int, Population] | None = None
         self._timeline: Timeline | None = None
@@ -71,21 +129,15 @@ class Worker:
 
         return train_shared(self, seed)
 
-    @functools.cached_property
+    @property
     def base(self) -> FrozenBase:
         """The frozen on-device model."""
-        from clients.base import FrozenBase
-        from clients.base_model import resolve
+        return self.models.base(self.experiment.model.base, self.experiment.model.dtype, self.experiment.engine.device)
 
-        model, engine = self.experiment.model, self.experiment.engine
-        return FrozenBase.load(resolve(model.base), dtype=model.dtype, device=engine.device)
-
-    @functools.cached_property
+    @property
     def encoder(self) -> Encoder:
         """The sentence encoder of the filters."""
-        from clients.embedding import Encoder
-
-        return Encoder(self.experiment.filters.encoder, device=self.experiment.engine.device)
+        return self.models.encoder(self.experiment.filters.encoder, self.experiment.engine.device)
 
     def population(self, seed: int) -> Population:
         """The users of a seed; one seed is held at a time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -114,13 +114,17 @@ def main(grid: Grid, context: Context) -> None:
     coordinate(grid, run, threads, progress, threading.Event())
 
 
-def make_app(run: RunDirectory, threads: int, progress: Progress, stop: threading.Event) -> ServerApp:
-    """The ServerApp of an in-process run."""
+def make_app(runs: Iterable[tuple[RunDirectory, int]], progress: Progress, stop: threading.Event) -> ServerApp:
+    """The ServerApp of in-process runs: coordinates each, with its threads a worker, when the one before has ended.
+
+    `runs` is asked for the next one only then. The first error ends it all.
+    """
     in_process = ServerApp()
 
     @in_process.main()
     def run_here(grid: Grid, context: Context) -> None:
-        coordinate(grid, run, threads, progress, stop)
+        for run, threads in runs:
+            coordinate(grid, run, threads, progress, stop)
 
     return in_process
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -76,7 +77,7 @@ def run(
     log = directory.path / "log.txt"
     with redirected(log) as terminal:
         try:
-            launch(directory, terminal, ray_address)
+            launch(directory, terminal=terminal, ray_address=ray_address)
         except ResumableStop as stop:
             raise ResumableStop(f"{stop}\nResume with: untether run --resume {directory.path}") from None
         except Failure as failure:
@@ -122,32 +123,32 @@ def export(
 def study(
     name: Annotated[str, typer.Argument(metavar="NAME|FILE.toml", help="history, samples, faults, or your own file")],
     set_: Set = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="AXIS=V1,V2", help="Other values of an axis, or which variants. Repeatable."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: studies/NAME.")] = None,
 ) -> None:
-    """Run a study: a grid of runs, and the table, figure and findings that answer its question.
+    """Run a study: many runs along a few axes, and the table, figures and findings that answer its question.
 
     The same command again goes on where it stopped; finished cells are not run again.
     """
     from sim.console import make_console
-    from sim.environment import describe
     from sim.launch import launch, redirected
     from sim.studies import Study, run_study
 
-    found = Study.read(name, _overrides(set_))
+    found = Study.read(name, _overrides(set_), _pairs(grid, "--grid"))
     folder = out or Path("studies") / found.spec.name
     folder.mkdir(parents=True, exist_ok=True)
+    again = shlex.join(["untether", *sys.argv[1:]])
     with redirected(folder / "log.txt") as terminal:
-        console = make_console(terminal)
-
-        def run_cell(directory: Any) -> None:
-            if directory.read_json("environment.json") is None:
-                directory.write_json("environment.json", describe(directory.experiment))
-            launch(directory, terminal)
-
         try:
-            run_study(found, folder, run_cell, lambda text: console.print(text, soft_wrap=True, markup=False))
+            run_study(found, folder, lambda runs: launch(*runs, terminal=terminal, again=again))
         except ResumableStop as stop:
-            raise ResumableStop(f"{stop}\nGo on with the same command: untether study {name} --out {folder}") from None
+            raise ResumableStop(f"{stop}\nGo on with the same command: {again}") from None
+        except Failure as failure:
+            raise Failure(f"{failure}\nThe whole log: {folder / 'log.txt'}") from None
+        console = make_console(terminal)
         console.print((folder / "findings.md").read_text(), markup=False)
         console.print(f"study: {folder}", soft_wrap=True)
 

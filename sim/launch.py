@@ -12,8 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,7 +23,7 @@ from sim.clock import WallClock
 from sim.cluster import join_cluster, runtime_env
 from sim.console import LiveProgress
 from sim.environment import describe
-from sim.errors import ResumableStop, UserError, disk_is_full
+from sim.errors import Failure, ResumableStop, UserError, disk_is_full
 from sim.experiment import Experiment, fields, parse_value
 from sim.population.source import open_population
 from sim.results import RunDirectory, write_atomically
@@ -116,21 +116,27 @@ def next_run_directory(name: str) -> Path:
     return path
 
 
-def launch(run: RunDirectory, terminal: TextIO | None = None, ray_address: str = "") -> None:
-    """Runs what is not committed yet of a run directory on Flower's simulation runtime, then writes its report.
+def launch(*runs: RunDirectory, terminal: TextIO | None = None, ray_address: str = "", again: str = "") -> None:
+    """Runs what is not committed yet of run directories, one after the other, on one Flower simulation runtime, and
+    writes the report of each as it ends.
 
     `terminal` is where progress goes: what `redirected` yields. `ray_address` names a Ray cluster to join (`auto`: the
-    one of this machine); empty: Ray is started here and ends with the run. Raises UserError, ResumableStop (Ctrl-C,
-    SIGTERM and a full disk among its causes), or Failure with the traceback of the defect that ended the run.
+    one of this machine); empty: Ray is started here and ends with the last run. `again` is the command that goes on
+    after a stop. Raises UserError, ResumableStop (Ctrl-C, SIGTERM and a full disk among its causes), or Failure with
+    the traceback of the defect that ended a run; where there are several runs, the message names the one.
     """
-    with RunLock(run.path):
-        if run.finished:
-            run.drop_parts()
+    again = again or f"untether run --resume {runs[0].path}"
+    with contextlib.ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(RunLock(run.path))
+            if run.finished:
+                run.drop_parts()
+        if all(run.finished for run in runs):
             return
         stop = threading.Event()
-        with stopping(stop, farewell(run, terminal)), LiveProgress(file=terminal) as progress:
+        with stopping(stop, farewell(again, terminal)), LiveProgress(file=terminal) as progress:
             try:
-                _simulate(run, progress, stop, ray_address)
+                _simulate(runs, progress, stop, ray_address)
             except KeyboardInterrupt:
                 raise ResumableStop("interrupted") from None
             except OSError as error:
@@ -139,7 +145,7 @@ def launch(run: RunDirectory, terminal: TextIO | None = None, ray_address: str =
                 raise ResumableStop(f"a disk is full ({error}). Free some space, then resume the run.") from error
 
 
-def _simulate(run: RunDirectory, progress: LiveProgress, stop: threading.Event, ray_address: str) -> None:
+def _simulate(runs: Sequence[RunDirectory], progress: LiveProgress, stop: threading.Event, ray_address: str) -> None:
     os.environ.update({
         "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false", "RAY_DEDUP_LOGS": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -153,27 +159,59 @@ def _simulate(run: RunDirectory, progress: LiveProgress, stop: threading.Event, 
     from server.app import make_app
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    devices = len(open_population(run.experiment, run.experiment.seeds[0]))
-    layout = Layout.of(run.experiment, devices)
+    waiting = [run for run in runs if not run.finished]
+    devices = [len(open_population(run.experiment, run.experiment.seeds[0])) for run in waiting]
+    layouts = [Layout.of(run.experiment, count) for run, count in zip(waiting, devices, strict=True)]
+    turns = _Turns(runs, {run: layout.threads for run, layout in zip(waiting, layouts, strict=True)}, progress)
+    workers, hosts, gpus = (max(getattr(layout, name) for layout in layouts) for name in ("workers", "hosts", "gpus"))
     _check_stop(stop)
     if ray_address:
         workers = join_cluster(ray_address)
-        layout = replace(layout, workers=workers, hosts=min(run.experiment.engine.hosts or workers, devices))
+        wanted = [run.experiment.engine.hosts or workers for run in waiting]
+        hosts = max(min(pair) for pair in zip(wanted, devices, strict=True))
     else:
         ray.init(
-            address="local", num_cpus=max(2, layout.hosts), num_gpus=layout.gpus, include_dashboard=False,
-            log_to_driver=False, configure_logging=False, resources={"worker": layout.workers},
-            runtime_env=runtime_env(),
+            address="local", num_cpus=max(2, hosts), num_gpus=gpus, include_dashboard=False, log_to_driver=False,
+            configure_logging=False, resources={"worker": workers}, runtime_env=runtime_env(),
         )
     healing = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # a dead actor comes back; `exchange` asks again
     try:
         _check_stop(stop)
         run_simulation(
-            make_app(run, layout.threads, progress, stop), client_app, num_supernodes=layout.hosts,
+            make_app(turns, progress, stop), client_app, num_supernodes=hosts,
             backend_config={"client_resources": healing},
         )
+    except (UserError, ResumableStop, Failure) as error:
+        if len(runs) > 1 and turns.now is not None:
+            raise type(error)(f"{turns.now.path.name}: {error}") from error
+        raise
     finally:
         ray.shutdown()
+
+
+class _Turns:
+    """The runs that wait, one after the other as they are asked for, each with its threads a worker."""
+
+    def __init__(self, runs: Sequence[RunDirectory], threads: Mapping[RunDirectory, int], progress: LiveProgress):
+        self.runs, self.threads, self.progress = runs, threads, progress
+        self.now: RunDirectory | None = None
+
+    def __iter__(self) -> Iterator[tuple[RunDirectory, int]]:
+        work = [_work(run.experiment) if run in self.threads else 0 for run in self.runs]
+        for place, run in enumerate(self.runs):
+            if run not in self.threads:
+                continue
+            self.now = run
+            if len(self.runs) > 1:
+                self.progress.cell(place + 1, len(self.runs), run.path.name, work[place], sum(work[place + 1 :]))
+            if run.read_json("environment.json") is None:
+                run.write_json("environment.json", describe(run.experiment))
+            yield run, self.threads[run]
+
+
+def _work(experiment: Experiment) -> int:
+    """How much a run has to do, in no unit: for the time that is left."""
+    return len(experiment.seeds) * experiment.rounds * experiment.population.users * len(experiment.arms)
 
 
 def _check_stop(stop: threading.Event) -> None:
@@ -181,7 +219,7 @@ def _check_stop(stop: threading.Event) -> None:
         raise ResumableStop("interrupted")
 
 
-def farewell(run: RunDirectory, terminal: TextIO | None) -> Callable[[], None]:
+def farewell(again: str, terminal: TextIO | None) -> Callable[[], None]:
     """What to do when a stop takes longer than it should: say so, and end at once. Nothing committed is lost by it."""
 
     def leave() -> None:
@@ -190,7 +228,7 @@ def farewell(run: RunDirectory, terminal: TextIO | None) -> Callable[[], None]:
             with contextlib.suppress(psutil.Error):
                 child.kill()
         cursor = "\x1b[?25h" if terminal is not None and terminal.isatty() else ""
-        text = f"{cursor}\nstopped: interrupted\nResume with: untether run --resume {run.path}"
+        text = f"{cursor}\nstopped: interrupted\nResume with: {again}"
         try:
             print(text, file=terminal or sys.stderr, flush=True)
         finally:  # nobody may be there to read it

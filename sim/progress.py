@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import IO
 
 from rich.console import Console
@@ -57,15 +58,30 @@ class LiveProgress:
         self._printed_s: float | None = None
         self._said_all = False
         self._started_s = self._stage_s = self._now()
+        self._cell: _Cell | None = None
+        self._cells_s, self._cells_work = 0.0, 0.0
 
     def _now(self) -> float:
         return self.console.get_time()
 
+    def cell(self, number: int, of: int, name: str, work: float, ahead: float) -> None:
+        """The next of several runs begins. `work` is its size against the `ahead` of those after it, in any unit."""
+        self.stop()
+        if self._cell is not None:
+            self._cells_s += self._now() - self._cell.begun_s
+            self._cells_work += self._cell.work
+        self._cell = _Cell(f"cell {number} of {of}", work, ahead, self._now())
+        self.note(f"{self._cell.where}: {name}")
+
     def start(self, seeds: Sequence[int], rounds: int = 1, rounds_done: int = 0) -> None:
         """The run begins: `rounds` rounds for each of `seeds`; `rounds_done` are committed already (a resumed run)."""
+        self.stop()
         self._seeds, self._rounds = tuple(seeds), rounds
         self._total_rounds, self._rounds_done = max(1, len(seeds) * rounds), rounds_done
-        self._started_s = self._stage_s = self._now()
+        self._spent, self._stage = {}, ""
+        self._stage_s = self._now()
+        if self._cell is None:
+            self._started_s = self._stage_s
         if self.console.is_terminal:
             columns: list[ProgressColumn] = [
                 TextColumn("{task.fields[where]}", style="bold", table_column=Column(no_wrap=True)),
@@ -81,7 +97,7 @@ class LiveProgress:
 
     def begin(self, seed: int, round: int) -> None:
         """A round of a seed begins (`round` counts from 0)."""
-        words = []
+        words = [] if self._cell is None else [self._cell.where]
         if len(self._seeds) > 1:
             place = self._seeds.index(seed) + 1 if seed in self._seeds else "?"
             words.append(f"seed {seed} ({place} of {len(self._seeds)})")
@@ -141,7 +157,25 @@ class LiveProgress:
         return self._now() - self._started_s
 
     def left_s(self) -> float | None:
-        """Seconds until the last round ends, from what stages took so far; None while there is nothing to go by."""
+        """Seconds until the last round of the last run ends; None while there is nothing to go by.
+
+        Runs that wait are taken to need, for their size, what the finished ones did (the first one's is an estimate).
+        """
+        left_s, cell = self._run_left_s(), self._cell
+        if cell is None:
+            return left_s
+        in_cell_s = self._now() - cell.begun_s
+        if self._cells_work:
+            per_work_s = self._cells_s / self._cells_work
+            left_s = max(0.0, per_work_s * cell.work - in_cell_s) if left_s is None else left_s
+        elif left_s is not None:
+            per_work_s = (in_cell_s + left_s) / cell.work
+        else:
+            return None
+        return left_s + per_work_s * cell.ahead
+
+    def _run_left_s(self) -> float | None:
+        """Seconds until the last round of this run ends, from what stages took so far."""
         per_round = {stage: sum(times) / len(times) for stage, times in self._spent.items()}
         rate = self.rate()
         current_left = (self._total - self._done) / rate if rate else None
@@ -181,6 +215,16 @@ class LiveProgress:
     def _close_stage(self, now: float) -> None:
         if self._stage:
             self._spent.setdefault(self._stage, []).append(now - self._stage_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """A run among several: its place in words, its size, the size of what comes after it, when it began."""
+
+    where: str
+    work: float
+    ahead: float
+    begun_s: float
 
 
 class _Clock(ProgressColumn):

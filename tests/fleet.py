@@ -38,9 +38,7 @@ def run_in_process(path: Path, experiment: Experiment, endpoint: Endpoint, hosts
     `worker` is one that has loaded its models already, to be used again on this run directory.
     """
     run = RunDirectory.create(path, experiment)
-    fresh = Worker(str(run.path), endpoint, threads=1)
-    if worker is not None:
-        fresh.__dict__ |= {name: worker.__dict__[name] for name in ("base", "encoder") if name in worker.__dict__}
+    fresh = Worker(str(run.path), endpoint, threads=1, models=worker.models if worker is not None else None)
     executor = InProcess(lambda: fresh)
     devices = list(range(experiment.population.users))
     for seed in experiment.seeds:

@@ -47,13 +47,16 @@ def style():
         yield
 
 
-def save(figure: Figure, folder: Path, name: str) -> str:
-    """Writes `name.svg` and `name.pdf` reproducibly, closes the figure and returns the SVG's text."""
+def save(figure: Figure, folder: Path, name: str, title: str = "") -> str:
+    """Writes `name.svg` and `name.pdf` reproducibly, with a title for those who cannot see them; closes the figure and
+    returns the SVG's text.
+    """
+    told = {"Creator": "untether", **({"Title": title} if title else {})}
     with style():
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": "untether"}, **_TIGHT)
+        figure.savefig(text, format="svg", metadata={"Date": None, **told}, **_TIGHT)
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": "untether"}, **_TIGHT)
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, **told}, **_TIGHT)
     plt.close(figure)
     write_atomically(folder / f"{name}.svg", text.getvalue())
     return text.getvalue()

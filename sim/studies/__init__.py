@@ -1,4 +1,4 @@
-"""Studies: a grid of runs over a few fields; the figure, table and sentences that answer a question."""
+"""Studies: a grid of runs over a few fields; the figures, table and sentences that answer a question."""
 
 from sim.studies.runner import run_study
 from sim.studies.study import Cell, Study

@@ -1,11 +1,12 @@
-"""What a study is: a TOML file with a base experiment, a grid of fields, and what to draw."""
+"""What a study is: a TOML file with a base experiment, the axes along which it varies, and how it is analysed."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,21 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from sim.errors import UserError, unknown
-from sim.experiment import Experiment, fields
+from sim.experiment import Experiment, fields, parse_plain
 from sim.sections import ARMS, Section
+from sim.studies.analysis import check_analysis
 
 FOLDER = Path(__file__).parent
 
+OPTIONAL = "optional"
+"""A variant with `optional = true` runs only where `--grid` names it."""
+
 
 class FigureSpec(Section):
-    """What the study draws: a contrast's gain against one field of the grid, a panel a task."""
+    """What the analysis `gain` draws: a contrast's gain along one axis, a panel a task."""
 
-    x: str = Field(description="the field of the grid on the horizontal axis")
-    label: str = Field("", description="what that field is, with its unit")
+    x: str = Field("", description="the axis that runs from left to right; empty: the first")
+    label: str = Field("", description="what that axis is, with its unit")
     contrasts: tuple[tuple[str, str], ...] = Field(
         (("collaborative", "local_matched"), ("collaborative", "placebo")), description="pairs of arms"
     )
@@ -38,36 +43,55 @@ class FigureSpec(Section):
 
 
 class StudyFile(Section):
-    """A study as its TOML file has it."""
+    """A study as its TOML file has it. Cells are all combinations of the points of all axes, grid and variants."""
 
     name: str = Field(description="a name for folders and titles")
     question: str = Field(description="what the study answers")
+    analysis: str = Field("gain", description="what makes table, figures and findings of the cells")
     base: dict[str, Any] = Field({}, description="the experiment that all cells share")
-    grid: dict[str, tuple[Any, ...]] = Field(min_length=1, description="field -> values; cells are all combinations")
-    figure: FigureSpec
+    grid: dict[str, tuple[Any, ...]] = Field({}, description="axes: a field and its values")
+    variants: dict[str, dict[str, dict[str, Any]]] = Field({}, description="axes: a name, and by name sets of fields")
+    figure: FigureSpec = FigureSpec()
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place on an axis: the value (a variant: its name), and the fields that are set there."""
+
+    value: Any
+    fields: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One point of the grid: the values of its fields and the experiment they make."""
+    """One combination: by axis the value (a variant: its name), and the experiment that it makes."""
 
     name: str
     values: Mapping[str, Any]
     experiment: Experiment
 
+    @property
+    def words(self) -> dict[str, str]:
+        """The values by axis as they stand in names and tables."""
+        return {axis: word(value) for axis, value in self.values.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """A validated study: its file and its cells in the order of the grid."""
+    """A validated study: its file, its axes, and its cells in the order of the axes (the last one moves first)."""
 
     spec: StudyFile
+    axes: tuple[str, ...]
     cells: tuple[Cell, ...]
 
     @classmethod
-    def read(cls, name_or_path: str, overrides: Mapping[str, str] | None = None) -> Study:
-        """A study by name (those that come with the package) or from a TOML file; `overrides` change the base.
+    def read(
+        cls, name_or_path: str, overrides: Mapping[str, str] | None = None, grid: Mapping[str, str] | None = None
+    ) -> Study:
+        """A study by name (those that come with the package) or from a TOML file.
 
-        Raises UserError for an unknown name, key, field of the grid or value.
+        `overrides` change the base. `grid` changes axes: `{"cloud.samples": "0,8"}` gives a field other values, and
+        `{"policy": "weekly,never"}` picks variants. Raises UserError for an unknown name, key, field, axis or value.
         """
         path = Path(name_or_path) if name_or_path.endswith(".toml") else FOLDER / f"{name_or_path}.toml"
         if not path.is_file():
@@ -81,35 +105,101 @@ class Study:
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
             raise UserError(f"{path} is not a valid study:\n  " + "\n  ".join(lines)) from None
-        known_fields = [key for key, _, _ in fields()]
-        for key in spec.grid:
-            if key not in known_fields:
-                raise UserError(f"{path}: grid: {unknown('field', key, known_fields)}")
-        if spec.figure.x not in spec.grid:
-            raise UserError(f"{path}: figure.x = `{spec.figure.x}` is no field of the grid: {', '.join(spec.grid)}")
-        cells = []
-        for values in itertools.product(*spec.grid.values()):
-            point = dict(zip(spec.grid, values, strict=True))
-            name = ",".join(f"{key.split('.')[-1]}={word(value)}" for key, value in point.items())
-            cells.append(Cell(name, point, _experiment(spec, point, overrides, path)))
-        return cls(spec, tuple(cells))
+        try:
+            check_analysis(spec.analysis)
+            axes = _axes(spec, grid or {})
+            if spec.figure.x and spec.figure.x not in axes:
+                raise UserError(f"figure.x: {unknown('axis', spec.figure.x, axes)}")
+            for key in overrides or {}:
+                if key in axes or any(key in point.fields for points in axes.values() for point in points):
+                    raise UserError(f"--set {key}: the study varies this field. Choose its values with --grid")
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return cls(spec, tuple(axes), tuple(_cells(spec, axes, overrides, str(path))))
 
 
-def _experiment(
-    spec: StudyFile, point: Mapping[str, Any], overrides: Mapping[str, str] | None, path: Path
-) -> Experiment:
-    data: dict[str, Any] = {"name": spec.name, **copy.deepcopy(spec.base)}
-    for key, value in point.items():
-        *tables, last = key.split(".")
-        table = data
-        for name in tables:
-            table = table.setdefault(name, {})
-        table[last] = value
-    return Experiment.build(data, overrides, str(path))
+def _axes(spec: StudyFile, chosen: Mapping[str, str]) -> dict[str, tuple[Point, ...]]:
+    axes = {name: tuple(Point(value, {name: value}) for value in values) for name, values in spec.grid.items()}
+    for name, variants in spec.variants.items():
+        if name in axes:
+            raise UserError(f"variants.{name}: the grid has an axis of this name")
+        points = {
+            variant: Point(variant, dict(_flat({key: value for key, value in given.items() if key != OPTIONAL})))
+            for variant, given in variants.items()
+        }
+        wanted = _names(chosen[name]) if name in chosen else [v for v in points if not variants[v].get(OPTIONAL)]
+        for variant in wanted:
+            if variant not in points:
+                raise UserError(f"--grid {name}: {unknown('variant', variant, points)}")
+        axes[name] = tuple(points[variant] for variant in wanted)
+    for name, text in chosen.items():
+        if name not in axes:
+            raise UserError(f"--grid: {unknown('axis', name, axes)}")
+        if name in spec.grid:
+            axes[name] = tuple(Point(value, {name: value}) for value in _values(text))
+    _check(axes)
+    return axes
+
+
+def _check(axes: Mapping[str, Sequence[Point]]) -> None:
+    """Every axis has a point, and every field exists and belongs to one axis."""
+    if not axes:
+        raise UserError("a study needs an axis: a [grid] or [variants]")
+    known, owner = [key for key, _, _ in fields()], {}
+    for name, points in axes.items():
+        if not points:
+            raise UserError(f"{name}: the axis has no values; give some here or by --grid {name}=...")
+        for key in itertools.chain(*(point.fields for point in points)):
+            if key not in known:
+                raise UserError(f"{name}: {unknown('field', key, known)}")
+            if owner.setdefault(key, name) != name:
+                raise UserError(f"{key} is set by two axes, {owner[key]} and {name}; a field belongs to one")
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as dotted fields: `drift.policy = "every"` may stand with or without quotes around its key."""
+    for key, value in table.items():
+        if isinstance(value, dict) and prefix + key != "by_arm":
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _cells(
+    spec: StudyFile, axes: Mapping[str, Sequence[Point]], overrides: Mapping[str, str] | None, where: str
+) -> Iterator[Cell]:
+    seen: set[str] = set()
+    for points in itertools.product(*axes.values()):
+        data: dict[str, Any] = {"name": spec.name, **copy.deepcopy(spec.base)}
+        for key, value in itertools.chain(*(point.fields.items() for point in points)):
+            *tables, last = key.split(".")
+            table = data
+            for name in tables:
+                table = table.setdefault(name, {})
+            table[last] = value
+        values = {axis: point.value for axis, point in zip(axes, points, strict=True)}
+        name = ",".join(f"{axis.split('.')[-1]}={word(value)}" for axis, value in values.items())
+        name = re.sub(r"[^\w.,=+-]", "_", name)  # it is a folder
+        if name in seen:
+            raise UserError(f"{where}: two cells are {name}: an axis has the same value twice")
+        seen.add(name)
+        yield Cell(name, values, Experiment.build(data, overrides, f"{where}, cell {name},"))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _values(text: str) -> list[Any]:
+    """`0,8`, `[4,4],[8,8]`, `world,lamp`: TOML values, or words."""
+    try:
+        return tomllib.loads(f"values = [{text}]")["values"]
+    except tomllib.TOMLDecodeError:
+        return [parse_plain(name) for name in _names(text)]
 
 
 def word(value: Any) -> str:
-    """A grid value as it stands in names and tables: [8, 8] is `8`, [4, 8] is `4-8`."""
+    """A value as it stands in names and tables: [8, 8] is `8`, [4, 8] is `4-8`."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         items = [word(item) for item in value]
         return items[0] if len(set(items)) == 1 else "-".join(items)
