@@ -99,6 +99,9 @@ def check(experiment: Experiment) -> None:
         population.user(0)
 
 
+_FOLLOWED = tuple(f"drift.{field}" for field in ("kind", "day", "rate", "period", "size", "share", "jitter_days"))
+
+
 def _only_what_a_run_follows(experiment: Experiment) -> None:
     """Links, machines and the cloud's capacity live in the timeline, which the round loop does not ask yet."""
     usual = Experiment()
@@ -108,7 +111,10 @@ def _only_what_a_run_follows(experiment: Experiment) -> None:
         ("cloud.capacity", experiment.cloud.capacity, usual.cloud.capacity),
         ("drift", experiment.drift, usual.drift),
     ):
-        changed = [field for field in type(own).model_fields if getattr(own, field) != getattr(default, field)]
+        changed = [
+            field for field in type(own).model_fields
+            if getattr(own, field) != getattr(default, field) and f"{name}.{field}" not in _FOLLOWED
+        ]
         if changed:
             raise UserError(
                 f"{name}.{changed[0]} = `{getattr(own, changed[0])}`: a run does not follow [{name}] yet, so nothing "
