@@ -197,6 +197,8 @@ def world(
     from sim.experiment import Experiment
     from sim.population.world.export import write_lamp
 
+    if drift != "none" and not rounds:
+        raise UserError(f"--drift {drift}: nobody changes in 0 rounds. Give --rounds")
     experiment = Experiment.build({"drift": {"kind": drift}, "population": {"replay": rounds > 0}}, None, "--drift")
     write_lamp(
         out, users=users, seed=seed, queries=queries, rounds=rounds, arrivals=arrivals, drift=experiment.drift,

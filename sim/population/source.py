@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from sim.experiment import Experiment
 from sim.population.lamp import read_lamp
 from sim.population.order import order_of
+from sim.population.replay import Replay
 from sim.population.tasks import get_task
 from sim.population.world import NOW_S, World
 from sim.population.world import TASKS as WORLD_TASKS
@@ -80,6 +81,7 @@ class FromFiles:
         return read_lamp(
             population.path, population.tasks, population.split or "dev", users, seed_index, skip=skip,
             min_history=population.min_history, queries=population.queries, fewer=skip > 0,
+            replay=Replay(self.experiment.rounds, population.round_days) if population.replay else None,
         )
 
 
