@@ -189,11 +189,21 @@ def world(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     users: Annotated[int, typer.Option(min=1, help="how many users")] = 200,
     seed: Annotated[int, typer.Option(help="other seeds draw other users")] = 1,
+    queries: Annotated[int, typer.Option(min=1, help="questions a user and task")] = 1,
+    rounds: Annotated[int, typer.Option(min=0, help="days that users live on, in which their questions fall")] = 0,
+    arrivals: Annotated[float, typer.Option(min=0, help="with --rounds: new items a user, task and day")] = 0.5,
+    drift: Annotated[str, typer.Option(help="with --rounds: how users change: gradual, abrupt or recurring")] = "none",
 ) -> None:
     """Write users of the embedded world as ordinary LaMP files, with truth.parquet beside them."""
+    from sim.experiment import Experiment
     from sim.population.world.export import write_lamp
 
-    write_lamp(out, users=users, seed=seed)
+    if drift != "none" and not rounds:
+        raise UserError(f"--drift {drift}: nobody changes in 0 rounds. Give --rounds")
+    experiment = Experiment.build({"drift": {"kind": drift}, "population": {"replay": rounds > 0}}, None, "--drift")
+    write_lamp(
+        out, users=users, seed=seed, queries=queries, rounds=rounds, arrivals=arrivals, drift=experiment.drift,
+    )
     typer.echo(f"wrote {users} users to {out}")
 
 

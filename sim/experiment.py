@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import tomlkit
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from sim.errors import UserError, unknown
 from sim.sections import (
@@ -83,6 +83,22 @@ class Experiment(Section):
         if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
             raise ValueError(f"seeds = {list(seeds)}: give distinct integers, none negative")
         return seeds
+
+    @model_validator(mode="after")
+    def _users_can_change(self) -> Experiment:
+        if self.drift.kind == "none":
+            return self
+        changes = f'drift.kind = "{self.drift.kind}"'
+        if self.population.source == "lamp":
+            raise ValueError(
+                f'{changes} with population.source = "lamp": real users change by themselves. Leave it at "none"'
+            )
+        if not self.population.replay:
+            raise ValueError(
+                f"{changes} without population.replay: every round would have the same history and queries, so nobody "
+                "would change. Set population.replay = true"
+            )
+        return self
 
     @classmethod
     def read(cls, path: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> Experiment:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sim.clock import WallClock
-from sim.population.source import open_population
+from sim.population.source import FromWorld, open_population
 from sim.report import write_report
 from sim.results import RunDirectory
 from sim.statistics import summarize
@@ -27,6 +27,8 @@ def finish(run: RunDirectory, truth: Mapping[tuple[str, str, str], str], cloud: 
         population = open_population(experiment, seed)
         exclusions |= population.exclusions()  # files tell the same for every seed: the most, not the sum
         orders.add(population.order)
+    if experiment.drift.kind != "none":
+        run.write_truth(rows for seed in experiment.seeds for rows in FromWorld(experiment, seed).truth())
     commits = [run.committed(seed, round) for seed in experiment.seeds for round in range(experiment.rounds)]
     run.write_json("summary.json", {
         "rows": rows,

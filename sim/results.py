@@ -72,6 +72,9 @@ STAGED: dict[str, pa.Schema] = {
     "answers": _schema("seed:i round:i device_id:s request_id:s query_id:s outcome:s text:s"),
 }
 
+#: Beside them, where users of the embedded world change: how far each has, by round.
+TRUTH = _schema("seed:i round:i device_id:s user_id:s task:s progress:f changed_on_round:i")
+
 #: The order of rows in a finished table: whatever the number of workers, the same file.
 _ORDER = ("device_id", "arm", "task", "request_id", "attempt", "sample_id", "query_id", "metric", "item_id", "step")
 
@@ -256,6 +259,15 @@ class RunDirectory:
                         order = [(name, "ascending") for name in _ORDER if name in schema.names]
                         writer.write_table(rows.cast(schema).sort_by(order))
             os.replace(temporary, target)
+
+    def write_truth(self, batches: Iterable[Sequence[Mapping[str, Any]]]) -> None:
+        """Writes `truth.parquet`, a batch of rows at a time."""
+        target = self.path / "truth.parquet"
+        temporary = target.with_suffix(".tmp")
+        with _writing(temporary, target), pq.ParquetWriter(temporary, TRUTH, compression="zstd") as writer:
+            for rows in batches:
+                writer.write_table(pa.Table.from_pylist(list(rows), schema=TRUTH))
+        os.replace(temporary, target)
 
     def read(self, table: str) -> pd.DataFrame:
         """A finished table as a pandas frame."""

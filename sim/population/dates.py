@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from datetime import UTC, datetime
+from calendar import monthrange
+from datetime import UTC, date, datetime
 
 _YEAR = re.compile(r"^\d{4}$")
 _MONTH = re.compile(r"^\d{4}-\d{2}$")
@@ -47,6 +48,18 @@ def calendar_key(value: object) -> tuple[int, ...]:
     text = str(value).strip()
     parts = 1 if _YEAR.match(text) else 2 if _MONTH.match(text) else 3
     return (moment.year, moment.month, moment.day)[:parts]
+
+
+def first_day(key: tuple[int, ...]) -> int:
+    """The first day that a calendar key may mean, counted from the year 1."""
+    year, month, day = (*key, 1, 1)[:3]
+    return date(year, month, day).toordinal()
+
+
+def last_day(key: tuple[int, ...]) -> int:
+    """The last day that a calendar key may mean: `strictly_earlier(a, b)` is `last_day(a) < first_day(b)`."""
+    year, month = (*key, 12)[:2]
+    return date(year, month, key[2] if len(key) > 2 else monthrange(year, month)[1]).toordinal()
 
 
 def strictly_earlier(key: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -17,6 +17,7 @@ from sim.leaks import scored_texts
 from sim.population.dates import calendar_key, parse_date, strictly_earlier
 from sim.population.lamp_files import TaskFiles, find_files, read_golds, stream_questions
 from sim.population.order import Collected, Key, assemble, one_shot_history, order_of, reveals
+from sim.population.replay import Outlook, Replay, assemble_replayed
 from sim.population.tasks import Task, clean_rating
 from sim.records import Exclusion, Interaction, Query, User
 from sim.seeding import derive
@@ -36,6 +37,7 @@ def read_lamp(
     min_history: int = 3,
     queries: int = 10,
     fewer: bool = False,
+    replay: Replay | None = None,
 ) -> tuple[list[User], list[Exclusion]]:
     """Users from the LaMP files of one task's folder or of a parent of several, and what was left out and why.
 
@@ -49,6 +51,8 @@ def read_lamp(
     `queries` queries a user and task are kept, the earliest. Users and questions left out are listed for the whole
     source, history items that are scored for the users drawn.
 
+    With `replay`, users move through rounds (see `sim.population.replay`), and only dated files will do.
+
     Raises UserError for files that are missing, malformed or inconsistent (see `lamp_files`), a gold without question,
     a profile without a field the task needs, or a date that does not parse.
     """
@@ -57,26 +61,52 @@ def read_lamp(
     exclusions: list[Exclusion] = []
     eligible: dict[str, set[str]] = defaultdict(set)
     for files in sources:
-        for user_id in _eligible(files, golds[files.task.name], min_history, exclusions):
+        for user_id in _eligible(files, golds[files.task.name], min_history, exclusions, replay):
             eligible[user_id].add(files.task.name)
-    drawn = _draw(sorted(eligible), users, skip, seed_index, draw_seed, fewer, path, min_history)
+    drawn = _draw(sorted(eligible), users, skip, seed_index, draw_seed, fewer, path, _needs(min_history, replay))
     collected: dict[str, dict[str, Collected]] = {user_id: {} for user_id in drawn}
     for files in sources:
         _load(files, golds[files.task.name], {u for u in drawn if files.task.name in eligible[u]}, collected)
     loaded = []
     for user_id in drawn:
-        user, left_out = assemble(user_id, collected[user_id], min_history, queries)
+        if replay:
+            user, left_out = assemble_replayed(user_id, collected[user_id], min_history, queries, replay)
+        else:
+            user, left_out = assemble(user_id, collected[user_id], min_history, queries)
         exclusions += left_out
         if user.queries:
             loaded.append(user)
     return loaded, list(dict.fromkeys(exclusions))
 
 
-def _eligible(files: TaskFiles, golds: dict[str, str], min_history: int, exclusions: list[Exclusion]) -> list[str]:
-    """First pass: the users with enough history before their earliest question. Keeps counts, up to enough, only."""
+class _OneShot:
+    """What the first pass keeps of a user's task: for each question how many items it may see, up to enough."""
+
+    def __init__(self, min_history: int) -> None:
+        self._min_history = min_history
+        self._seen: list[tuple[float | None, int]] = []
+
+    def see(self, query: Query, key: Key, profile: list[tuple[Interaction, Key]]) -> None:
+        scored = set() if key else set(scored_texts(query))
+        usable = (1 for item, k in profile if (strictly_earlier(k, key) if key else not reveals(item, scored)))
+        self._seen.append((query.time_s, sum(islice(usable, self._min_history))))
+
+    def lacks(self) -> str:
+        """Looks at what the earliest question sees; over all of them where one is undated."""
+        dates = [time_s for time_s, _ in self._seen]
+        earliest = None if None in dates else min(dates)
+        most = max(count for time_s, count in self._seen if earliest in (None, time_s))
+        return "too little history" if most < self._min_history else ""
+
+
+def _eligible(
+    files: TaskFiles, golds: dict[str, str], min_history: int, exclusions: list[Exclusion], replay: Replay | None
+) -> list[str]:
+    """First pass: the users with enough history before what they are asked."""
     task = files.task
-    seen: dict[str, list[tuple[float | None, int]]] = {}
+    seen: dict[str, _OneShot | Outlook] = {}
     asked: set[str] = set()
+    dated = False
     for question in stream_questions(files):
         asked.add(question["id"])
         if (gold := golds.get(question["id"])) is None:
@@ -86,29 +116,23 @@ def _eligible(files: TaskFiles, golds: dict[str, str], min_history: int, exclusi
         if task.labels and query.gold not in task.labels:
             exclusions.append(Exclusion("gold is no label of the task", f"{task.name} {question['id']}: {gold!r}"))
             continue
-        scored = set() if key else set(scored_texts(query))
         profile = _profile(files, question, exclusions)
-        usable = (1 for item, k in profile if (strictly_earlier(k, key) if key else not reveals(item, scored)))
-        count = sum(islice(usable, min_history))
-        user_id = _user_id(task, question)
-        seen.setdefault(user_id, []).append((query.time_s, count))
+        dated = dated or any(item_key for _, item_key in profile)
+        judge = Outlook(min_history, replay) if replay else _OneShot(min_history)
+        seen.setdefault(_user_id(task, question), judge).see(query, key, profile)
     if strangers := sorted(golds.keys() - asked):
         raise UserError(
             f"{files.outputs}: {len(strangers)} golds without a question in {files.questions.name}, the first is "
             f"{strangers[0]!r}: both files must be of the same split; remove it or download both again"
         )
-    enough = {user_id: _first_sees(asked) >= min_history for user_id, asked in seen.items()}
-    exclusions += [
-        Exclusion("too little history", f"{task.name} {u}") for u, is_enough in enough.items() if not is_enough
-    ]
-    return [user_id for user_id, is_enough in enough.items() if is_enough]
-
-
-def _first_sees(asked: list[tuple[float | None, int]]) -> int:
-    """Items before the earliest of a user's questions; over all of them where one is undated."""
-    dates = [time_s for time_s, _ in asked]
-    earliest = None if None in dates else min(dates)
-    return max(count for time_s, count in asked if earliest in (None, time_s))
+    if replay and seen and not dated:
+        raise UserError(
+            f"{files.questions}: population.replay = true, but no history item has a date, and replay needs dates. Set "
+            f"population.replay = false, or name dated tasks alone in population.tasks (without {task.name})"
+        )
+    lacking = {user_id: own.lacks() for user_id, own in seen.items()}
+    exclusions += [Exclusion(reason, f"{task.name} {user_id}") for user_id, reason in lacking.items() if reason]
+    return [user_id for user_id, reason in lacking.items() if not reason]
 
 
 def _load(files: TaskFiles, golds: dict[str, str], asked: set[str], into: dict[str, dict[str, Collected]]) -> None:
@@ -124,22 +148,26 @@ def _load(files: TaskFiles, golds: dict[str, str], asked: set[str], into: dict[s
 
 
 def _draw(
-    ids: list[str], users: int | None, skip: int, seed_index: int, draw_seed: int, fewer: bool, path: object, least: int
+    ids: list[str], users: int | None, skip: int, seed_index: int, draw_seed: int, fewer: bool, path: object, needs: str
 ) -> list[str]:
     """Rank ids by a hash of (draw_seed, id), so that adding an id moves no other one's place relative to a third."""
     ranked = sorted(ids, key=lambda user_id: (derive(draw_seed, "lamp", "user", user_id), user_id))
     if not ranked:
-        raise UserError(
-            f"population.path = {str(path)!r}: no user has {least} items of history (population.min_history)"
-        )
+        raise UserError(f"population.path = {str(path)!r}: no user has {needs}")
     start = skip + seed_index * (users or 0)
     stop = len(ranked) if users is None else start + users
     if stop > len(ranked) and not fewer:
         raise UserError(
             f"population.users = {users}: seed number {seed_index + 1} draws users {start + 1} to {stop}, but "
-            f"{path} has {len(ranked)} with at least {least} items of history. Ask for fewer users or seeds"
+            f"{path} has {len(ranked)} with at least {needs}. Ask for fewer users or seeds"
         )
     return ranked[start:stop]
+
+
+def _needs(min_history: int, replay: Replay | None) -> str:
+    needs = f"{min_history} items of history (population.min_history)"
+    days = f"within {replay.rounds} rounds of {replay.round_days:g} days (population.round_days)" if replay else ""
+    return f"{needs} and a later query {days}" if replay else needs
 
 
 def _user_id(task: Task, question: dict) -> str:

@@ -7,7 +7,7 @@ order is reported as unknown.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from sim.leaks import normalize, scored_texts
@@ -79,18 +79,24 @@ class Collected:
     items: dict[tuple, tuple[Interaction, Key]] = field(default_factory=dict)
 
     def add(self, query: Query, key: Key, profile: list[tuple[Interaction, Key]]) -> None:
-        """An item is known by its content and date, not by its id; twice in one profile it is two items."""
+        """Takes in a question and what its profile adds to the union."""
         self.queries.append((query, key))
-        copies: dict[tuple, int] = defaultdict(int)
-        for item, item_key in profile:
-            same = (item.input, item.output, item.time_s)
-            copies[same] += 1
-            self.items.setdefault((*same, copies[same]), (item, item_key))
+        for identity, item, item_key in told_apart(profile):
+            self.items.setdefault(identity, (item, item_key))
 
     @property
     def dated(self) -> bool:
         """Whether every query is dated."""
         return all(key for _, key in self.queries)
+
+
+def told_apart(profile: Iterable[tuple[Interaction, Key]]) -> Iterator[tuple[tuple, Interaction, Key]]:
+    """The items of one profile with what each is known by: content and date, not id. Twice in one is two items."""
+    copies: dict[tuple, int] = defaultdict(int)
+    for item, key in profile:
+        same = (item.input, item.output, item.time_s)
+        copies[same] += 1
+        yield (*same, copies[same]), item, key
 
 
 def assemble(
@@ -120,15 +126,15 @@ def assemble(
                 exclusions.append(Exclusion("history item is scored (order unknown)", f"{task} {item.item_id}"))
             else:
                 items.append((item, key))
-        items.sort(key=lambda pair: _time(pair[0]))
-        asked = sorted(own.queries, key=lambda pair: _time(pair[0])) if own.dated else own.queries
+        items.sort(key=lambda pair: by_time(pair[0]))
+        asked = sorted(own.queries, key=lambda pair: by_time(pair[0])) if own.dated else own.queries
         for query, _ in asked[most_queries:]:
             exclusions.append(Exclusion("more queries than population.queries", f"{task} {query.query_id}"))
         keys = [key for _, key in items]
-        kept = [replace(q, visible=_prefix(keys, key) if own.dated else None) for q, key in asked[:most_queries]]
-        history += _unique_ids([item for item, _ in items])
+        kept = [replace(q, visible=visible_before(keys, key) if own.dated else None) for q, key in asked[:most_queries]]
+        history += unique_ids([item for item, _ in items])
         queries += kept
-    user = User(user_id, tuple(sorted(history, key=_time)), tuple(queries))
+    user = User(user_id, tuple(sorted(history, key=by_time)), tuple(queries))
     while short := [task for task in user.tasks if len(one_shot_history(user, task)) < min_history]:
         exclusions.append(Exclusion("too little history", f"{short[0]} {user_id}"))
         user = _without(user, short[0])
@@ -143,17 +149,17 @@ def _without(user: User, task: str) -> User:
     )
 
 
-def _time(dated: Interaction | Query) -> float:
+def by_time(dated: Interaction | Query) -> float:
     """For sorting: the undated first, in the order of the file."""
     return _UNDATED if dated.time_s is None else dated.time_s
 
 
-def _prefix(keys: list[Key], before: Key) -> int:
+def visible_before(keys: list[Key], before: Key) -> int:
     """How many leading items are strictly earlier: with dates of mixed precision, none after the first doubtful one."""
     return next((place for place, key in enumerate(keys) if not strictly_earlier(key, before)), len(keys))
 
 
-def _unique_ids(items: list[Interaction]) -> list[Interaction]:
+def unique_ids(items: list[Interaction]) -> list[Interaction]:
     """The items with ids that name one each: a repeated or missing id gets its place in the history behind a tilde."""
     seen: set[str] = set()
     named = []

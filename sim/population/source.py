@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from sim.experiment import Experiment
 from sim.population.lamp import read_lamp
 from sim.population.order import order_of
+from sim.population.replay import Replay
 from sim.population.tasks import get_task
 from sim.population.world import NOW_S, World
 from sim.population.world import TASKS as WORLD_TASKS
+from sim.population.world.truth import truth_rows
 from sim.records import Exclusion, User
 
 
@@ -79,6 +81,7 @@ class FromFiles:
         return read_lamp(
             population.path, population.tasks, population.split or "dev", users, seed_index, skip=skip,
             min_history=population.min_history, queries=population.queries, fewer=skip > 0,
+            replay=Replay(self.experiment.rounds, population.round_days) if population.replay else None,
         )
 
 
@@ -93,11 +96,30 @@ class FromWorld:
     def __len__(self) -> int:
         return self.experiment.population.users
 
+    @cached_property
+    def world(self) -> World:
+        """The world that the users are of."""
+        return World(self.seed, self.experiment.drift)
+
+    @cached_property
+    def tasks(self) -> Sequence[str]:
+        """The tasks that every user has."""
+        return [get_task(task).name for task in self.experiment.population.tasks] or WORLD_TASKS
+
+    def truth(self) -> Iterator[list[dict[str, Any]]]:
+        """The rows of `truth.parquet`, a list a round."""
+        users = {device_id(index): self.world.user_id(index, self._split) for index in range(len(self))}
+        return truth_rows(self.world, users, self.tasks, self.experiment.rounds)
+
+    @property
+    def _split(self) -> str:
+        return self.experiment.population.split or "evaluation"
+
     def user(self, index: int) -> User:
         population = self.experiment.population
-        tasks = [get_task(task).name for task in population.tasks] or WORLD_TASKS
-        return World(self.seed).user(
-            index, population.split or "evaluation", tasks, population.history, population.queries
+        return self.world.user(
+            index, self._split, self.tasks, population.history, population.queries,
+            rounds=self.experiment.rounds if population.replay else 0, arrivals=population.arrivals,
         )
 
     def shared_users(self) -> Sequence[User]:

@@ -10,12 +10,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from random import Random
 from typing import NamedTuple
 
 from sim.errors import UserError
-from sim.population.world.base import Scene, WorldTask
+from sim.population.world.base import Item, Scene, WorldTask
 from sim.population.world.citations import Citations
-from sim.population.world.drift import DAY_S, Drift
+from sim.population.world.drift import DAY_S, progress
 from sim.population.world.news import News
 from sim.population.world.papers import Papers
 from sim.population.world.persona import ARCHETYPES, Taste, archetype, blend, pick_archetype, stream, with_quirks
@@ -23,10 +24,12 @@ from sim.population.world.plots import Plots
 from sim.population.world.posts import Posts
 from sim.population.world.reviews import Reviews
 from sim.records import Interaction, Query, User
+from sim.sections import Drift
 
-__all__ = ["NOW_S", "SPLITS", "TASKS", "Drift", "Persona", "World", "world_task"]
+__all__ = ["NOW_S", "SPLITS", "TASKS", "Persona", "World", "world_task"]
 
 NOW_S = 1_735_689_600.0  # 2025-01-01: histories end here, queries begin
+ITEM_HOUR, QUERY_HOUR = 9, 18  # of the day
 SPLITS = tuple(ARCHETYPES)
 _BY_NAME: dict[str, WorldTask] = {t.name: t for t in (Citations(), Plots(), Reviews(), News(), Papers(), Posts())}
 TASKS = tuple(_BY_NAME)
@@ -66,10 +69,17 @@ class World:
 
     def persona(self, user_id: str, task: str, time_s: float = NOW_S) -> Persona:
         """The persona of any user of the world (of any seed) in a task at a time."""
+        return self._changing(user_id, task).at(time_s)
+
+    def progress(self, user_id: str, task: str, time_s: float) -> float:
+        """How far any user of the world has gone from the old persona (0) towards the new one (1) at a time."""
+        return self._changing(user_id, task).progress(time_s)
+
+    def _changing(self, user_id: str, task: str) -> _Changing:
         match = _USER_ID.fullmatch(user_id)
         if match is None or match[1] not in ARCHETYPES:
             raise UserError(f"{user_id!r} is no user of the world: ids look like {self.user_id(0)}")
-        return _Changing(user_id, match[1], world_task(task), self.drift).at(time_s)
+        return _Changing(user_id, match[1], world_task(task), self.drift)
 
     def user(
         self,
@@ -78,13 +88,17 @@ class World:
         tasks: Sequence[str] = TASKS,
         history: tuple[int, int] = (4, 8),
         queries: int = 10,
-        later: int = 0,
+        *,
+        rounds: int = 0,
+        arrivals: float = 0.0,
     ) -> User:
         """A user with `history` items (least, most) and `queries` queries a task.
 
-        Histories end at `NOW_S`; queries follow on distinct days where `query_days` allows. `later` more items a task
-        fall among the queries (for runs of many rounds): a query's `visible` counts what is strictly earlier, by day.
-        No text occurs twice.
+        Histories end at `NOW_S`; queries follow on distinct days where `query_days` allows. No text occurs twice.
+
+        With `rounds`, the user lives on for so many days: `arrivals` items a day on average come at 9:00, known from
+        the next day's round on, and the queries are asked at 18:00, each in its own day's round. What happens on a day
+        depends on no later day, and at the same density of queries on no number of rounds.
         """
         user_id = self.user_id(index, split)
         items: list[Interaction] = []
@@ -94,18 +108,38 @@ class World:
             least, most = history
             past = least + int(rng.random() * (most - least + 1))
             story = _Story(_Changing(user_id, split, world_task(name), self.drift), user_id)
-            before = sorted(NOW_S - DAY_S * (1 + int(rng.random() * self.history_days)) for _ in range(past))
-            after = sorted(NOW_S + DAY_S * int(rng.random() * self.query_days) for _ in range(later))
-            mine = [story.interaction(i, t + 3600 * 9) for i, t in enumerate([*before, *after])]
-            for i in range(queries):
-                day = int((i + 0.5) / queries * self.query_days)
-                time_s = NOW_S + DAY_S * day + 3600 * 18
-                visible = sum(x.time_s < NOW_S + DAY_S * day for x in mine)
-                asked.append(story.query(i, time_s, visible))
-            items.extend(mine)
+            past_days = sorted(-1 - int(rng.random() * self.history_days) for _ in range(past))
+            if rounds:
+                rng = stream("rounds", user_id, name)
+                new_days, query_days = _arrival_days(rng, rounds, arrivals), _query_days(rng, rounds, queries)
+            else:
+                new_days, query_days = [], [int((i + 0.5) / queries * self.query_days) for i in range(queries)]
+            days = [*past_days, *new_days]
+            items_at = [(day, ITEM_HOUR, number) for number, day in enumerate(days)]
+            queries_at = [(day, QUERY_HOUR, number) for number, day in enumerate(query_days)]
+            for day, hour, number in sorted(items_at + queries_at):
+                time_s = NOW_S + DAY_S * day + 3600 * hour
+                if hour == ITEM_HOUR:
+                    items.append(story.interaction(number, time_s, max(0, day + 1) if rounds else 0))
+                else:
+                    visible = sum(before < day for before in days)
+                    asked.append(story.query(number, time_s, visible, day if rounds else None))
         items.sort(key=lambda item: item.time_s)
         asked.sort(key=lambda query: query.time_s)
         return User(user_id, tuple(items), tuple(asked))
+
+
+def _arrival_days(rng: Random, rounds: int, arrivals: float) -> list[int]:
+    """The days of the items that come: as even as `arrivals` a day can be, from a user's own start."""
+    start = rng.random()
+    upto = [int(start + arrivals * day) for day in range(rounds + 1)]
+    return [day for day in range(rounds) for _ in range(upto[day + 1] - upto[day])]
+
+
+def _query_days(rng: Random, rounds: int, queries: int) -> list[int]:
+    """The days of the queries: as even as can be, from a user's own start. In whole numbers: only the ratio counts."""
+    start = int(rng.random() * 1000)
+    return [(1000 * number + start) * rounds // (1000 * queries) for number in range(queries)]
 
 
 class _Changing:
@@ -129,11 +163,14 @@ class _Changing:
         return with_quirks(self.task.traits, archetype(self.task.traits, self.target), rng)
 
     def at(self, time_s: float) -> Persona:
-        progress = self._drift.progress((time_s - NOW_S) / DAY_S, self._phase) if self._changes else 0.0
+        share = self.progress(time_s)
         taste = self._before
-        if progress > 0:
-            taste = blend(taste, self._after, progress, stream("thresholds", self._user_id, self.task.name))
-        return Persona(taste, self.archetype, self.target, progress)
+        if share > 0:
+            taste = blend(taste, self._after, share, stream("thresholds", self._user_id, self.task.name))
+        return Persona(taste, self.archetype, self.target, share)
+
+    def progress(self, time_s: float) -> float:
+        return progress(self._drift, (time_s - NOW_S) / DAY_S, self._phase) if self._changes else 0.0
 
 
 class _Story:
@@ -143,18 +180,18 @@ class _Story:
         self._who, self._user_id = who, user_id
         self._told: set[str] = set()
 
-    def interaction(self, number: int, time_s: float) -> Interaction:
+    def interaction(self, number: int, time_s: float, round: int) -> Interaction:
         task = self._who.task
         taste = self._who.at(time_s).taste
         rng = stream("item", self._user_id, task.name, number)
         item = task.item(rng, taste)
-        while item.input + item.output in self._told:
+        while not self._told.isdisjoint(_texts(item)):
             item = task.item(rng, taste)
-        self._told.add(item.input + item.output)
+        self._told.update(_texts(item))
         item_id = f"{self._user_id}-{task.name}-{number}"
-        return Interaction(item_id, task.name, item.input, item.output, time_s, item.form)
+        return Interaction(item_id, task.name, item.input, item.output, time_s, item.form, round)
 
-    def query(self, number: int, time_s: float, visible: int) -> Query:
+    def query(self, number: int, time_s: float, visible: int, round: int | None) -> Query:
         task = self._who.task
         taste = self._who.at(time_s).taste
         rng = stream("query", self._user_id, task.name, number)
@@ -163,4 +200,9 @@ class _Story:
             scene = task.scene(rng, taste)
         self._told.add(scene.text)
         query_id = f"{self._user_id}-{task.name}-q{number}"
-        return Query(query_id, task.name, scene.text, task.answer(scene, taste), time_s, visible)
+        return Query(query_id, task.name, scene.text, task.answer(scene, taste), time_s, visible, round)
+
+
+def _texts(item: Item) -> set[str]:
+    """What must not be told again: the pair and, where it is shaped like a query, its input whatever the answer."""
+    return {item.input + item.output, *([item.input] if item.form == "query" else [])}

@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 
 from sim.errors import UserError
 from sim.population.tasks import get_task
-from sim.population.world import NOW_S, TASKS, Drift, World, world_task
+from sim.population.world import NOW_S, TASKS, World, world_task
+from sim.population.world.truth import changed_on
 from sim.records import Interaction, User
+from sim.sections import Drift
 
 SCHEMA_VERSION = "1"
 
@@ -27,12 +29,16 @@ def write_lamp(
     split: str = "evaluation",
     history: tuple[int, int] = (4, 8),
     queries: int = 1,
+    rounds: int = 0,
+    arrivals: float = 0.0,
     drift: Drift = Drift(),  # noqa: B008 (frozen)
 ) -> Path:
     """Write `out/<task>/dev_questions.json` and `dev_outputs.json`, and `out/truth.parquet`. Returns `out`.
 
     Questions carry `user_id` and `date`, profile items `id` and `date` (UTC). The truth has a row a user and task:
-    archetype, target and progress of the drift at the end of the history, and the persona's traits as JSON.
+    archetype, target and progress of the drift at the end of the history, and the persona's traits as JSON. With
+    `rounds`, users live on for so many days (see `World.user`), and `changed_on` is the first day on which a query
+    meets a changed persona, null where none does.
     Raises UserError where `users` or `queries` is not positive or a task or split is unknown.
     """
     out = Path(out)
@@ -44,8 +50,8 @@ def write_lamp(
         world_task(name)
         questions, golds = [], []
         for index in range(users):
-            user = world.user(index, split, (name,), history, queries)
-            truth.append(_truth(world, user, name, split))
+            user = world.user(index, split, (name,), history, queries, rounds=rounds, arrivals=arrivals)
+            truth.append(_truth(world, user, name, split, rounds))
             for question, gold in _questions(user, name):
                 questions.append(question)
                 golds.append(gold)
@@ -77,7 +83,7 @@ def _profile(item: Interaction, fields: tuple[str, str]) -> dict[str, str]:
     return {"id": item.item_id, **content, "date": _date(item.time_s)}
 
 
-def _truth(world: World, user: User, name: str, split: str) -> dict:
+def _truth(world: World, user: User, name: str, split: str, rounds: int) -> dict:
     persona, traits = world.persona(user.user_id, name, NOW_S), world_task(name).traits
     likes = {trait[0]: v for trait, v in zip(traits.choices, persona.taste.choices, strict=True)}
     weights = {trait[0]: w for trait, w in zip(traits.weights, persona.taste.weights, strict=True)}
@@ -90,6 +96,7 @@ def _truth(world: World, user: User, name: str, split: str) -> dict:
         "target": persona.target,
         "progress": persona.progress,
         "drift": world.drift.kind,
+        "changed_on": changed_on(world, user.user_id, name, rounds),
         "traits": json.dumps(likes | weights),
     }
 

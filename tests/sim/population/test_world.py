@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from sim.errors import UserError
 from sim.population.tasks import get_task
-from sim.population.world import NOW_S, TASKS, Drift, World, world_task
+from sim.population.world import NOW_S, TASKS, World, world_task
 from sim.population.world.banks import Finder
 from sim.population.world.base import Item
 from sim.population.world.belief import infer
-from sim.population.world.drift import DAY_S
+from sim.population.world.drift import DAY_S, progress
 from sim.population.world.export import write_lamp
 from sim.population.world.persona import ARCHETYPES, Taste
+from sim.sections import Drift
 
 
 def test_the_six_tasks_have_their_official_labels():
@@ -39,8 +40,9 @@ def test_archetypes_of_the_splits_are_disjoint():
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), index=st.integers(0, 10**5), task=st.sampled_from(TASKS))
 def test_a_user_follows_from_seed_split_and_index_alone(seed, index, task):
-    user = World(seed).user(index, tasks=(task,), later=3)
-    alone, together = World(seed).user(index, tasks=(task,), later=3), World(seed).user(index, later=3)
+    living = {"rounds": 10, "arrivals": 0.3}
+    user = World(seed).user(index, tasks=(task,), **living)
+    alone, together = World(seed).user(index, tasks=(task,), **living), World(seed).user(index, **living)
     assert user == alone
     assert user.of_task(task) == together.of_task(task)
     assert 4 + 3 <= len(user.history) <= 8 + 3
@@ -140,23 +142,23 @@ def test_finder_prefers_the_longest_phrase_and_keeps_the_order():
 @pytest.mark.parametrize(
     ("drift", "days", "phase", "expected"),
     [
-        (Drift("none"), 50, 0.0, 0.0),
-        (Drift("gradual", day=2, rate=0.1), 7, 0.0, 0.5),
-        (Drift("gradual", day=2, rate=0.1, size=0.4), 100, 0.0, 0.4),
-        (Drift("gradual", day=0, rate=0.1, jitter_days=10), 7, 0.5, 0.2),
-        (Drift("abrupt", day=5), 4.9, 0.0, 0.0),
-        (Drift("abrupt", day=5, size=0.7), 5, 0.0, 0.7),
-        (Drift("recurring", period=10), 4, 0.0, 1.0),
-        (Drift("recurring", period=10), 6, 0.0, 0.0),
-        (Drift("recurring", period=10), 12, 0.0, 1.0),
+        (Drift(kind="none"), 50, 0.0, 0.0),
+        (Drift(kind="gradual", day=2, rate=0.1), 7, 0.0, 0.5),
+        (Drift(kind="gradual", day=2, rate=0.1, size=0.4), 100, 0.0, 0.4),
+        (Drift(kind="gradual", day=0, rate=0.1, jitter_days=10), 7, 0.5, 0.2),
+        (Drift(kind="abrupt", day=5), 4.9, 0.0, 0.0),
+        (Drift(kind="abrupt", day=5, size=0.7), 5, 0.0, 0.7),
+        (Drift(kind="recurring", day=0, period=10), 4, 0.0, 1.0),
+        (Drift(kind="recurring", day=0, period=10), 6, 0.0, 0.0),
+        (Drift(kind="recurring", day=0, period=10), 12, 0.0, 1.0),
     ],
 )
 def test_drift_progress(drift, days, phase, expected):
-    assert drift.progress(days, phase) == pytest.approx(expected)
+    assert progress(drift, days, phase) == pytest.approx(expected)
 
 
 def test_drift_changes_some_users_after_its_day_and_never_the_past():
-    still, moving = World(4), World(4, Drift("abrupt", day=10, share=0.5, jitter_days=0))
+    still, moving = World(4), World(4, Drift(kind="abrupt", day=10, share=0.5, jitter_days=0))
     changed = 0
     for index in range(60):
         before, after = still.user(index, tasks=("LaMP_2",)), moving.user(index, tasks=("LaMP_2",))
@@ -178,7 +180,7 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="somebody"):
         World(0).persona("somebody", "LaMP_2")
     with pytest.raises(ValueError, match="weekly"):
-        Drift("weekly")
+        Drift(kind="weekly")
 
 
 def test_lamp_files_give_the_same_users_back(tmp_path):
