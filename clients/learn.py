@@ -46,8 +46,7 @@ def learn(worker: Worker, shard: Shard, sample_parts: Sequence[str]) -> dict[str
     rows: dict[str, list[dict[str, Any]]] = {"predictions": [], "metrics": [], "training": [], "events": []}
     devices = worker.devices(shard)
     materials = _materials(worker, shard, devices, sample_parts)
-    store = AdapterStore(worker.run.path, shard.seed)
-    store.prune(shard.round - 1)  # the round before is committed
+    store = worker.adapters(shard)
     shared = shared_adapters(worker, shard.seed) if "shared" in worker.experiment.arms else {}
     size = max(1, BLOCK_ADAPTERS // max(1, len(trained_arms(worker.experiment))))
     for start in range(0, len(devices), size):
