@@ -16,6 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
 import clients.app
 import server.app
 from clients.device import Shard
@@ -58,7 +61,25 @@ class IdleWorker:
 
 
 clients.app._executor = lambda order, context: InProcess(lambda: IdleWorker(order["run"]))
-app = clients.app.app
+app = ClientApp()
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Functions of this module: Flower's processes import it to find them, and so put the idle worker to work."""
+    return clients.app.hello(message, context)
+
+
+@app.query("fetch")
+def fetch(message: Message, context: Context) -> Message:
+    """The real pass on the idle worker."""
+    return clients.app.fetch(message, context)
+
+
+@app.train()
+def learn(message: Message, context: Context) -> Message:
+    """The real pass on the idle worker."""
+    return clients.app.learn(message, context)
 
 
 class Stopwatch:

@@ -2,33 +2,48 @@
 
     python -m bench.memory [--devices 10000] [--rounds 1] [--set KEY=VALUE ...]
 
-Memory is the sum over all processes of what each has for itself plus its share of what is shared (PSS). With many
-rounds it prints the peak of every fifth, which is flat after the first ten if nothing leaks.
+Memory is the sum over all processes, Ray's and Flower's among them, of what each has for itself plus its share of what
+is shared (PSS), looked at twice a second. With many rounds it prints the peak of every fifth, and by how much a round
+raises it after the first ten: nothing, if nothing leaks.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
+WARM_UP = 10
+"""Rounds after which memory should be flat."""
 
 
-def family_bytes(root: psutil.Process) -> tuple[int, dict[str, int]]:
-    """(bytes of a process and all its descendants, bytes of the workers by process id)."""
-    whole, workers = 0, {}
+@dataclass
+class Seen:
+    """Most bytes of memory seen while so many rounds were committed, and those of `state/` at the end."""
+
+    whole: int = 0
+    workers: int = 0
+    state: int = 0
+
+
+def family_bytes(root: psutil.Process) -> tuple[int, int]:
+    """(bytes of a process and all its descendants, bytes of the workers among them)."""
+    whole = workers = 0
     for process in [root, *root.children(recursive=True)]:
         try:
             taken = process.memory_full_info().pss
-            if " ".join(process.cmdline()).startswith("ray::Worker"):
-                workers[str(process.pid)] = taken
+            workers += taken if " ".join(process.cmdline()).startswith("ray::Worker") else 0
         except psutil.Error:
             continue
         whole += taken
@@ -36,8 +51,17 @@ def family_bytes(root: psutil.Process) -> tuple[int, dict[str, int]]:
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of all files under a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Bytes of all files under a folder; some may go meanwhile."""
+    total = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+def slope(values: Sequence[int]) -> float:
+    """Bytes a round, by least squares."""
+    return float(np.polyfit(range(len(values)), values, 1)[0]) if len(values) > 1 else 0.0
 
 
 def measure(devices: int, rounds: int, more: list[str]) -> None:
@@ -50,31 +74,51 @@ def measure(devices: int, rounds: int, more: list[str]) -> None:
     }  # fmt: skip
     words = [word for key, value in fields.items() for word in ("--set", f"{key}={value}")]
     words += [word for pair in more for word in ("--set", pair)]
-    begun = time.perf_counter()
     command = [sys.executable, "-m", "sim.cli", "run", "--out", str(path), *words]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    root, peak, worker_peak = psutil.Process(run.pid), 0, {}
+    begun, at_work_s, learned_s = time.perf_counter(), 0.0, 0.0
+    seen: dict[int, Seen] = {}
     disk = 0
-    while run.poll() is None:
-        try:
-            whole, workers = family_bytes(root)
-        except psutil.NoSuchProcess:
-            break
-        peak = max(peak, whole)
-        done = len(list((path / "state" / "commits").glob("*.json")))
-        worker_peak[done] = max(worker_peak.get(done, 0), sum(workers.values()))
-        disk = max(disk, folder_bytes(path / "adapters"))
-        time.sleep(0.5)
-    said = run.communicate()[0]
-    if run.returncode:
-        sys.exit(said)
-    for done in sorted(worker_peak):
+    with tempfile.TemporaryFile("w+") as output:
+        run = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        root = psutil.Process(run.pid)
+        while run.poll() is None:
+            try:
+                whole, workers = family_bytes(root)
+            except psutil.NoSuchProcess:
+                break
+            done, now_s = len(list((path / "state" / "commits").glob("*.json"))), time.perf_counter() - begun
+            at_work_s = at_work_s or (now_s if workers else 0.0)
+            learned_s = now_s if done < rounds else learned_s
+            here = seen.setdefault(done, Seen())
+            here.whole, here.workers = max(here.whole, whole), max(here.workers, workers)
+            here.state = folder_bytes(path / "state")
+            disk = max(disk, folder_bytes(path / "adapters"))
+            time.sleep(0.5)
+        if run.wait():
+            output.seek(0)
+            sys.exit(output.read())
+    whole_s = time.perf_counter() - begun
+    later = [seen[done] for done in sorted(seen) if WARM_UP <= done < rounds]
+    for done in sorted(seen):
         if done % 5 == 0 and rounds > 1:
-            print(f"round {done:3d}: workers {worker_peak[done] / GIB:.3f} GiB")
+            here = seen[done]
+            print(
+                f"{done:3d} rounds committed: all {here.whole / MIB:.0f} MiB, workers {here.workers / MIB:.0f} MiB, "
+                f"state {here.state / MIB:.2f} MiB"
+            )
+    if len(later) > 1:
+        print(
+            f"from round {WARM_UP} on, a round adds: all {slope([one.whole for one in later]) / MIB:+.2f} MiB, workers "
+            f"{slope([one.workers for one in later]) / MIB:+.2f} MiB, state "
+            f"{slope([one.state for one in later]) / 1024:+.1f} KiB"
+        )
     print(
-        f"{devices} devices, {rounds} rounds: peak {peak / GIB:.2f} GiB over all processes; adapters at most "
-        f"{disk / devices / 1024:.1f} KiB a device on disk; run directory {folder_bytes(path) / 2**20:.1f} MiB; "
-        f"{time.perf_counter() - begun:.0f} s; load {os.getloadavg()[0]:.1f}"
+        f"{devices} devices, {rounds} rounds: peak {max(one.whole for one in seen.values()) / GIB:.2f} GiB over all "
+        f"processes, {max(one.workers for one in seen.values()) / GIB:.2f} GiB of it workers; adapters at most "
+        f"{disk / devices / 1024:.1f} KiB a device on disk; run directory {folder_bytes(path) / MIB:.1f} MiB; "
+        f"{whole_s:.0f} s: {at_work_s:.0f} until workers were there, "
+        f"{1000 * (learned_s - at_work_s) / rounds / devices:.1f} ms a device and round, {whole_s - learned_s:.0f} "
+        f"for tables and report; load {os.getloadavg()[0]:.1f}"
     )
 
 

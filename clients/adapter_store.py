@@ -55,7 +55,7 @@ class AdapterStore:
             path = self.root / f"round-{round}" / arm / f"{block}.safetensors"
             self._write(path, stacked, {"devices": json.dumps(devices)})
             written.append(str(path.relative_to(self.root)))
-        self._index.clear()
+            self._index.pop((round, arm), None)
         return written
 
     def load(self, round: int, device: str, arm: str) -> dict[str, Tensor] | None:
@@ -114,8 +114,10 @@ class AdapterStore:
                 try:
                     with safe_open(path, framework="pt") as file:
                         devices = json.loads(file.metadata()["devices"])
-                except FileNotFoundError:  # another worker has just pruned it
-                    continue
+                except (OSError, RuntimeError):
+                    if path.exists():
+                        raise
+                    continue  # another worker has just pruned it
                 found |= {device: (path, row) for row, device in enumerate(devices)}
             self._index[round, arm] = found
         return self._index[round, arm]

@@ -59,6 +59,7 @@ class RayExecutor:
     def __init__(self, name: str, post: Post):
         self.name, self.post = name, post
         self._replacing = False
+        self._made: Any = None  # kept: Ray ends an actor, and its resident model, with its maker's last handle
 
     def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]:
         """Calls the actor and waits while it gets on."""
@@ -122,12 +123,17 @@ class RayExecutor:
         """The actor, made where there is none. Ray ends it with the run that made it, however that run ends."""
         import ray
 
+        try:
+            return ray.get_actor(self.name, self.NAMESPACE)
+        except ValueError:
+            pass
         offered = ray.cluster_resources().get("worker", 0)
         share = REPLACEMENT if self._replacing or ray.available_resources().get("worker", 0) < SLOT else SLOT
-        return ray.remote(WorkerProcess).options(
+        self._made = ray.remote(WorkerProcess).options(
             name=self.name, namespace=self.NAMESPACE, get_if_exists=True, num_cpus=0, num_gpus=0, max_restarts=0,
             max_concurrency=1, resources={"worker": share} if offered else None, scheduling_strategy="SPREAD",
         ).remote()
+        return self._made
 
 
 def memory_ran_out(error: BaseException) -> bool:

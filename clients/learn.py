@@ -60,8 +60,7 @@ def learn(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, A
     devices = worker.devices(shard)
     versions = _versions(order)
     materials = Materials(worker, shard, order)
-    store = AdapterStore(worker.run.path, shard.seed)
-    store.prune(order["settled"])
+    store = worker.adapters(shard, order["settled"])
     shared = shared_adapters(worker, shard.seed) if SHARED in worker.experiment.arms else {}
     size = max(1, BLOCK_ADAPTERS // max(1, len(trained(worker.experiment))))
     answers = cloud_answers(worker, shard, devices, order) if "cloud" in worker.experiment.arms else []

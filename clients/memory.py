@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 from functools import cache
 
 import torch
 
 _SHARE = 0.5
-"""Share of the free memory taken where no budget is given."""
+"""Share of the free memory that all workers of a machine together take where no budget is given."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -30,9 +31,19 @@ def free_bytes(device: torch.device) -> int:
     return 4 << 30
 
 
+def workers_here() -> int:
+    """How many workers this process's machine offers room for (Ray's resource `worker`); 1 where there is no Ray."""
+    ray = sys.modules.get("ray")  # a worker outside Ray need not import it to know
+    if ray is None or not ray.is_initialized():
+        return 1
+    here = ray.get_runtime_context().get_node_id()
+    offered = (node["Resources"].get("worker", 1) for node in ray.nodes() if node["NodeID"] == here)
+    return max(1, int(next(offered, 1)))
+
+
 def budget_bytes(asked: int | None, device: torch.device) -> int:
-    """The budget asked for, or half of what is free."""
-    return asked if asked else int(free_bytes(device) * _SHARE)
+    """The budget asked for, or this worker's part of half of what is free."""
+    return asked if asked else int(free_bytes(device) * _SHARE / workers_here())
 
 
 @cache

@@ -68,7 +68,7 @@ def train(
 ) -> dict[Hashable, TrainResult]:
     """Train all jobs; returns their results by key, in the order of the jobs.
 
-    memory_bytes: budget for adapters and activations (default: half of what is free). max_cohort: most adapters in
+    memory_bytes: budget for adapters and activations (default: `budget_bytes`). max_cohort: most adapters in
     memory at once. pass_tokens: padded tokens a pass. progress(steps done, steps in all) is called after every turn. A
     pass that runs out of memory is split and repeated; the bound then stays lower.
     """

@@ -21,6 +21,7 @@ from sim.results import RunDirectory
 from sim.timeline import Timeline
 
 if TYPE_CHECKING:
+    from clients.adapter_store import AdapterStore
     from clients.base import FrozenBase
     from clients.embedding import Encoder
 
@@ -106,6 +107,7 @@ class Worker:
         self._progress = Path(progress) if progress else None
         self._population: tuple[int, Population] | None = None
         self._timeline: Timeline | None = None
+        self._adapters: tuple[int, int, AdapterStore] | None = None
 
     def pid(self) -> int:
         """The process this worker lives in."""
@@ -157,6 +159,16 @@ class Worker:
         """The shard's devices, in order."""
         population = self.population(shard.seed)
         return [Device(index, population.user(index)) for index in shard.devices]
+
+    def adapters(self, shard: Shard, settled: int) -> AdapterStore:
+        """The adapters of the shard's seed. With a new round, what the one named `settled` has superseded goes."""
+        from clients.adapter_store import AdapterStore
+
+        if self._adapters is None or self._adapters[:2] != (shard.seed, shard.round):
+            store = AdapterStore(self.run.path, shard.seed)
+            store.prune(settled)
+            self._adapters = (shard.seed, shard.round, store)
+        return self._adapters[2]
 
     def progress(self, done: float) -> None:
         """Tells the coordinator how many devices of this shard are done (a small file that it looks at)."""

@@ -364,7 +364,9 @@ class Engine(Section):
     workers: int = Field(0, ge=0, description="worker processes; 0: one a core (one where there is a GPU)")
     hosts: int = Field(0, ge=0, description="Flower nodes; 0: one a worker")
     threads: int = Field(0, ge=0, description="torch threads a worker; 0: the cores divided by the workers")
-    memory_gib: float = Field(0.0, ge=0, description="a worker's budget for a cohort; 0: a share of what is free")
+    memory_gib: float = Field(
+        0.0, ge=0, description="a worker's budget for a cohort; 0: its part of half of what is free"
+    )
     cohort: int = Field(0, ge=0, description="most adapters trained together; 0: what the budget allows")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     shard: int = Field(256, ge=1, description="most devices a worker handles at once: bounds a host's memory")

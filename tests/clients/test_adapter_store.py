@@ -5,7 +5,9 @@ import signal
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from clients import adapter_store
 from clients.adapter_store import AdapterStore, adapter_version
 from sim.errors import ResumableStop
 
@@ -56,6 +58,24 @@ def test_a_run_of_many_rounds_keeps_two(store):
         store.save(round, "a", {"local": {"d0": _state(round)}})
     assert _files(store) == ["round-18/local/a.safetensors", "round-19/local/a.safetensors"]
     assert [path.name for path in sorted(store.root.iterdir())] == ["round-18", "round-19"]
+
+
+def test_what_another_worker_prunes_meanwhile_is_gone_and_no_error(store, monkeypatch):
+    for round in range(3):
+        store.save(round, "a", {"local": {"d0": _state(round)}})
+    opened = adapter_store.safe_open
+
+    def late(path, framework):
+        if "round-0" in str(path):
+            path.unlink()
+            raise RuntimeError(f"unable to open file <{path}> in read-only mode: No such file or directory (2)")
+        return opened(path, framework=framework)
+
+    monkeypatch.setattr(adapter_store, "safe_open", late)
+    assert store.prune(2) == 1 and _value(store, 2, "d0") == 2
+    (store.root / "round-2" / "local" / "a.safetensors").write_bytes(b"broken")
+    with pytest.raises((RuntimeError, SafetensorError)):
+        AdapterStore(store.root.parents[1], 1).load(2, "d0", "local")
 
 
 def test_equal_adapters_have_equal_versions():
