@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from clients.adapter_cache import train_once
 from clients.adapter_store import AdapterStore, adapter_version
 from clients.adapters import LoraSpec
 from clients.answering import Adapter, Owner, answer
@@ -20,7 +21,7 @@ from clients.device import Device, Shard
 from clients.encoding import encode_answer, encode_prompt
 from clients.scoring import metric_rows
 from clients.shared import shared_adapters
-from clients.training import Example, TrainJob, TrainResult, TrainSettings, train
+from clients.training import Example, TrainJob, TrainResult, TrainSettings
 from clients.worker import Worker
 from sim.clock import DAY_S
 from sim.leaks import LeakChecker
@@ -56,7 +57,9 @@ def learn(worker: Worker, shard: Shard, sample_parts: Sequence[str]) -> dict[str
         jobs = list(_jobs(worker, shard, block, materials, store))
         engine = worker.experiment.engine
         budget = int(engine.memory_gib * 2**30) or None
-        results = train(worker.base, jobs, memory_bytes=budget, max_cohort=engine.cohort or None, progress=report)
+        results = train_once(
+            worker.base, jobs, engine.cache, memory_bytes=budget, max_cohort=engine.cohort or None, progress=report
+        )
         store.save(shard.round, f"{shard.name}-{start:05d}", _by_arm(results))
         adapters: dict[Owner, Adapter] = {
             job.key: Adapter(job.spec, results[job.key].state, adapter_version(results[job.key].state)) for job in jobs
