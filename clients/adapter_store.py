@@ -29,9 +29,9 @@ State = Mapping[str, Tensor]
 """One adapter: PEFT's key -> tensor."""
 
 
-def adapter_version(state: State) -> str:
-    """A short fingerprint of an adapter's weights: equal adapters have equal versions."""
-    digest = hashlib.blake2b(digest_size=6)
+def adapter_version(state: State, digest_size: int = 6) -> str:
+    """A fingerprint of an adapter's weights, short unless asked for more bytes: equal adapters have equal versions."""
+    digest = hashlib.blake2b(digest_size=digest_size)
     for name in sorted(state):
         digest.update(name.encode())
         digest.update(state[name].detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())

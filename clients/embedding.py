@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from clients.gemm import accelerate
+from clients.vector_store import VectorStore
 from sim.errors import UserError
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -40,7 +41,8 @@ class Encoder:
     `dtype` is that of the model's arithmetic: `float32`, `bfloat16`, or `auto`: bfloat16 where the processor has it
     (AVX512-BF16, AMX, CUDA), float32 elsewhere. bfloat16 costs about a third and moves a cosine by 0.0007 on average,
     0.006 at most (all-MiniLM-L6-v2). `device` is `auto` (CUDA, else CPU) or a torch device. `remembered_texts` bounds
-    the memory of vectors (1.5 kB each for 384 dimensions); 0 switches it off.
+    the memory of vectors (1.5 kB each for 384 dimensions); 0 switches it off. `folder` keeps the vectors of all texts
+    for other runs (`clients.vector_store`); empty: nowhere.
 
     Raises UserError where the model cannot be loaded or an option is unknown.
     """
@@ -53,6 +55,7 @@ class Encoder:
         device: str = "auto",
         batch_size: int = 0,
         remembered_texts: int = 50_000,
+        folder: str = "",
     ) -> None:
         self.name = name
         self.device = torch.device(_device(device))
@@ -61,6 +64,8 @@ class Encoder:
         self._model = _load(name, self.device, DTYPES[self.dtype])
         self._memory: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._remembered_texts = remembered_texts
+        path = Path(folder).expanduser() / "embeddings.sqlite"
+        self._store = VectorStore(path, self.fingerprint) if folder else None
 
     @cached_property
     def dim(self) -> int:
@@ -91,6 +96,13 @@ class Encoder:
         known = {text: vector for text in distinct if (vector := self._recall(text)) is not None}
         missing = [text for text in distinct if text not in known]
         matrix = np.empty((len(distinct), self.dim), dtype=np.float32)
+        if self._store is not None and missing:
+            stored = self._store.get(missing)
+            known |= stored
+            missing = [text for text in missing if text not in stored]
+            for text in stored:
+                if remember is None or text in remember:
+                    self._keep(text, stored[text])
         for text, vector in known.items():
             matrix[distinct[text]] = vector
         done = 0
@@ -102,6 +114,8 @@ class Encoder:
             done += len(batch)
             if progress is not None:
                 progress(done, len(missing))
+        if self._store is not None and missing:
+            self._store.put({text: matrix[distinct[text]] for text in missing})
         return matrix[[distinct[text] for text in texts]]
 
     def _recall(self, text: str) -> np.ndarray | None:

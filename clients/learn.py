@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clients.adapter_cache import train_once
 from clients.adapter_store import AdapterStore, adapter_version
 from clients.adapters import LoraSpec
 from clients.answering import SHARED, Adapter, Owner, answer, cloud_answers
@@ -21,7 +22,7 @@ from clients.encoding import encode_answer, encode_prompt
 from clients.materials import Materials
 from clients.scoring import error, metric_rows
 from clients.shared import shared_adapters
-from clients.training import Example, TrainJob, TrainResult, TrainSettings, train
+from clients.training import Example, TrainJob, TrainResult, TrainSettings
 from clients.worker import Worker
 from sim.clock import DAY_S
 from sim.orders import rows as table_rows
@@ -70,7 +71,9 @@ def learn(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, A
         jobs = list(_jobs(worker, shard, block, versions, materials, store))
         engine = worker.experiment.engine
         budget = int(engine.memory_gib * 2**30) or None
-        results = train(worker.base, jobs, memory_bytes=budget, max_cohort=engine.cohort or None, progress=report)
+        results = train_once(
+            worker.base, jobs, engine.cache, memory_bytes=budget, max_cohort=engine.cohort or None, progress=report
+        )
         store.save(shard.round, f"{shard.name}-{start:05d}", _by_name(results))
         adapters = {**_adapters(worker, shard, block, versions, results, store), **shared}
         answers += answer(worker, shard, block, adapters, order["measured"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from clients.adapter_cache import train_once
 from clients.adapter_store import AdapterStore, adapter_version
 from clients.adapters import LoraSpec
 from clients.answering import SHARED, Adapter, Owner
 from clients.encoding import encode_answer, encode_prompt
-from clients.training import Example, TrainJob, TrainSettings, train
+from clients.training import Example, TrainJob, TrainSettings
 from sim.clock import DAY_S
 from sim.population.order import known_history
 from sim.population.tasks import get_task
@@ -43,7 +44,7 @@ def train_shared(worker: Worker, seed: int) -> dict[str, Any]:
         )
         for task in dict.fromkeys(task for user in users for task in user.tasks)
     ]
-    results = train(worker.base, [job for job in jobs if job.examples])
+    results = train_once(worker.base, [job for job in jobs if job.examples], worker.experiment.engine.cache)
     if results:
         AdapterStore(worker.run.path, seed).save(0, "tasks", {SHARED: {t: r.state for t, r in results.items()}})
     return {"steps": {str(task): result.steps for task, result in results.items()}}

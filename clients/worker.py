@@ -58,11 +58,11 @@ class Models:
 
         return self._hold(FrozenBase, (name, dtype, device), lambda: FrozenBase.load(resolve(name), dtype, device))
 
-    def encoder(self, name: str, device: str) -> Encoder:
-        """The sentence encoder of the filters."""
+    def encoder(self, name: str, device: str, folder: str) -> Encoder:
+        """The sentence encoder of the filters; `folder` keeps its vectors."""
         from clients.embedding import Encoder
 
-        return self._hold(Encoder, (name, device), lambda: Encoder(name, device=device))
+        return self._hold(Encoder, (name, device, folder), lambda: Encoder(name, device=device, folder=folder))
 
     def _hold(self, kind: type, key: tuple[str, ...], load: Callable[[], Any]) -> Any:
         if kind not in self._held or self._held[kind][0] != key:
@@ -139,7 +139,8 @@ class Worker:
     @property
     def encoder(self) -> Encoder:
         """The sentence encoder of the filters."""
-        return self.models.encoder(self.experiment.filters.encoder, self.experiment.engine.device)
+        engine = self.experiment.engine
+        return self.models.encoder(self.experiment.filters.encoder, engine.device, engine.cache)
 
     def population(self, seed: int) -> Population:
         """The users of a seed; one seed is held at a time."""

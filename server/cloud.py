@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -59,13 +61,25 @@ def open_cloud(experiment: Experiment, run: RunDirectory) -> Iterator[Cloud]:
     if settings.provider == "openai":
         yield Cloud(settings.base_url, settings.model, "", "openai")
         return
-    truth = (run.path / "state" / "truth.jsonl").resolve() if settings.provider == "world" else None
     dials = {name: getattr(settings, name) for name in WORLD_DIALS} if settings.provider == "world" else {}
-    options: dict[str, Any] = {**dials, "truth": str(truth)} if truth else {}
+    truth = _truth_path(settings.cache, dials, run).resolve() if settings.provider == "world" else None
+    options: dict[str, Any] = {}
+    if truth is not None:
+        truth.parent.mkdir(parents=True, exist_ok=True)
+        options = {**dials, "truth": str(truth)}
     if settings.provider == "transformers":
         options = {"model": settings.model}
     with start_background(settings.provider, options) as gateway:
         yield Cloud(gateway.base_url, gateway.model, gateway.fingerprint, settings.provider, truth, dials)
+
+
+def _truth_path(cache: str, dials: Mapping[str, Any], run: RunDirectory) -> Path:
+    """Beside the answers that it is the truth of: whoever finds those must find it. Other dials are another cloud."""
+    if not cache:
+        return run.path / "state" / "truth.jsonl"
+    path = Path(cache).expanduser()
+    variant = hashlib.blake2b(json.dumps(dials, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return path.with_name(f"{path.name}.truth-{variant}.jsonl")
 
 
 def check_cloud(experiment: Experiment) -> None:

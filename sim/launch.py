@@ -26,7 +26,7 @@ from sim.environment import describe
 from sim.errors import Failure, ResumableStop, UserError, disk_is_full
 from sim.experiment import Experiment, fields, parse_value
 from sim.population.source import open_population
-from sim.results import RunDirectory, write_atomically
+from sim.results import RunDirectory
 from sim.rounds import Rounds
 from sim.run_lock import RunLock
 
@@ -73,8 +73,8 @@ def reopen(path: Path, experiment: Experiment | None = None) -> RunDirectory:
     """
     run = RunDirectory.open(path)
     run.check_resumable(experiment)
-    if experiment is not None and experiment != run.experiment:
-        write_atomically(run.path / "experiment.toml", experiment.to_toml())
+    if experiment is not None:
+        run.take_over(experiment)
     check(run.experiment)
     environment = run.read_json("environment.json") or describe(run.experiment)
     resumed = [*environment.get("resumed", []), WallClock().timestamp()]
@@ -92,6 +92,9 @@ def check(experiment: Experiment) -> None:
     create_filters(experiment.filters)
     check_cloud(experiment)
     check_model(experiment.model.base)
+    kept = Path(experiment.engine.cache).expanduser()
+    if experiment.engine.cache and kept.exists() and not kept.is_dir():
+        raise UserError(f"engine.cache = `{kept}`: this is no folder. Give one, or a name for a new one")
     for seed in experiment.seeds:
         population = open_population(experiment, seed)
         if len(population) == 0:

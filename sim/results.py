@@ -122,7 +122,7 @@ class RunDirectory:
     def check_resumable(self, experiment: Experiment | None = None) -> None:
         """Raises UserError, naming what differs, where this run is of another version or of another experiment.
 
-        Fields of `[engine]` may differ: they change the speed, never the numbers.
+        Fields of `[engine]` may differ, and where answers are kept: they change the speed, never the numbers.
         """
         made, here = self.read_json("state/versions.json") or {}, versions()
         differing = [f"{name} {made.get(name, 'unknown')} there, {here[name]} here" for name in here
@@ -133,12 +133,17 @@ class RunDirectory:
                 "Go on with the version that made it, or start anew with --out"
             )
         changes = differences(self.experiment, experiment) if experiment is not None else []
-        changes = [line for line in changes if not line.startswith("engine.")]
+        changes = [line for line in changes if not line.startswith(("engine.", "cloud.cache:"))]
         if changes:
             raise UserError(
                 f"{self.path} holds another experiment:\n  " + "\n  ".join(changes)
                 + "\nResume it as it is with --resume alone, or start anew with --out"
             )
+
+    def take_over(self, experiment: Experiment) -> None:
+        """Writes down the experiment of whoever goes on; what may differ is for `check_resumable` to say."""
+        if experiment != self.experiment:
+            write_atomically(self.path / "experiment.toml", experiment.to_toml())
 
     @property
     def finished(self) -> bool:

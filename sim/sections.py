@@ -372,6 +372,10 @@ class Engine(Section):
     shard: int = Field(256, ge=1, description="most devices a worker handles at once: bounds a host's memory")
     strict: bool = Field(False, description="stop at the first worker that dies, instead of retrying its devices")
     deadline_s: float = Field(3600.0, gt=0, description="longest a worker may go without getting on")
+    cache: str = Field(
+        "", description="folder that keeps adapters and embeddings, so that no run makes again what another one made; "
+        "empty: none"
+    )
 
 
 class Evaluation(Section):

@@ -155,8 +155,8 @@ class WorldGenerator:
             json.dumps({"task": task, "input": clean(i).strip(), "output": clean(o).strip(), "truth": truth})
             for i, o, truth in pairs
         ]
-        with self._lock, self._truth.open("a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
+        with self._lock, self._truth.open("ab", buffering=0) as file:  # one write: other runs may write there too
+            file.write("".join(line + "\n" for line in lines).encode())
 
 
 def read_truth(path: Path) -> dict[tuple[str, str, str], str]:

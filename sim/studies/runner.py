@@ -1,7 +1,7 @@
 """The one runner of all studies.
 
 Each cell is an ordinary run directory under `cells/`, so a study goes on where it stopped and a finished cell is not
-run again.
+run again. Cells share what they make: answers of the cloud, embeddings and adapters, under `cache/`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sim.experiment import Experiment
 from sim.launch import check
 from sim.results import RunDirectory
 from sim.studies.analysis import make_analysis
-from sim.studies.study import Cell, Study
+from sim.studies.study import Study
 
 
 def run_study(study: Study, out: Path, run_cells: Callable[[Sequence[RunDirectory]], None]) -> Path:
@@ -21,23 +22,32 @@ def run_study(study: Study, out: Path, run_cells: Callable[[Sequence[RunDirector
     `run_cells` runs run directories to their end, all but the finished ones (`sim.launch.launch`). Returns `out`.
     Raises UserError where a cell is invalid, or `out` holds a cell of that name with another experiment.
     """
-    for cell in study.cells:
-        if not RunDirectory(_path(cell, out)).finished:
-            check(cell.experiment)
-    runs = {cell.name: _run_directory(cell, out) for cell in study.cells}
+    runs = {cell.name: RunDirectory(out / "cells" / cell.name) for cell in study.cells}
+    experiments = {cell.name: _sharing(cell.experiment, out.resolve() / "cache") for cell in study.cells}
+    for name, run in runs.items():
+        if not run.finished:
+            check(experiments[name])
+    for name, run in runs.items():
+        _make(run, experiments[name])
     run_cells(list(runs.values()))
     make_analysis(study.spec.analysis)(study, out, runs)
     return out
 
 
-def _path(cell: Cell, out: Path) -> Path:
-    return out / "cells" / cell.name
+def _sharing(experiment: Experiment, folder: Path) -> Experiment:
+    """The experiment with the study's caches, where the base says nothing of its own (an empty one: no cache)."""
+    sections = {"cloud": str(folder / "answers.sqlite"), "engine": str(folder)}
+    return experiment.model_copy(update={
+        name: getattr(experiment, name).model_copy(update={"cache": cache})
+        for name, cache in sections.items() if "cache" not in getattr(experiment, name).model_fields_set
+    })  # fmt: skip
 
 
-def _run_directory(cell: Cell, out: Path) -> RunDirectory:
-    path = _path(cell, out)
-    if not (path / "experiment.toml").exists():
-        return RunDirectory.create(path, cell.experiment)
-    run = RunDirectory.open(path)
-    run.check_resumable(cell.experiment)
-    return run
+def _make(run: RunDirectory, experiment: Experiment) -> None:
+    """The cell's run directory: made, or as a stopped study left it."""
+    if not (run.path / "experiment.toml").exists():
+        RunDirectory.create(run.path, experiment)
+    else:
+        run.check_resumable(experiment)
+        if not run.finished:
+            run.take_over(experiment)

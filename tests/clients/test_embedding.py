@@ -116,3 +116,23 @@ def test_a_folder_is_a_model(encoder, tmp_path):
     encoder._model.save(str(tmp_path / "copy"))
     copy = Encoder(str(tmp_path / "copy"), dtype="float32", device="cpu")
     np.testing.assert_allclose(copy.encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+
+
+def test_vectors_that_another_run_kept_are_not_made_again(tmp_path, monkeypatch):
+    first = Encoder(dtype="float32", device="cpu", folder=str(tmp_path))
+    made = first.encode(TEXTS[:4], remember=TEXTS[:1])
+    second = Encoder(dtype="float32", device="cpu", folder=str(tmp_path))
+    embedded = []
+    forward = second._forward
+    monkeypatch.setattr(second, "_forward", lambda texts: embedded.extend(texts) or forward(texts))
+    again = second.encode([TEXTS[5], *TEXTS[:4]])
+    assert [text for text in embedded if text] == [TEXTS[5]], "candidates are kept for other runs, remembered or not"
+    np.testing.assert_array_equal(again[1:], made)
+    other = Encoder(dtype="bfloat16", device="cpu", folder=str(tmp_path))
+    assert other._store.get(TEXTS) == {}, "another dtype makes other vectors"
+
+
+def test_a_file_that_is_no_store_is_named(tmp_path):
+    (tmp_path / "embeddings.sqlite").write_text("something else, " * 100)
+    with pytest.raises(UserError, match="engine.cache: .*embeddings.sqlite"):
+        Encoder(dtype="float32", device="cpu", folder=str(tmp_path))
