@@ -20,6 +20,10 @@ nothing: where a node was lost, it moves in beside another worker instead of wai
 _MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "failed to allocate", "bad allocation")
 
 
+_ACTORS: dict[str, Any] = {}
+"""The actors by name: Ray ends an actor, and the models in it, once nobody holds the handle that made it."""
+
+
 class WorkerDied(Exception):
     """The worker process ended under a shard; its `str` says how. `outcome`: crashed, out_of_memory or timeout."""
 
@@ -124,10 +128,14 @@ class RayExecutor:
 
         offered = ray.cluster_resources().get("worker", 0)
         share = REPLACEMENT if self._replacing or ray.available_resources().get("worker", 0) < SLOT else SLOT
-        return ray.remote(WorkerProcess).options(
+        actor = ray.remote(WorkerProcess).options(
             name=self.name, namespace=self.NAMESPACE, get_if_exists=True, num_cpus=0, num_gpus=0, max_restarts=0,
             max_concurrency=1, resources={"worker": share} if offered else None, scheduling_strategy="SPREAD",
         ).remote()
+        kept = _ACTORS.setdefault(self.name, actor)
+        if kept._actor_id != actor._actor_id:
+            kept = _ACTORS[self.name] = actor
+        return kept
 
 
 def memory_ran_out(error: BaseException) -> bool:
