@@ -143,14 +143,15 @@ def study(
     again = shlex.join(["untether", *sys.argv[1:]])
     with redirected(folder / "log.txt") as terminal:
         try:
-            run_study(found, folder, lambda runs: launch(*runs, terminal=terminal, again=again))
+            run_study(found, folder, lambda runs: launch(*runs, terminal=terminal, again=again), again)
         except ResumableStop as stop:
             raise ResumableStop(f"{stop}\nGo on with the same command: {again}") from None
         except Failure as failure:
             raise Failure(f"{failure}\nThe whole log: {folder / 'log.txt'}") from None
         console = make_console(terminal)
         console.print((folder / "findings.md").read_text(), markup=False)
-        console.print(f"study: {folder}", soft_wrap=True)
+        console.print(f"study:  {folder}", soft_wrap=True)
+        console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
 @experiment_app.command("show")

@@ -15,12 +15,12 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY
 
 
 class Untether:
-    """`untether run` in a process of its own, to be killed."""
+    """`untether run` (or another command) in a process of its own, to be killed."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None):
-        command = [sys.executable, "-m", "sim.cli", "run", *arguments]
+    def __init__(self, *arguments: str, command: str = "run", env: dict[str, str] | None = None):
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**ENVIRONMENT, **(env or {})}
+            [sys.executable, "-m", "sim.cli", command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env={**ENVIRONMENT, **(env or {})},
         )
         self.family: list[psutil.Process] = []
 

@@ -43,9 +43,9 @@ def write_report(run: RunDirectory) -> Path:
     drawn = {}
     for name, figure in (("contrasts", figures.forest(summary, margin)), ("filters", figures.filters(funnel))):
         if figure is not None:
-            drawn[name] = _inline(figures.save(figure, run.path / "figures", name), name)
+            drawn[name] = inline(figures.save(figure, run.path / "figures", name), name)
 
-    page = _template().render(
+    page = template("sim/report/report.html.jinja").render(
         experiment=experiment,
         summary=summary,
         failures=summary.facts.get("failures") or [],
@@ -84,20 +84,23 @@ def _read(run: RunDirectory, table: str) -> pd.DataFrame:
         return pd.DataFrame(columns=TABLES[table].names)
 
 
-def _template() -> jinja2.Template:
+def template(path: str) -> jinja2.Template:
+    """A page's template, given relative to the project's root; it may include `report.css` and what lies beside it."""
+    place = find(path)
+    folders = [place.parent, find("sim/report/report.css").parent]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(find("sim/report/report.html.jinja").parent), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(folders), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters.update(
         number=reading.number, interval=reading.interval, p=reading.p_value, metric=reading.metric_name,
         arrow=reading.arrow, count=_count, size=_size, words=lambda text: str(text).replace("_", " "),
         whole=_whole, ticks=_ticks,
     )  # fmt: skip
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(place.name)
 
 
-def _inline(svg: str, name: str) -> Markup:
+def inline(svg: str, name: str) -> Markup:
     """An SVG's text for the middle of a page: its ids its own, its ink the page's text colour."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg)

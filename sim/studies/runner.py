@@ -16,11 +16,14 @@ from sim.studies.analysis import make_analysis
 from sim.studies.study import Study
 
 
-def run_study(study: Study, out: Path, run_cells: Callable[[Sequence[RunDirectory]], None]) -> Path:
-    """Runs the cells that are not finished yet, then writes table, figures and findings into `out`.
+def run_study(
+    study: Study, out: Path, run_cells: Callable[[Sequence[RunDirectory]], None], command: str = ""
+) -> Path:
+    """Runs the cells that are not finished yet, then writes table, figures, findings and `report.html`.
 
-    `run_cells` runs run directories to their end, all but the finished ones (`sim.launch.launch`). Returns `out`.
-    Raises UserError where a cell is invalid, or `out` holds a cell of that name with another experiment.
+    `run_cells` runs run directories to their end, all but the finished ones (`sim.launch.launch`). `command` is what
+    was asked for, for the report. Returns `out`. Raises UserError where a cell is invalid, or where `out` holds a cell
+    of that name with another experiment.
     """
     runs = {cell.name: RunDirectory(out / "cells" / cell.name) for cell in study.cells}
     experiments = {cell.name: _sharing(cell.experiment, out.resolve() / "cache") for cell in study.cells}
@@ -30,7 +33,10 @@ def run_study(study: Study, out: Path, run_cells: Callable[[Sequence[RunDirector
     for name, run in runs.items():
         _make(run, experiments[name])
     run_cells(list(runs.values()))
+    from sim.studies.report import write_study_report  # late: reading a study should not wait for matplotlib
+
     make_analysis(study.spec.analysis)(study, out, runs)
+    write_study_report(study, out, runs, command)
     return out
 
 

@@ -1,0 +1,109 @@
+"""Studies that really run: one runtime for all cells, a stop and a resumption, and nothing trained twice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from fleet import answers, losses, metrics, run_in_process, tiny
+from pandas.testing import assert_frame_equal
+from survival import Untether, wait_for
+
+from clients import adapter_cache
+from clients.embedding import Encoder
+from clients.training import train
+from clients.worker import Endpoint, Models, Post, WorkerProcess
+from server.background import start_background
+from sim.results import RunDirectory
+
+TEXT = """
+name = "toy"
+question = "Does it?"
+[base]
+arms = ["local_matched", "placebo", "collaborative"]
+population = {users = 4, tasks = ["LaMP_3"], queries = 2}
+training.steps = 2
+engine = {workers = 1, threads = 1}
+evaluation.resamples = 100
+[grid]
+"cloud.samples" = [0, 4, 6]
+"""
+
+
+@pytest.mark.timeout(1200)
+def test_one_worker_serves_all_cells_and_a_stopped_study_goes_on(tmp_path):
+    (tmp_path / "toy.toml").write_text(TEXT)
+    cells = [tmp_path / "out" / "cells" / f"samples={count}" for count in (0, 4, 6)]
+    finished = [cell / "state" / "finished.json" for cell in cells]
+    pids: list[set[int]] = [set(), set()]
+
+    def second_has_begun():
+        seen = {process.pid for process in study.workers()}
+        pids[finished[0].exists()] |= seen
+        return finished[0].exists() and seen and list((cells[1] / "state" / "parts").rglob("*.parquet"))
+
+    with Untether(str(tmp_path / "toy.toml"), "--out", str(tmp_path / "out"), command="study") as study:
+        wait_for(second_has_begun, study)
+        study.interrupt()
+        code, said = study.end()
+        assert code == 1 and "stopped: " in said and "untether study" in said
+        assert study.orphans() == []
+    assert len(pids[0] | pids[1]) == 1 and pids[0] == pids[1], "the worker of the first cell serves the second"
+    assert not finished[2].exists()
+    first = (cells[0] / "summary.json").stat().st_mtime_ns
+
+    with Untether(str(tmp_path / "toy.toml"), "--out", str(tmp_path / "out"), command="study") as study:
+        code, said = study.end()
+        assert code == 0, said
+    assert "cell 3 of 3: samples=6" in said and "cell 1 of 3" not in said and "report.html" in said
+    assert (cells[0] / "summary.json").stat().st_mtime_ns == first and all(path.exists() for path in finished)
+    assert RunDirectory.open(cells[1]).read_json("environment.json")["commit"] is not None
+    assert RunDirectory.open(cells[1]).read("samples")["truth"].notna().all(), "answers from the cache keep their truth"
+
+
+def test_a_cell_that_fails_is_named(tmp_path):
+    text = TEXT.replace("[0, 4, 6]", "[4, 6]") + 'model.base = ["embedded", "no/such-model"]\n'
+    (tmp_path / "toy.toml").write_text(text)
+    with Untether(str(tmp_path / "toy.toml"), "--out", str(tmp_path / "out"), command="study") as study:
+        code, said = study.end()
+    assert code == 2 and "error: samples=4,base=no_such-model: " in said and "Traceback" not in said
+    assert (tmp_path / "out" / "cells" / "samples=4,base=embedded" / "state" / "finished.json").exists()
+    assert not (tmp_path / "out" / "cells" / "samples=6,base=embedded" / "state" / "finished.json").exists()
+
+
+def test_a_cell_like_another_trains_and_embeds_nothing(tmp_path, monkeypatch):
+    trained, embedded = [], []
+    forward = Encoder._forward
+
+    def spy(base, jobs, **options):
+        trained.extend(job.key for job in jobs)
+        return train(base, jobs, **options)
+
+    monkeypatch.setattr(adapter_cache, "train", spy)
+    monkeypatch.setattr(Encoder, "_forward", lambda self, texts: embedded.extend(filter(None, texts)) or
+                        forward(self, texts))  # fmt: skip
+    with start_background("world", {}) as gateway:
+        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
+        first = run_in_process(tmp_path / "first", tiny(rounds=2, engine__cache=tmp_path / "kept"), endpoint)
+        assert len(trained) == 3 * 6 * 2 and len(embedded) > 60, "arms, devices, rounds"
+        trained.clear(), embedded.clear()
+        other = tiny(rounds=2, engine__cache=tmp_path / "kept", evaluation__margin=0.1)
+        second = run_in_process(tmp_path / "second", other, endpoint)
+    assert trained == [] and embedded == []
+    for table in (answers, metrics, losses):
+        assert_frame_equal(table(second), table(first), check_exact=True)
+
+
+def test_models_stay_until_another_is_asked_for(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("clients.base.FrozenBase.load", lambda *words: loaded.append(words) or object())
+    process, endpoint = WorkerProcess(), Endpoint("http://127.0.0.1:9/v1", "none")
+    posts = []
+    for number, dtype in enumerate(["float32", "float32", "bfloat16"]):
+        run = RunDirectory.create(tmp_path / str(number), tiny(model__dtype=dtype))
+        posts.append(Post(str(run.path), endpoint))
+    bases = [process.at(post).base for post in posts]
+    assert bases[0] is bases[1] and bases[1] is not bases[2]
+    assert process.at(posts[2]).base is bases[2] and len(loaded) == 2
+    assert process.call(posts[0], "pid") == process.call(dataclasses.replace(posts[1], threads=1), "pid")
+    assert Models().base("embedded", "float32", "cpu") is not bases[0]
