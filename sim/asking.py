@@ -1,7 +1,8 @@
-"""Asking the cloud in virtual time: each device's requests over its link, to a cloud that others use too (SimPy).
+"""Asking the cloud in virtual time: each device's requests over its link, to a cloud that others use too.
 
-Only what meets others is an event: a request that reaches the cloud, a place in its queue. Everything on the link is
-computed in closed form, and a device that waits for its link sleeps until it is up.
+Only what meets others is an event: a request that reaches the cloud. Everything on the link is computed in closed form,
+and so is what becomes of a request at a cloud that serves in the order of arrival. A round is therefore one pass over
+the arrivals, in their order.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
+from operator import attrgetter
 from typing import Any
 
-import simpy
-
-from sim.cloud_capacity import Cloud
+from sim.cloud_capacity import Cloud, price
 from sim.network.link import HANDSHAKES, Link
 from sim.sections import CloudCapacity
 from sim.seeding import derive
@@ -87,7 +88,7 @@ class Final:
 
 @dataclass
 class Asked:
-    """What a round of asking came to."""
+    """What a round of asking came to; attempts in the order in which they ended."""
 
     attempts: list[Attempt] = field(default_factory=list)
     finals: dict[str, Final] = field(default_factory=dict)
@@ -137,92 +138,102 @@ class Rules:
 
 def ask_all(
     asks: Sequence[Ask], link_of: Callable[[int], Link], rules: Rules, cloud_state: Mapping[str, Any] | None = None,
-    spent: Mapping[int, float] | None = None,
+    spent: Mapping[int, float] | None = None, sizes: Mapping[str, Size] | None = None,
 ) -> Asked:  # fmt: skip
-    """Simulates one lane of one round. The order of `asks` matters only within a device: it asks one after another."""
-    env = simpy.Environment(initial_time=rules.start_s)
-    cloud = Cloud(rules.capacity, env, dict(cloud_state or {}))
-    asked = Asked(spent=dict(spent or {}))
+    """Simulates one lane of one round. The order of `asks` matters only within a device: it asks one after another.
+
+    `sizes` are those that differ from what the requests themselves say.
+    """
+    cloud, asked = Cloud(rules.capacity, cloud_state), Asked(spent=dict(spent or {}))
     by_device: dict[int, list[Ask]] = defaultdict(list)
     for ask in asks:
         by_device[ask.device].append(ask)
-    for device in sorted(by_device):
-        asker = _Asker(env, cloud, rules, link_of(device), asked)
-        env.process(asker.run(by_device[device]))
-    env.run()
+    askers = {device: _Asker(device, cloud, rules, link_of(device), asked, sizes or {}) for device in sorted(by_device)}
+    running = ((device, asker.run(by_device[device])) for device, asker in askers.items())
+    arrivals = [(first_s, device, run) for device, run in running if (first_s := next(run, None)) is not None]
+    heapify(arrivals)
+    while arrivals:
+        _, device, run = arrivals[0]
+        next_s = next(run, None)
+        if next_s is None:
+            heappop(arrivals)
+        else:
+            heapreplace(arrivals, (next_s, device, run))
+    asked.attempts.sort(key=attrgetter("end_s"))
     asked.cloud_state = cloud.state_at(rules.end_s)
     return asked
 
 
 class _Asker:
-    """One device's requests, one after another."""
+    """One device's requests, one after another. Its generators yield when a request arrives at the cloud, and go on
+    when all that arrive earlier have been there.
+    """
 
-    def __init__(self, env: simpy.Environment, cloud: Cloud, rules: Rules, link: Link, asked: Asked):
-        self.env, self.cloud, self.rules, self.link, self.asked = env, cloud, rules, link, asked
+    def __init__(
+        self, device: int, cloud: Cloud, rules: Rules, link: Link, asked: Asked, sizes: Mapping[str, Size]
+    ):
+        self.device, self.cloud, self.rules, self.link, self.asked = device, cloud, rules, link, asked
+        self.sizes, self.now_s = sizes, rules.start_s
 
-    def run(self, asks: Sequence[Ask]) -> Iterator[simpy.Event]:
+    def run(self, asks: Sequence[Ask]) -> Iterator[float]:
         rules = self.rules
-        moment_s = rules.start_s + rules.unit(asks[0].device, "ask") * rules.ask_within_s
+        moment_s = rules.start_s
+        if rules.ask_within_s:
+            moment_s += rules.unit(self.device, "ask") * rules.ask_within_s
         for ask in asks:
-            wanted_s = moment_s if ask.at_s is None else ask.at_s
-            yield from self._until(wanted_s)
-            yield from self._request(ask)
+            self.now_s = max(self.now_s, moment_s if ask.at_s is None else ask.at_s)
+            yield from self._request(ask, self.sizes.get(ask.request_id, ask.size))
 
-    def _until(self, time_s: float) -> Iterator[simpy.Event]:
-        """Waits until `time_s`, and never wakes a rounding error before it."""
-        while self.env.now < time_s:
-            yield self.env.timeout(time_s - self.env.now)
-
-    def _request(self, ask: Ask) -> Iterator[simpy.Event]:
-        env, rules, capacity = self.env, self.rules, self.rules.capacity
-        asked_s, failed_s, last = env.now, None, None
+    def _request(self, ask: Ask, size: Size) -> Iterator[float]:
+        rules, capacity, spent = self.rules, self.rules.capacity, self.asked.spent
+        asked_s, failed_s, last, number = self.now_s, None, None, 0
         while True:
-            up_s = self.link.next_up(env.now, rules.end_s)
+            up_s = self.link.next_up(self.now_s, rules.end_s)
             if up_s is None:
                 if last is None:
                     last = self._note(ask, 0, "offline", "no link in what was left of the round")
                 failed_s = asked_s if failed_s is None else failed_s
                 break
-            if up_s > env.now:
+            if up_s > self.now_s:
                 failed_s = asked_s if failed_s is None else failed_s
-                yield from self._until(up_s)
-            number = 0 if last is None else last.number + 1
-            price = self.cloud.price(ask.size.tokens_in, ask.size.tokens_out)
-            if capacity.budget and self.asked.spent.get(ask.device, 0.0) + price > capacity.budget:
-                last = self._note(ask, number, "over_budget", "cloud.capacity.budget is spent")
-                failed_s = env.now if failed_s is None else failed_s
-                break
-            last = yield from self._attempt(ask, number)
+                self.now_s = up_s
+            if capacity.budget:
+                costs = price(capacity, size.tokens_in, size.tokens_out)
+                if spent.get(self.device, 0.0) + costs > capacity.budget:
+                    last = self._note(ask, number, "over_budget", "cloud.capacity.budget is spent")
+                    failed_s = self.now_s if failed_s is None else failed_s
+                    break
+            last = yield from self._attempt(ask, size, number)
             self.asked.attempts.append(last)
+            self.now_s = last.end_s
             if last.tokens_in or last.tokens_out:
-                paid = self.cloud.price(last.tokens_in, last.tokens_out)
-                self.asked.spent[ask.device] = self.asked.spent.get(ask.device, 0.0) + paid
+                paid = price(capacity, last.tokens_in, last.tokens_out)
+                spent[self.device] = spent.get(self.device, 0.0) + paid
             if last.outcome == "ok":
                 break
-            failed_s = env.now if failed_s is None else failed_s
+            failed_s = self.now_s if failed_s is None else failed_s
             if number >= capacity.retries:
                 break
-            jitter = rules.unit(ask.device, ask.request_id, "backoff", number)
+            jitter = rules.unit(self.device, ask.request_id, "backoff", number)
             backoff_s = min(capacity.max_backoff_s, capacity.backoff_s * 2.0 ** min(number, 60)) * (0.5 + 0.5 * jitter)
             wait_s = max(last.retry_after_s, backoff_s)
-            if env.now + wait_s >= rules.end_s:
+            if self.now_s + wait_s >= rules.end_s:
                 break
-            yield env.timeout(wait_s)
+            self.now_s += wait_s
+            number += 1
         self.asked.finals[ask.request_id] = Final(
-            ask.request_id, ask.device, ask.lane, last.outcome, env.now, last.number + 1, failed_s,
+            ask.request_id, ask.device, ask.lane, last.outcome, self.now_s, last.number + 1, failed_s,
             last.outcome == "ok",
         )
 
     def _note(self, ask: Ask, number: int, outcome: str, detail: str) -> Attempt:
-        now_s = self.env.now
-        attempt = Attempt(ask.request_id, ask.device, ask.lane, number, now_s, now_s, outcome, detail=detail)
+        attempt = Attempt(ask.request_id, ask.device, ask.lane, number, self.now_s, self.now_s, outcome, detail=detail)
         self.asked.attempts.append(attempt)
         return attempt
 
-    def _attempt(self, ask: Ask, number: int) -> Iterator[Any]:
+    def _attempt(self, ask: Ask, size: Size, number: int) -> Iterator[float]:
         """Handshake, upload, the cloud, download: to the end of the first of them that fails."""
-        env, link, cloud, size = self.env, self.link, self.cloud, ask.size
-        start_s = env.now
+        link, cloud, start_s = self.link, self.cloud, self.now_s
         deadline_s = start_s + self.rules.timeout_s
         limit_s = min(deadline_s, link.up_until(start_s, deadline_s))
         first = "timeout" if limit_s == deadline_s else "dropped"
@@ -234,67 +245,39 @@ class _Asker:
 
         sending_s = start_s + HANDSHAKES * link.rtt_s
         if sending_s >= limit_s:
-            yield env.timeout(limit_s - start_s)
             return ended(limit_s)
-        sent_s, found["bytes_up"] = _send(link, sending_s, size.bytes_up, "up", limit_s)
-        found["radio_s"] = sent_s - start_s
-        arrives_s = sent_s + link.rtt_s / 2
-        if found["bytes_up"] < size.bytes_up or arrives_s >= limit_s:
-            yield env.timeout(limit_s - start_s)
+        up = link.transfer(sending_s, size.bytes_up, "up", limit_s)
+        found |= {"bytes_up": up.sent_bytes, "radio_s": up.end_s - start_s}
+        arrives_s = up.end_s + link.rtt_s / 2
+        if up.dropped or arrives_s >= limit_s:
             return ended(limit_s)
-        yield env.timeout(arrives_s - start_s)
+        yield arrives_s
 
-        verdict = cloud.admit(size.tokens_in + size.tokens_out)
+        verdict = cloud.admit(arrives_s, size.tokens_in + size.tokens_out)
         if verdict.outcome != "ok":
-            told_s = env.now + link.rtt_s / 2
-            yield env.timeout(max(0.0, min(told_s, limit_s) - env.now))
+            told_s = arrives_s + link.rtt_s / 2
             if told_s >= limit_s:
                 return ended(limit_s)
             found |= {"retry_after_s": verdict.retry_after_s, "detail": verdict.detail}
             return ended(told_s, verdict.outcome)
-        if cloud.places is None:
-            served, done_s = yield from self._serve(size, limit_s)
-        else:
-            with cloud.places.request() as place:
-                if not place.triggered:
-                    yield place | env.timeout(max(0.0, limit_s - env.now))
-                found["queued_s"] = env.now - arrives_s
-                if not place.triggered:
-                    found["detail"] = "in the cloud's queue"
-                    return ended(env.now)
-                served, done_s = yield from self._serve(size, limit_s)
-                cloud.busy_until.append(env.now)
-        found |= {"tokens_in": size.tokens_in, "tokens_out": size.tokens_out if served == "ok" else 0}
-        if served != "ok":
-            found["detail"] = "outage of the cloud" if served else "while the cloud wrote"
-            return ended(env.now, served or first)
+        served = cloud.serve(arrives_s, limit_s, size.tokens_in, size.tokens_out)
+        found["queued_s"] = served.queued_s
+        if not served.begun:
+            found["detail"] = "in the cloud's queue"
+            return ended(served.end_s)
+        found["tokens_in"] = size.tokens_in
+        if served.outcome == "gone":
+            found["detail"] = "while the cloud wrote"
+            return ended(served.end_s)
+        if served.outcome != "ok":
+            found["detail"] = "outage of the cloud"
+            return ended(served.end_s, served.outcome)
+        found["tokens_out"] = size.tokens_out
 
-        coming_s = done_s + link.rtt_s / 2
+        coming_s = served.end_s + link.rtt_s / 2
         if coming_s >= limit_s:
-            yield env.timeout(max(0.0, limit_s - env.now))
             return ended(limit_s)
-        got_s, found["bytes_down"] = _send(link, coming_s, size.bytes_down, "down", limit_s)
-        found["radio_s"] += got_s - coming_s
-        yield env.timeout(got_s - env.now)
-        return ended(got_s, "ok" if found["bytes_down"] == size.bytes_down else first)
-
-    def _serve(self, size: Size, limit_s: float) -> Iterator[Any]:
-        """At a place: (`ok`, an outage's outcome, or nothing where the asker is gone first; when it was done)."""
-        env = self.env
-        done_s = env.now + self.cloud.service_s(size.tokens_in, size.tokens_out)
-        closes_s = self.cloud.closes_s(env.now, min(done_s, limit_s))
-        until_s = min(done_s, limit_s, closes_s)
-        if until_s > env.now:
-            yield env.timeout(until_s - env.now)
-        if closes_s < min(done_s, limit_s):
-            return "server_error", closes_s
-        return ("ok", done_s) if done_s <= limit_s else ("", limit_s)
-
-
-def _send(link: Link, start_s: float, size_bytes: int, way: str, limit_s: float) -> tuple[float, float]:
-    """(end, bytes sent by then) of a transfer that is given up at `limit_s`, at the latest the link's own end."""
-    sent = link.transfer(start_s, size_bytes, way)
-    if not sent.dropped and sent.end_s <= limit_s:
-        return sent.end_s, size_bytes
-    bandwidth = link.uplink if way == "up" else link.downlink
-    return limit_s, min(bandwidth.bits(start_s, limit_s) / 8, size_bytes * (1 - 1e-12) - 1e-9)
+        down = link.transfer(coming_s, size.bytes_down, "down", limit_s)
+        found["bytes_down"] = down.sent_bytes
+        found["radio_s"] += down.end_s - coming_s
+        return ended(down.end_s, first if down.dropped else "ok")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from heapq import heappop, heappush, heapreplace
 from typing import Any
-
-import simpy
 
 from sim.clock import Span
 from sim.network.links import merged
@@ -23,6 +23,9 @@ class Verdict:
     outcome: str
     retry_after_s: float = 0.0
     detail: str = ""
+
+
+ADMITTED = Verdict("ok")
 
 
 class TokenBucket:
@@ -43,33 +46,49 @@ class TokenBucket:
         self.level -= min(amount, self.capacity)
 
 
-class Cloud:
-    """The cloud of one lane in one SimPy environment. `state` carries it from round to round (see `state_at`)."""
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a request got of the cloud: `queued_s` in the queue, then a place until `end_s`.
 
-    def __init__(self, capacity: CloudCapacity, env: simpy.Environment, state: dict[str, Any] | None = None):
-        self.capacity, self.env = capacity, env
+    `outcome`: `ok`; `server_error` (an outage cut it short); `gone`, where the asker had left (`begun`: from a place).
+    """
+
+    end_s: float
+    outcome: str
+    queued_s: float = 0.0
+    begun: bool = True
+
+
+class Cloud:
+    """The cloud of one lane. Requests must be brought to it in the order of their arrival.
+
+    First come, first served, by places that take as long as the tokens ask for: so all that becomes of a request is
+    known when it arrives, for whoever comes later changes nothing. `state` carries it from round to round
+    (see `state_at`).
+    """
+
+    def __init__(self, capacity: CloudCapacity, state: Mapping[str, Any] | None = None):
+        self.capacity = capacity
         state = state or {}
         self.buckets = {
             name: TokenBucket(per_minute, *state.get(name, (None, 0.0)))
             for name, per_minute in (("requests", capacity.requests_per_minute), ("tokens", capacity.tokens_per_minute))
             if per_minute
         }
-        self.places = simpy.Resource(env, capacity.concurrency) if capacity.concurrency else None
         self.open = outages(capacity)
-        self.busy_until: list[float] = []
-        """When each place that was ever taken was given back, or will be."""
-        for until_s in state.get("busy_until", ()):
-            if self.places is not None and until_s > env.now:
-                env.process(self._hold(until_s))
+        self._free_s: list[float] = list(state.get("places", ()))
+        """A heap: when each place that was ever taken is free again."""
+        self._leave_s: list[float] = list(state.get("queue", ()))
+        """A heap: when each that waits leaves the queue, for a place or for good."""
 
-    def admit(self, tokens: int) -> Verdict:
+    def admit(self, now_s: float, tokens: int) -> Verdict:
         """What a request of so many tokens meets on arrival. `ok` counts it against the rate limits."""
-        now_s = self.env.now
         if not self.open.at(now_s)[0]:
             return Verdict("unreachable", detail="outage of the cloud")
-        full = self.capacity.queue >= 0 and self.places is not None and self.places.count >= self.places.capacity
-        if full and len(self.places.queue) >= self.capacity.queue:
+        if self.capacity.queue >= 0 and self._place_s(now_s) > now_s and self.waiting(now_s) >= self.capacity.queue:
             return Verdict("server_error", detail="queue full")
+        if not self.buckets:
+            return ADMITTED
         amounts = {"requests": 1, "tokens": tokens}
         waits = {name: bucket.wait_s(now_s, amounts[name]) for name, bucket in self.buckets.items()}
         if any(waits.values()):
@@ -77,31 +96,52 @@ class Cloud:
             return Verdict("rate_limited", waits[name], f"{name} a minute")
         for name, bucket in self.buckets.items():
             bucket.take(amounts[name])
-        return Verdict("ok")
+        return ADMITTED
+
+    def waiting(self, now_s: float) -> int:
+        """How many wait in the queue."""
+        while self._leave_s and self._leave_s[0] <= now_s:
+            heappop(self._leave_s)
+        return len(self._leave_s)
+
+    def serve(self, now_s: float, limit_s: float, tokens_in: int, tokens_out: int) -> Served:
+        """Gives an admitted request the first free place; it goes at `limit_s`, whatever it has got by then."""
+        begins_s = self._place_s(now_s)
+        if begins_s > now_s:
+            heappush(self._leave_s, min(begins_s, limit_s))
+            if begins_s >= limit_s:
+                return Served(limit_s, "gone", limit_s - now_s, False)
+        done_s = begins_s + self.service_s(tokens_in, tokens_out)
+        end_s, outcome = (done_s, "ok") if done_s <= limit_s else (limit_s, "gone")
+        closes_s = math.inf if self.open is ALWAYS else up_until(self.open, begins_s, end_s)
+        if closes_s < end_s:
+            end_s, outcome = closes_s, "server_error"
+        if self.capacity.concurrency:
+            place = heappush if len(self._free_s) < self.capacity.concurrency else heapreplace
+            place(self._free_s, end_s)
+        return Served(end_s, outcome, begins_s - now_s)
 
     def service_s(self, tokens_in: int, tokens_out: int) -> float:
         """Seconds at a place: reading the prompt, then writing."""
         rates = ((tokens_in, self.capacity.prompt_tokens_per_s), (tokens_out, self.capacity.output_tokens_per_s))
         return sum(tokens / rate for tokens, rate in rates if rate)
 
-    def closes_s(self, start_s: float, end_s: float) -> float:
-        """When an outage ends what began at `start_s` (exact if before `end_s`)."""
-        return math.inf if self.open is ALWAYS else up_until(self.open, start_s, end_s)
-
-    def price(self, tokens_in: int, tokens_out: int) -> float:
-        """What these tokens cost."""
-        return (tokens_in * self.capacity.price_in + tokens_out * self.capacity.price_out) / MILLION
-
     def state_at(self, time_s: float) -> dict[str, Any]:
-        """What the next round must know (JSON): the buckets, and the places taken beyond `time_s`."""
+        """What the next round must know (JSON): the buckets, the places taken and the queue beyond `time_s`."""
         state: dict[str, Any] = {name: [bucket.level, bucket.time_s] for name, bucket in self.buckets.items()}
-        return {**state, "busy_until": sorted(until for until in self.busy_until if until > time_s)}
+        places, queue = (sorted(until for until in heap if until > time_s) for heap in (self._free_s, self._leave_s))
+        return {**state, "places": places, "queue": queue}
 
-    def _hold(self, until_s: float):
-        with self.places.request() as place:
-            yield place
-            self.busy_until.append(until_s)
-            yield self.env.timeout(until_s - self.env.now)
+    def _place_s(self, now_s: float) -> float:
+        """When the first place is free for whoever comes now."""
+        if len(self._free_s) < self.capacity.concurrency or not self._free_s:
+            return now_s
+        return max(now_s, self._free_s[0])
+
+
+def price(capacity: CloudCapacity, tokens_in: float, tokens_out: float) -> float:
+    """What these tokens cost."""
+    return (tokens_in * capacity.price_in + tokens_out * capacity.price_out) / MILLION
 
 
 def outages(capacity: CloudCapacity) -> Spells:

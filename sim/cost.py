@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 
 from sim.errors import UserError, unknown
 from sim.hardware import Profile
@@ -20,7 +20,7 @@ from sim.sections import Lora
 GIGA = 1e9
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelShape:
     """A decoder of the Llama family: sizes as in its `config.json`."""
 
@@ -43,17 +43,17 @@ class ModelShape:
             "up_proj": (self.hidden, self.intermediate), "down_proj": (self.intermediate, self.hidden),
         }  # fmt: skip
 
-    @property
+    @cached_property
     def body(self) -> int:
         """Weights of the linear maps of all layers."""
-        return _body(self)
+        return self.layers * sum(a * b for a, b in self.linears().values())
 
     @property
     def head(self) -> int:
         """Weights of the output head."""
         return self.hidden * self.vocabulary
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """All of them: body, norms, biases, embedding and (untied) head."""
         biases = self.layers * (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
@@ -62,18 +62,8 @@ class ModelShape:
 
     def lora(self, rank: int, modules: tuple[str, ...]) -> int:
         """Weights of an adapter on these modules (`all-linear`: all but the head)."""
-        return rank * _ends(self, modules)
-
-
-@cache
-def _body(shape: ModelShape) -> int:
-    return shape.layers * sum(a * b for a, b in shape.linears().values())
-
-
-@cache
-def _ends(shape: ModelShape, modules: tuple[str, ...]) -> int:
-    wanted = [size for name, size in shape.linears().items() if "all-linear" in modules or name in modules]
-    return shape.layers * sum(a + b for a, b in wanted)
+        wanted = [size for name, size in self.linears().items() if "all-linear" in modules or name in modules]
+        return rank * self.layers * sum(a + b for a, b in wanted)
 
 
 MODELS: dict[str, ModelShape] = {
@@ -98,7 +88,7 @@ def model_shape(name: str) -> ModelShape:
     return MODELS[short]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CostModel:
     """The costs of one profile with one nominal model and adapter. `weight_bits` are those of the frozen base."""
 
@@ -107,7 +97,7 @@ class CostModel:
     weight_bits: int = 16
     lora: Lora = Lora()
 
-    @property
+    @cached_property
     def lora_weights(self) -> int:
         return self.model.lora(self.lora.rank, self.lora.target_modules)
 
@@ -194,5 +184,15 @@ class Heat:
 
     def after(self, load_s: float = 0.0, rest_s: float = 0.0) -> Heat:
         """The state after load and then rest."""
-        level = 1 - (1 - self.level) * math.exp(-load_s / self.heating_s)
-        return Heat(self.hot_share, self.heating_s, level * math.exp(-rest_s / self.heating_s))
+        level = cooled(heated(self.level, load_s, self.heating_s), rest_s, self.heating_s)
+        return Heat(self.hot_share, self.heating_s, level)
+
+
+def heated(level: float, load_s: float, heating_s: float) -> float:
+    """How warm it is after load."""
+    return 1 - (1 - level) * math.exp(-load_s / heating_s)
+
+
+def cooled(level: float, rest_s: float, heating_s: float) -> float:
+    """How warm it is after rest."""
+    return level * math.exp(-rest_s / heating_s) if level else 0.0

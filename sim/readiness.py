@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 from sim.clock import HOUR_S
-from sim.cost import Heat
+from sim.cost import Heat, cooled, heated
 from sim.errors import UserError
 from sim.hardware import Profile
-from sim.network.spells import ALWAYS, Daily, OnOff, Spells, Windows, all_of, next_up, up_until
+from sim.network.spells import ALWAYS, Daily, OnOff, Remembered, Spells, Windows, all_of, next_up, up_until
 from sim.network.traces import StateTrace
 from sim.sections import Hardware
 
@@ -67,7 +67,7 @@ class Readiness:
         if when == "always":
             return cls(ALWAYS, ALWAYS)
         if when == "schedule":
-            return cls(Daily(seed, device_id, "schedule", hardware.train_hours, jitter_s=0.0), ALWAYS)
+            return cls(Remembered(Daily(seed, device_id, "schedule", hardware.train_hours, jitter_s=0.0)), ALWAYS)
         drawn = None
         if trace is not None:
             charging, idle, wifi = (
@@ -83,11 +83,11 @@ class Readiness:
                     'hardware.train_when = "trace" needs state traces (FLASH) in network.traces, with network.kind = '
                     '"trace". Or choose one of always, idle, charging, battery, schedule'
                 )
-            return cls(all_of([charging, idle, wifi]), charging, None, drawn)
+            return cls(Remembered(all_of([charging, idle, wifi])), charging, None, drawn)
         threshold = None if profile.on_mains else hardware.battery_threshold
         if when == "charging":
-            return cls(all_of([charging, idle]), charging, None, drawn)
-        return cls(idle if when == "idle" else ALWAYS, charging, threshold, drawn)
+            return cls(Remembered(all_of([charging, idle])), charging, None, drawn)
+        return cls(Remembered(idle) if when == "idle" else ALWAYS, Remembered(charging), threshold, drawn)
 
 
 def _habits(profile: Profile, seed: int, device_id: str, used: OnOff) -> tuple[Spells, Spells, Spells]:
@@ -121,7 +121,7 @@ def rest(body: Body, until_s: float, profile: Profile, readiness: Readiness) -> 
     """The device later, having only been used as usual: it cools, drains and charges."""
     if until_s <= body.time_s:
         return body
-    heat = Heat(profile.hot_share, profile.heating_s, body.warmth).after(rest_s=until_s - body.time_s)
+    warmth = cooled(body.warmth, until_s - body.time_s, profile.heating_s)
     battery, now_s = body.battery, body.time_s
     if readiness.threshold is not None:
         while now_s < until_s:
@@ -130,7 +130,7 @@ def rest(body: Body, until_s: float, profile: Profile, readiness: Readiness) -> 
             rate = profile.charge_w / profile.battery_wh if charging else -DAY_USE
             battery = min(1.0, max(0.0, battery + rate * step_s / HOUR_S))
             now_s += step_s
-    return Body(until_s, battery, heat.level)
+    return Body(until_s, battery, warmth)
 
 
 def work(
@@ -166,9 +166,12 @@ def work(
         ends = free_s + need_s <= until_s
         took_s = need_s if ends else until_s - free_s
         load_s += took_s
-        charged = rest(body, free_s + took_s, profile, readiness).battery  # as if unused
-        battery = max(0.0, charged - profile.load_w / profile.battery_wh * took_s / HOUR_S) if drain else charged
-        body = Body(free_s + took_s, battery, heat.after(load_s=took_s).level)
+        battery = body.battery
+        if readiness.threshold is not None:
+            battery = rest(body, free_s + took_s, profile, readiness).battery  # as if unused
+        if drain:
+            battery = max(0.0, battery - profile.load_w / profile.battery_wh * took_s / HOUR_S)
+        body = Body(free_s + took_s, battery, heated(body.warmth, took_s, profile.heating_s))
         if ends:
             return Done(begun_s, body.time_s, load_s, body)
         work_s -= heat.work_in(took_s)

@@ -15,7 +15,9 @@ HANDSHAKES = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """`sent_bytes` left the sender by `end_s`; `dropped` where the link went down first, and they are lost."""
+    """`sent_bytes` left the sender by `end_s`; `dropped` where the link went down (or the sender gave up) first, and
+    they are lost.
+    """
 
     start_s: float
     end_s: float
@@ -47,11 +49,17 @@ class Link:
         """How long it is up within [start_s, end_s)."""
         return seconds_up(self.spells, start_s, end_s)
 
-    def transfer(self, start_s: float, size_bytes: float, way: Literal["up", "down"]) -> Transfer:
-        """Sends `size_bytes` from `start_s` on: integrates the bandwidth up to the last bit, or to the link's drop."""
+    def transfer(
+        self, start_s: float, size_bytes: float, way: Literal["up", "down"], limit_s: float | None = None
+    ) -> Transfer:
+        """Sends `size_bytes` from `start_s` on: integrates the bandwidth up to the last bit, or to the link's drop.
+
+        `limit_s`: when it is given up, where the caller knows that the link does not end before.
+        """
         bandwidth = self.uplink if way == "up" else self.downlink
         done_s = bandwidth.done(start_s, size_bytes * 8)
-        down_s = self.up_until(start_s, done_s)
-        if done_s <= down_s:
+        if limit_s is None:
+            limit_s = self.up_until(start_s, done_s)
+        if done_s <= limit_s:
             return Transfer(start_s, done_s, size_bytes, False)
-        return Transfer(start_s, down_s, min(size_bytes, bandwidth.bits(start_s, down_s) / 8), True)
+        return Transfer(start_s, limit_s, min(size_bytes, bandwidth.bits(start_s, limit_s) / 8), True)

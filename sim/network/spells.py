@@ -17,7 +17,7 @@ import numpy as np
 from sim.clock import DAY_S, HOUR_S
 from sim.seeding import derive, generator
 
-CHUNK = 64
+CHUNK = 128
 """Up and down spells drawn at once."""
 
 SIGMA = 1.0
@@ -84,19 +84,34 @@ class Both:
         self.several = several
 
     def at(self, time_s: float) -> tuple[bool, float]:
-        change, down_until = math.inf, -math.inf
+        change = math.inf
         for spells in self.several:
             up, until = spells.at(time_s)
-            if not up:
-                down_until = max(down_until, until)
-            change = min(change, until)
-        return (True, change) if down_until == -math.inf else (False, down_until)
+            if not up:  # until then, whatever the others do
+                return False, until
+            if until < change:
+                change = until
+        return True, change
 
 
 def all_of(several: Sequence[Spells]) -> Spells:
     """`Both`, without the spells that are always up."""
     several = [spells for spells in several if spells is not ALWAYS]
     return Both(*several) if len(several) > 1 else several[0] if several else ALWAYS
+
+
+class Remembered:
+    """The same spells, which remember the last answer: a device's arms ask the same thing one after another."""
+
+    def __init__(self, spells: Spells):
+        self.spells = spells
+        self._since_s, self._until_s, self._up = 0.0, 0.0, False
+
+    def at(self, time_s: float) -> tuple[bool, float]:
+        if not self._since_s <= time_s < self._until_s:
+            self._up, self._until_s = self.spells.at(time_s)
+            self._since_s = time_s
+        return self._up, self._until_s
 
 
 class Windows:
@@ -142,35 +157,26 @@ class Daily:
         self.jitter_s = jitter_s * math.sqrt(0.5)
         self._habit = self._draw("habit")
         self._days: dict[int, tuple[float, float]] = {}
-        self._last = (0.0, 0.0, False)
 
     def at(self, time_s: float) -> tuple[bool, float]:
-        since_s, until_s, up = self._last  # arms ask the same thing one after another
-        if not since_s <= time_s < until_s:
-            up, until_s = self._at(time_s)
-            self._last = (time_s, until_s, up)
-        return up, until_s
-
-    def _at(self, time_s: float) -> tuple[bool, float]:
         day = math.floor(time_s / DAY_S)
         for each in (day - 1, day, day + 1, day + 2):
-            start, end = self._window(each)
-            if start <= time_s < end:
-                return True, end
+            start, end = self._days.get(each) or self._window(each)
             if time_s < start:
                 return False, start
+            if time_s < end:
+                return True, end
         raise AssertionError("a window opens every day")
 
     def _window(self, day: int) -> tuple[float, float]:
-        if day not in self._days:
-            if len(self._days) > 8:
-                self._days.clear()
-            own = self._draw(day)
-            shifts = [self.jitter_s * (habit + today) for habit, today in zip(self._habit, own, strict=True)]
-            least, most = day * DAY_S + self.start_s - DAY_S / 2, day * DAY_S + self.start_s + DAY_S / 2 - 1.0
-            start = min(max(day * DAY_S + self.start_s + shifts[0], least), most)
-            length = min(max(self.length_s + shifts[1] - shifts[0], 0.0), DAY_S)
-            self._days[day] = start, start + length
+        if len(self._days) > 8:
+            self._days.clear()
+        (early, short), usual_s = self._habit, day * DAY_S + self.start_s
+        first, second = self._draw(day) if self.jitter_s else (0.0, 0.0)
+        shift_s, end_shift_s = self.jitter_s * (early + first), self.jitter_s * (short + second)
+        start = min(max(usual_s + shift_s, usual_s - DAY_S / 2), usual_s + DAY_S / 2 - 1.0)
+        length = min(max(self.length_s + end_shift_s - shift_s, 0.0), DAY_S)
+        self._days[day] = start, start + length
         return self._days[day]
 
     def _draw(self, what: object) -> tuple[float, float]:
@@ -204,10 +210,11 @@ class OnOff:
     def at(self, time_s: float) -> tuple[bool, float]:
         if time_s < self._from:
             self._restart()
-        while not self._edges or self._edges[-1] <= time_s:
+        edges = self._edges
+        while not edges or edges[-1] <= time_s:
             self._extend()
-        index = bisect_right(self._edges, time_s)
-        return index % 2 == 1, self._edges[index]
+        index = bisect_right(edges, time_s)
+        return index % 2 == 1, edges[index]
 
     def forget(self, before_s: float) -> None:
         """Drops what lies before; asking for it again is answered all the same, by drawing from the beginning."""
@@ -251,11 +258,13 @@ class OnOff:
         downs, lengths = self._lengths(rng, self.means[1]), self._lengths(rng, self.means[0])
         if self._in_gap:  # the gap around time 0 is drawn already
             downs[0], self._in_gap = 0.0, False
-        edges = self._last + np.cumsum(np.column_stack([downs, lengths]))
+        edges = np.empty(2 * CHUNK)
+        edges[::2], edges[1::2] = downs, lengths
+        edges = self._last + np.cumsum(edges)
         self._last = float(edges[-1])
         if self.rhythm:
             kept = rng.random(CHUNK) >= self._loss(edges[::2])
             edges = edges.reshape(-1, 2)[kept].ravel()
             if not len(edges):  # all lost: the gap goes on
                 edges = np.array([self._last, self._last])
-        self._edges.frombytes(np.ascontiguousarray(edges, dtype=np.float64).tobytes())
+        self._edges.frombytes(edges.tobytes())
