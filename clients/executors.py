@@ -20,12 +20,21 @@ nothing: where a node was lost, it moves in beside another worker instead of wai
 _MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "failed to allocate", "bad allocation")
 
 
-class WorkerDied(Exception):
-    """The worker process ended under a shard; its `str` says how. `outcome`: crashed, out_of_memory or timeout."""
+VERDICT_S = 120.0
+"""How long Ray may take to say what became of a worker that does not answer (a lost node: about 30 s)."""
 
-    def __init__(self, detail: str, outcome: str = "crashed"):
+_NODE_LOST = ("its node has died", "node was terminated")
+
+
+class WorkerDied(Exception):
+    """The worker process ended under a shard; its `str` says how. `outcome`: crashed, out_of_memory or timeout.
+
+    `with_node`: its whole node was lost, which says nothing about the shard.
+    """
+
+    def __init__(self, detail: str, outcome: str = "crashed", with_node: bool = False):
         super().__init__(detail)
-        self.outcome = outcome
+        self.outcome, self.with_node = outcome, with_node
 
 
 class Executor(Protocol):
@@ -76,12 +85,13 @@ class RayExecutor:
             self._kill(actor)  # what it holds is what there is too little of
             raise WorkerDied(f"{type(cause).__name__}: {cause}", "out_of_memory") from error
         except (RayActorError, OutOfMemoryError) as error:
+            error = self._verdict(actor, error)
             self._kill(actor)
             detail = " ".join(str(error).split())
             out_of_memory = isinstance(error, OutOfMemoryError) or "OUT_OF_MEMORY" in detail.upper()
             if out_of_memory or _oom_kills() > killed_before:
                 raise WorkerDied(detail, "out_of_memory") from error
-            raise WorkerDied(detail) from error
+            raise WorkerDied(detail, with_node=any(sign in detail for sign in _NODE_LOST)) from error
         except TimeoutError as error:
             self._kill(actor)
             raise WorkerDied(str(error), "timeout") from error
@@ -98,6 +108,26 @@ class RayExecutor:
             elif now_s - since_s > deadline_s:
                 raise TimeoutError(f"no progress for {deadline_s:.0f} s (engine.deadline_s)")
         return ray.get(reply)
+
+    def _verdict(self, actor: Any, error: Exception) -> Exception:
+        """What Ray knows in the end of a worker that does not answer: its node may be gone. Until Ray knows, it would
+        start a replacement on that very node.
+        """
+        import ray
+        from ray.exceptions import ActorUnavailableError, RayError
+
+        clock = WallClock()
+        end_s = clock.now_s() + VERDICT_S
+        while isinstance(error, ActorUnavailableError) and clock.now_s() < end_s:
+            clock.sleep(POLL_S)
+            try:
+                ray.get(actor.pid.remote(), timeout=POLL_S)
+                break  # it is there again, but its reply is lost
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except RayError as later:
+                error = later
+        return error
 
     def _look(self) -> str:
         try:

@@ -24,6 +24,9 @@ from sim.results import RunDirectory
 DETAIL_CHARS = 600
 """Most characters of a death's description that the events keep."""
 
+NODES = 3
+"""Nodes that may be lost under a shard before it is to blame: it can take a node's memory, and with it the node."""
+
 
 def run_pass(
     executor: Executor,
@@ -45,6 +48,7 @@ def run_pass(
     done = _Pass()
     queue = [tuple(devices[start : start + shard_size]) for start in range(0, len(devices), shard_size)][::-1]
     deaths: dict[tuple[int, ...], int] = dict.fromkeys(queue, -1)  # a whole shard may die once more than a half
+    nodes: dict[tuple[int, ...], int] = {}
     lost: dict[int, str] = {}
     while queue:
         _tell(progress, done.devices)
@@ -60,6 +64,10 @@ def run_pass(
                 _tell(progress.with_suffix(".deaths"), "x" * len(done.failures))
                 if strict:
                     raise ResumableStop(f"a worker died ({death}) and engine.strict is set") from death
+                if death.with_node and nodes.setdefault(some, NODES) > 0:
+                    nodes[some] -= 1
+                    queue.append(some)
+                    continue
                 deaths[some] = deaths.get(some, 0) + 1
                 if len(some) > 1 and deaths[some] > 0:
                     queue += [some[len(some) // 2 :], some[: len(some) // 2]]

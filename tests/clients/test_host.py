@@ -18,11 +18,15 @@ EXPERIMENT = Experiment.read(None, {"arms": "majority,local,cloud", "population.
 class Flaky:
     """An executor whose worker dies under given devices: always (`poison`), or the first time (`once`)."""
 
-    def __init__(self, poison=(), once=(), outcome="crashed"):
+    def __init__(self, poison=(), once=(), outcome="crashed", with_node=0):
         self.poison, self.once, self.calls, self.outcome = set(poison), set(once), [], outcome
+        self.with_node, self.lost_nodes = with_node, 0
 
     def call(self, method, shard, *arguments, deadline_s):
         self.calls.append(shard.devices)
+        if self.lost_nodes < self.with_node:
+            self.lost_nodes += 1
+            raise WorkerDied("its node has died", with_node=True)
         if self.poison & set(shard.devices):
             raise WorkerDied("killed by signal 9", self.outcome)
         if self.once & set(shard.devices):
@@ -86,6 +90,19 @@ def test_what_a_lost_device_owed_stands_in_the_tables(tmp_path, outcome):
         assert set(rows["outcome"]) == {outcome} and set(rows["prediction"]) == {""} and (rows["score"] == 0).all()
         measured = run.read_parts(part for part in results[name]["parts"]["metrics"] if "host" in part)
         assert set(measured["arm"]) == set(arms) and (measured["value"] == 0).all()
+
+
+def test_a_lost_node_is_no_devices_fault(tmp_path):
+    executor = Flaky(with_node=3)
+    result = _run(tmp_path, executor, devices=range(2), shard=1)
+    assert executor.calls == [(0,)] * 4 + [(1,)]
+    assert result["columns"]["outcome"] == ["ok", "ok"] and len(result["failures"]) == 3
+
+
+def test_a_device_that_takes_every_node_with_it_is_found(tmp_path):
+    executor = Flaky(with_node=100)
+    result = _run(tmp_path, executor, devices=range(1), shard=1)
+    assert result["columns"]["outcome"] == ["crashed"] and len(executor.calls) < 10
 
 
 def test_every_death_is_an_event(tmp_path):
