@@ -66,7 +66,7 @@ def _pass(method: str, message: Message, context: Context) -> Message:
 
 def _reply(message: Message, result: dict[str, Any]) -> Message:
     columns = result.pop("columns", {})
-    counts = {name: sum(values) for name, values in columns.items() if name not in ("device", "outcome")}
+    counts = {name: sum(values) for name, values in columns.items() if name not in ("device", "outcome", "errors")}
     outcomes = columns.get("outcome", [])
     counts |= {f"outcome.{name}": outcomes.count(name) for name in set(outcomes)}
     content = RecordDict({

@@ -17,6 +17,9 @@ SLOT, REPLACEMENT = 0.99, 0.001
 """What a worker takes of a node's resource `worker`, of which one is offered a worker. A replacement takes next to
 nothing: where a node was lost, it moves in beside another worker instead of waiting for ever."""
 
+_ACTORS: dict[str, Any] = {}
+"""Those that this process made: Ray ends an actor, and the models in it, with the last handle of its maker."""
+
 _MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "failed to allocate", "bad allocation")
 
 
@@ -68,7 +71,6 @@ class RayExecutor:
     def __init__(self, name: str, post: Post):
         self.name, self.post = name, post
         self._replacing = False
-        self._made: Any = None  # kept: Ray ends an actor, and its resident model, with its maker's last handle
 
     def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]:
         """Calls the actor and waits while it gets on."""
@@ -159,11 +161,11 @@ class RayExecutor:
             pass
         offered = ray.cluster_resources().get("worker", 0)
         share = REPLACEMENT if self._replacing or ray.available_resources().get("worker", 0) < SLOT else SLOT
-        self._made = ray.remote(WorkerProcess).options(
+        _ACTORS[self.name] = ray.remote(WorkerProcess).options(
             name=self.name, namespace=self.NAMESPACE, get_if_exists=True, num_cpus=0, num_gpus=0, max_restarts=0,
             max_concurrency=1, resources={"worker": share} if offered else None, scheduling_strategy="SPREAD",
         ).remote()
-        return self._made
+        return _ACTORS[self.name]
 
 
 def memory_ran_out(error: BaseException) -> bool:

@@ -27,7 +27,7 @@ WHOLE_STEP = 0.8
 """Share of that rate that a whole step reaches: attention, adapters and optimizer are not linear maps."""
 
 WHOLE_TOKEN = 0.8
-"""Share of the rate of single-row products that decoding reaches: norms, attention, cache and adapters take the rest."""
+"""Share of the rate of single-row products that decoding reaches: norms, attention and cache take the rest."""
 
 
 def measure(repeats: int = 8, now: Timer = _WALL) -> Profile:
