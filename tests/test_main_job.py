@@ -143,7 +143,9 @@ def test_an_endpoint_that_refuses_the_key_is_the_users_mistake(tmp_path, monkeyp
     [
         ({"strategy.name": "fedavg"}, "Known: private"),
         ({"population.tasks": "LaMP_9"}, "LaMP_9"),
-        ({"network.availability": "0.5"}, "network.availability"),
+        ({"drift.policy": "sometimes"}, "Known: every, never"),
+        ({"hardware.profiles": "pixel-9000"}, "pixel-9000"),
+        ({"network.kind": "trace", "network.traces": "/nowhere"}, "/nowhere"),
         ({"model.base": "/nowhere/model"}, "model.base"),
         ({"cloud.provider": "opnai"}, "Did you mean `openai`"),
         ({"population.source": "lamp", "population.path": "/nowhere"}, "/nowhere"),

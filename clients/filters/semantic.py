@@ -30,4 +30,4 @@ class Semantic:
             return Fixed([Finding(None, True)] * len(case.samples))
         cosines = case.sample_vectors[self.embeds] @ case.real_vectors[self.embeds].T
         scores = self._reduce(np.clip(cosines, -1.0, 1.0), axis=1)
-        return Fixed([Finding(float(score), bool(self._low <= score <= self._high)) for score in scores])
+        return Fixed([Finding(score, self._low <= score <= self._high) for score in map(float, scores)])
