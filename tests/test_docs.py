@@ -6,10 +6,12 @@ import re
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from sim.experiment import Experiment, fields
-from sim.results import TABLES
+from sim.results import TABLES, RunDirectory
+from sim.studies import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +40,24 @@ def test_every_field_the_paper_page_names_exists():
     named -= {name for name in named if name.endswith((".json", ".toml"))}
     assert len(named) > 30  # the expression above found the table
     assert named <= known
+
+
+def test_the_studies_page_shows_a_valid_study_and_an_analysis_that_runs(tmp_path):
+    study_text, code = (text("studies.md").split(f"```{kind}\n")[1].split("```")[0] for kind in ("toml", "python"))
+    (tmp_path / "wait.toml").write_text(study_text)
+    study = Study.read(str(tmp_path / "wait.toml"))
+    assert [cell.name for cell in study.cells][:3] == [
+        "samples=0,training=short", "samples=0,training=long", "samples=8,training=short",
+    ]  # fmt: skip
+    runs = {}
+    for number, cell in enumerate(study.cells):
+        runs[cell.name] = RunDirectory.create(tmp_path / cell.name, cell.experiment)
+        frame = pd.DataFrame({"user_id": ["a", "b"], "score": [0.0, number]})
+        frame.assign(arm="local", task="LaMP_2", seed=1).to_parquet(tmp_path / cell.name / "predictions.parquet")
+    names: dict = {}
+    exec(code, names)
+    names["analyse"](study, tmp_path, runs)
+    assert "- samples=32,training=long, local, LaMP_2: 2.500" in (tmp_path / "findings.md").read_text().splitlines()
 
 
 @pytest.mark.parametrize("table", TABLES)

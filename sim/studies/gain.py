@@ -98,9 +98,9 @@ def draw(study: Study, points: pd.DataFrame) -> Figure:
         figure.supxlabel(_label(study), fontsize=9)
         figure.supylabel("gain (95% CI)", fontsize=9)
         handles, labels = axes.flat[0].get_legend_handles_labels()
-        ranks = -(-len(labels) // 3)
-        figure.legend(handles, labels, loc="upper center", ncols=-(-len(labels) // ranks), frameon=False)
-        figure.tight_layout(rect=(0, 0, 1, 1 - 0.12 * ranks / tall / 1.9))
+        across = min(len(labels), max(2, wide))
+        figure.legend(handles, labels, loc="upper center", ncols=across, frameon=False)
+        figure.tight_layout(rect=(0, 0, 1, 1 - (0.05 + 0.18 * -(-len(labels) // across)) / (1.9 * tall)))
     return figure
 
 

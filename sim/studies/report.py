@@ -52,7 +52,8 @@ def _figures(folder: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _facts(environment: dict[str, Any]) -> tuple[str, str]:
-    return str(environment.get("commit") or "")[:12], str(environment.get("ended") or "")
+    commit, plus, changes = str(environment.get("commit") or "").partition("+")
+    return commit[:12] + plus + changes, str(environment.get("ended") or "")
 
 
 def _is_numeric(values: Sequence[str]) -> bool:

@@ -125,3 +125,24 @@ def test_impossible_dials_are_refused():
         WorldGenerator(knowledge="omniscient")
     with pytest.raises(UserError, match="add up"):
         WorldGenerator(hallucination_rate=0.7, off_topic_rate=0.6)
+
+
+def test_truth_lies_beside_the_answers_that_runs_share(tmp_path):
+    """Two runs with one cache and the same dials: the second, which is answered from it, knows the truth as well."""
+    from server.cloud import open_cloud
+    from sim.experiment import Experiment
+    from sim.results import RunDirectory
+
+    def cloud(name, **changes):
+        values = {"cloud.cache": str(tmp_path / "answers.sqlite"), **changes}
+        experiment = Experiment.read(None, values)
+        return open_cloud(experiment, RunDirectory.create(tmp_path / name, experiment))
+
+    with cloud("first") as first:
+        first.truth_path.write_text('{"task": "LaMP_4", "input": "a", "output": "b", "truth": "good"}\n')
+    with cloud("second") as second:
+        assert second.truth() == {("LaMP_4", "a", "b"): "good"}
+    with cloud("other", **{"cloud.hallucination_rate": "0.5"}) as other:
+        assert other.truth() == {}, "another cloud, and another truth of equal words"
+    with cloud("alone", **{"cloud.cache": ""}) as alone:
+        assert alone.truth() == {} and alone.truth_path.parent == (tmp_path / "alone" / "state").resolve()

@@ -142,6 +142,32 @@ def test_rounds_that_a_resumed_run_has_behind_it_are_not_waited_for():
     assert shown.left_s() == pytest.approx(2)
 
 
+def test_time_left_of_several_runs_follows_their_size():
+    shown, clock, file = progress()
+    shown.cell(1, 3, "small", work=10, ahead=40)
+    shown.start(seeds=(1,))
+    shown.begin(1, 0)
+    shown.update("fetch", 0, 10)
+    assert shown.left_s() is None
+    clock.now_s += 10
+    shown.update("fetch", 10, 10)
+    shown.update("learn", 0, 10)
+    clock.now_s += 30
+    shown.update("learn", 10, 10)
+    shown.end()
+    assert shown.left_s() == pytest.approx(4 * 40)  # 40 s for 10 of work, 40 of work ahead
+    clock.now_s += 10  # the report of the first run
+    shown.cell(2, 3, "middle", work=20, ahead=20)
+    shown.start(seeds=(1,))
+    shown.begin(1, 0)
+    shown.update("fetch", 0, 20)
+    clock.now_s += 15
+    assert shown.left_s() == pytest.approx(100 - 15 + 100)  # 5 s a piece of work, as the first run needed
+    assert shown.elapsed_s() == pytest.approx(65)
+    said = file.getvalue()
+    assert "cell 1 of 3: small" in said and "cell 2 of 3, seed 1  fetch  0/20 devices" in said
+
+
 def test_a_terminal_gets_one_line_that_goes_away():
     shown, clock, file = progress(terminal=True)
     with shown:
