@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import psutil
 
 from sim.clock import WallClock
-from sim.cluster import join_cluster, runtime_env
+from sim.cluster import join_cluster, start_here
 from sim.console import LiveProgress
 from sim.environment import describe
 from sim.errors import ResumableStop, UserError, disk_is_full
@@ -176,11 +176,7 @@ def _simulate(run: RunDirectory, progress: LiveProgress, stop: threading.Event, 
         workers = join_cluster(ray_address)
         layout = replace(layout, workers=workers, hosts=min(run.experiment.engine.hosts or workers, devices))
     else:
-        ray.init(
-            address="local", num_cpus=max(2, layout.hosts), num_gpus=layout.gpus, include_dashboard=False,
-            log_to_driver=False, configure_logging=False, resources={"worker": layout.workers},
-            runtime_env=runtime_env(),
-        )
+        start_here(max(2, layout.hosts), layout.gpus, layout.workers)
     healing = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # a dead actor comes back; `exchange` asks again
     try:
         _check_stop(stop)
