@@ -1,7 +1,8 @@
-"""Joining a Ray cluster that somebody else started (`untether run --ray-address`).
+"""Ray: started on this machine for a run, or a cluster that somebody else started (`untether run --ray-address`).
 
-The driver, and with it the round loop and the run's own cloud gateway, stays on this machine. Workers go wherever a
-node offers the resource `worker`; all nodes see run directory and code under the same path. See docs/cluster.md.
+On a cluster the driver, and with it the round loop and the run's own cloud gateway, stays on this machine. Workers go
+wherever a node offers the resource `worker`; all nodes see run directory and code under the same path. See
+docs/cluster.md.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sim.errors import UserError
+from sim.errors import ResumableStop, UserError
 
 
 def runtime_env() -> dict[str, Any]:
@@ -18,6 +19,22 @@ def runtime_env() -> dict[str, Any]:
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     return {"env_vars": {"PYTHONPATH": path}}
+
+
+def start_here(cpus: int, gpus: int, workers: int) -> None:
+    """Starts Ray on this machine with room for so many workers; it ends with this process.
+
+    Raises ResumableStop where its processes are not up within the 30 s that Ray gives them.
+    """
+    import ray
+
+    try:
+        ray.init(
+            address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, log_to_driver=False,
+            configure_logging=False, resources={"worker": workers}, runtime_env=runtime_env(),
+        )
+    except Exception as error:  # a plain one is what Ray raises
+        raise ResumableStop(f"Ray did not start; is this machine too busy? ({_first_line(error)})") from error
 
 
 def join_cluster(address: str) -> int:
@@ -30,8 +47,7 @@ def join_cluster(address: str) -> int:
     try:
         ray.init(address=address, log_to_driver=False, configure_logging=False, runtime_env=runtime_env())
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"--ray-address {address}: no Ray cluster answers there ({reason})") from error
+        raise UserError(f"--ray-address {address}: no Ray cluster answers there ({_first_line(error)})") from error
     resources = ray.cluster_resources()
     workers = int(resources.get("worker", 0))
     if workers < 1 or resources.get("CPU", 0) < 1:
@@ -41,3 +57,7 @@ def join_cluster(address: str) -> int:
             "ray start ... --resources '{\"worker\": N}'"
         )
     return workers
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

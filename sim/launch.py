@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import psutil
 
 from sim.clock import WallClock
-from sim.cluster import join_cluster, runtime_env
+from sim.cluster import join_cluster, start_here
 from sim.console import LiveProgress
 from sim.environment import describe
 from sim.errors import Failure, ResumableStop, UserError, disk_is_full
@@ -173,10 +173,7 @@ def _simulate(runs: Sequence[RunDirectory], progress: LiveProgress, stop: thread
         wanted = [run.experiment.engine.hosts or workers for run in waiting]
         hosts = max(min(pair) for pair in zip(wanted, devices, strict=True))
     else:
-        ray.init(
-            address="local", num_cpus=max(2, hosts), num_gpus=gpus, include_dashboard=False, log_to_driver=False,
-            configure_logging=False, resources={"worker": workers}, runtime_env=runtime_env(),
-        )
+        start_here(max(2, hosts), gpus, workers)
     healing = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # a dead actor comes back; `exchange` asks again
     try:
         _check_stop(stop)

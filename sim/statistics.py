@@ -128,6 +128,7 @@ class _Comparison:
         self._pairs = list(zip(frame["prediction"].fillna(""), frame["gold"], strict=True))
         self._known: dict[tuple[str, bytes], tuple[list[_Sums], list[np.ndarray | None]]] = {}
         self._rows = {arm: np.flatnonzero(frame["arm"] == arm) for arm in self.arms}
+        self._score([(arm, self._rows[arm]) for arm in self.arms])
 
     def arm_rows(self, arm: str) -> list[Row]:
         """The arm's own rows, one a metric."""
@@ -164,11 +165,21 @@ class _Comparison:
 
     def _scored(self, arm: str, answers: np.ndarray) -> tuple[list[_Sums], list[np.ndarray | None]]:
         """Each metric of some of an arm's answers, with its bootstrap; most contrasts ask for all of them again."""
-        key = (arm, answers.tobytes())
-        if key not in self._known:
-            sums = [self._sums(metric, answers) for metric in self.task.metrics]
-            self._known[key] = sums, self._bootstrap(sums)
-        return self._known[key]
+        if (arm, answers.tobytes()) not in self._known:
+            self._score([(arm, answers)])
+        return self._known[arm, answers.tobytes()]
+
+    def _score(self, several: Sequence[tuple[str, np.ndarray]]) -> None:
+        """Scores several arms' answers; those of equally many users are resampled together: drawing is what costs."""
+        sums = [[self._sums(metric, answers) for metric in self.task.metrics] for _, answers in several]
+        alike: dict[int, list[int]] = {}
+        for place, own in enumerate(sums):
+            alike.setdefault(len(own[0].per_user), []).append(place)
+        for places in alike.values():
+            boots = iter(self._bootstrap([one for place in places for one in sums[place]]))
+            for place in places:
+                arm, answers = several[place]
+                self._known[arm, answers.tobytes()] = sums[place], [next(boots) for _ in sums[place]]
 
     def _row(
         self, arm: str, metric: str, reference: str | None, answers: np.ndarray, own: _Sums, boot: np.ndarray | None

@@ -46,7 +46,12 @@ def soak(kills: int, seed: int) -> None:
             wait_for(lambda run=run, n=so_far: commits(path) > n or run.process.poll() is not None, run, 1800)
         time.sleep(draw.uniform(0, MOMENTS[moment][1]))
         if run.process.poll() is not None:
-            break  # finished before it could be killed often enough
+            code, said = run.end()
+            if code == 0:
+                break  # finished before it could be killed often enough
+            assert "Resume with" in said, said  # Ray does not always start in time on a busy machine
+            run = None
+            continue
         workers = run.workers()
         what = "worker" if workers and draw.random() < 0.5 else "coordinator"
         if what == "worker":
@@ -57,7 +62,7 @@ def soak(kills: int, seed: int) -> None:
             run = None
         done, deaths[what] = done + 1, deaths[what] + 1
         print(f"kill {done}: {what} ({moment}), {commits(path)} of {rounds} rounds committed", flush=True)
-    code, said = (run or Untether("--resume", str(path))).end(timeout_s=3600)
+    code, said = (Untether("--resume", str(path)) if run is None or run.process.poll() is not None else run).end(3600)
     assert code == 0, said
     with start_background("world", {}) as gateway:
         endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
