@@ -17,6 +17,7 @@ from sim.finish import finish
 from sim.population.source import open_population
 from sim.results import RunDirectory
 from sim.rounds import Rounds, sizes_of
+from sim.usage import Usage
 from strategies import make_strategy
 
 
@@ -41,7 +42,7 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
     strategy = make_strategy(experiment.strategy.name)
     deadline_s = 2 * experiment.engine.deadline_s  # a host, which waits for a worker that long, says so first
     arrays = ArrayRecord()
-    with open_cloud(experiment, run) as cloud:
+    with Usage() as usage, open_cloud(experiment, run) as cloud:
         found = nodes(grid, max(1, experiment.engine.hosts), deadline_s, stop)
         hosts = exchange(grid, _hello(found), deadline_s, stop)
         done = sum(run.committed(s, r) is not None for s in experiment.seeds for r in range(experiment.rounds))
@@ -99,7 +100,7 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
                 run.commit(seed, round, parts, facts, carried)
                 progress.end()
         truth = cloud.truth()
-    finish(run, truth, cloud.facts())
+        finish(run, truth, cloud.facts(), usage)
 
 
 app = ServerApp()

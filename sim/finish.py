@@ -11,9 +11,12 @@ from sim.population.source import FromWorld, open_population
 from sim.report import write_report
 from sim.results import RunDirectory
 from sim.statistics import summarize
+from sim.usage import Usage
 
 
-def finish(run: RunDirectory, truth: Mapping[tuple[str, str, str], str], cloud: Mapping[str, Any]) -> None:
+def finish(
+    run: RunDirectory, truth: Mapping[tuple[str, str, str], str], cloud: Mapping[str, Any], usage: Usage
+) -> None:
     """Merges the parts, computes `summary.json`, writes tables, figures and `report.html`. Safe to run again."""
     experiment = run.experiment
     run.merge(experiment, truth)
@@ -44,4 +47,5 @@ def finish(run: RunDirectory, truth: Mapping[tuple[str, str, str], str], cloud: 
     ended = {"models": models, "cloud": dict(cloud), "ended": WallClock().timestamp()}
     run.write_json("environment.json", {**environment, **ended})
     write_report(run)
+    run.write_json("environment.json", {**environment, **ended, "usage": usage.facts()})
     run.drop_parts()
