@@ -13,73 +13,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
 
 import torch
-import transformers
 
 from clients.adapters import AdapterStack, LoraSpec
-from clients.base import FrozenBase
-from clients.generation import GenerationRow, generate
-from clients.training import Example, TrainJob, TrainSettings, train
-from sim.cost import MODELS, CostModel, ModelShape
-from sim.experiment import Lora
+from sim.cost import MODELS, CostModel
 from sim.hardware import Profile
-from sim.this_machine import measure
+from sim.this_machine import LORA, answer_s, measure, random_base, step_s
 
 NAME = "SmolLM2-135M"
-LORA = Lora()
-STEPS = 2
-"""Optimizer steps timed at once."""
-
-Timer = Callable[[], float]
-
-
-def random_model(shape: ModelShape) -> torch.nn.Module:
-    """A Llama of this shape with random weights, which never ends an answer."""
-    config = transformers.LlamaConfig(
-        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied, eos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def job(rows: int, tokens: int) -> TrainJob:
-    """Steps of `rows` examples of `tokens` tokens, a quarter of them targets."""
-    targets = tokens // 4
-    ids = [[3 + (7 * row + place) % 1000 for place in range(tokens + 1)] for row in range(rows)]
-    return TrainJob(
-        key=0, examples=[Example(row[: tokens + 1 - targets], row[tokens + 1 - targets :]) for row in ids],
-        settings=TrainSettings(steps=STEPS, batch_size=rows), spec=LoraSpec.of(LORA), seed=1, init_seed=1,
-    )  # fmt: skip
-
-
-def step_s(base: FrozenBase, rows: int, tokens: int, now: Timer) -> float:
-    """Seconds of the faster of a few optimizer steps."""
-    times = [now()]
-    train(base, [job(rows, tokens)], progress=lambda done, total: times.append(now()))
-    return min(after - before for before, after in zip(times, times[1:], strict=False))
-
-
-def answer_s(base: FrozenBase, stack: AdapterStack, prompt: int, new: int, now: Timer) -> float:
-    """Seconds to answer one query with its adapter."""
-    row = GenerationRow([3 + place % 1000 for place in range(prompt)], 0)
-    begun = now()
-    (found,) = generate(base, stack, [row], max_new_tokens=new)
-    took = now() - begun
-    assert len(found) == new
-    return took
 
 
 def best(one: Profile | None, other: Profile) -> Profile:
-    """The faster figures of two measurements."""
+    """The faster of two measurements of whole steps, and of whole answers."""
     if one is None:
         return other
+    steps = max(one, other, key=lambda profile: profile.compute_gflops * profile.training_share)
+    answers = max(one, other, key=lambda profile: profile.memory_gb_per_s * profile.decoding_share)
     return dataclasses.replace(
-        one, compute_gflops=max(one.compute_gflops, other.compute_gflops),
-        memory_gb_per_s=max(one.memory_gb_per_s, other.memory_gb_per_s),
+        one, compute_gflops=steps.compute_gflops, training_share=steps.training_share,
+        memory_gb_per_s=answers.memory_gb_per_s, decoding_share=answers.decoding_share,
     )  # fmt: skip
 
 
@@ -92,22 +45,23 @@ def main() -> None:
     steps = [tuple(map(int, each.split("x"))) for each in arguments.steps.split(",")]
     answers = [tuple(map(int, each.split("+"))) for each in arguments.answers.split(",")]
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    base = FrozenBase(random_model(MODELS[NAME]))
+    base = random_base(MODELS[NAME])
     stack = AdapterStack.create(base, [LoraSpec.of(LORA)], [1])
     step_s(base, *steps[0], now)  # warms up
     profile: Profile | None = None
     real: dict[tuple[str, int, int], float] = {}
     for _ in range(arguments.repeats):
         for kind, cases in (("step", steps), ("answer", answers)):
+            profile = best(profile, measure(3, now))
             for one, other in cases:
-                profile = best(profile, measure(3, now))
                 took = step_s(base, one, other, now) if kind == "step" else answer_s(base, stack, one, other, now)
                 real[kind, one, other] = min(took, real.get((kind, one, other), took))
     profile = best(profile, measure(3, now))
     cost = CostModel(profile, MODELS[NAME], 32, LORA)
+    print(f"{NAME}, {torch.get_num_threads()} threads")
     print(
-        f"{NAME}, {torch.get_num_threads()} threads, this machine: {profile.compute_gflops:.0f} GFLOPS in linear maps, "
-        f"{profile.memory_gb_per_s:.1f} GB/s of weights"
+        f"this machine: {profile.compute_gflops:.0f} GFLOPS in linear maps, {profile.training_share:.2f} of it in "
+        f"steps; {profile.memory_gb_per_s:.1f} GB/s of weights, {profile.decoding_share:.2f} of it in answers"
     )
     for (kind, one, other), took in real.items():
         if kind == "step":

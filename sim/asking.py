@@ -47,9 +47,9 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try. Bytes are those that left their sender; tokens those the cloud spent; `queued_s` waited for a place.
+    """One try. Bytes are those that left their sender; tokens those the cloud spent.
 
-    `radio_s` is how long the device's radio worked.
+    `queued_s`: how long it waited for a place (None: it was not admitted). `radio_s`: how long its radio worked.
     """
 
     request_id: str
@@ -63,7 +63,7 @@ class Attempt:
     bytes_down: float = 0.0
     tokens_in: int = 0
     tokens_out: int = 0
-    queued_s: float = 0.0
+    queued_s: float | None = None
     radio_s: float = 0.0
     retry_after_s: float = 0.0
     detail: str = ""

@@ -51,7 +51,7 @@ TABLES: dict[str, pa.Schema] = {
     ),
     "events": _schema(
         "seed:i round:i time_s:f event_id:s request_id:s attempt:i device_id:s arm:s kind:s outcome:s duration_s:f "
-        "bytes_up:i bytes_down:i tokens_in:i tokens_out:i energy_j:f detail:s"
+        "bytes_up:i bytes_down:i tokens_in:i tokens_out:i energy_j:f queued_s:f detail:s"
     ),
     "samples": _schema(
         "seed:i round:i sample_id:s request_id:s device_id:s user_id:s task:s form:s input:s output:s semantic:f "

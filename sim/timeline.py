@@ -317,7 +317,7 @@ class Timeline:
                 "bytes_down": round(attempt.bytes_down), "tokens_in": attempt.tokens_in,
                 "tokens_out": attempt.tokens_out,
                 "energy_j": self.profile(attempt.device).radio_w * attempt.radio_s,
-                "detail": " ".join(filter(None, [attempt.detail, _queued(attempt)])),
+                "queued_s": attempt.queued_s, "detail": attempt.detail,
             })
         for version in schedule.versions:
             name = f"train-s{self.seed}-r{version.round}-{self.device_id(version.device)}-{version.arm}"
@@ -330,6 +330,3 @@ class Timeline:
             })
         return rows
 
-
-def _queued(attempt: Attempt) -> str:
-    return f"queued {attempt.queued_s:.1f} s" if attempt.queued_s > 0.05 else ""

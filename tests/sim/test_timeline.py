@@ -161,6 +161,71 @@ def test_bytes_are_conserved_and_every_request_ends_once(seed):
     assert {"ok", "dropped", "rate_limited", "unreachable"} <= set(seen), seen
 
 
+WORLDS = st.fixed_dictionaries({
+    "network": st.fixed_dictionaries({
+        "kind": st.sampled_from(["always", "onoff"]), "availability": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+        "mean_down_s": st.sampled_from([30.0, 600.0, 40_000.0]), "ask_within_h": st.sampled_from([0.0, 0.5, 24.0]),
+        "downlink_mbps": st.sampled_from([0.005, 28.8]), "uplink_mbps": st.sampled_from([0.005, 10.0]),
+        "outages": st.sampled_from([(), ("5m+10m", "1h+2h:50%")]), "rtt_s": st.sampled_from([0.0, 0.05]),
+        "fallback": st.sampled_from(["real_data", "wait", "stale_samples"]),
+    }),
+    "cloud": st.fixed_dictionaries({"capacity": st.fixed_dictionaries({
+        "concurrency": st.integers(0, 3), "queue": st.integers(-1, 3), "requests_per_minute": st.sampled_from([0, 4]),
+        "tokens_per_minute": st.sampled_from([0, 5000]), "outages": st.sampled_from([(), ("1m+20m",)]),
+        "output_tokens_per_s": st.sampled_from([0, 20, 60]), "retries": st.integers(0, 4),
+        "budget": st.sampled_from([0, 0.01]), "price_out": st.just(4.0),
+    })}),
+    "hardware": st.fixed_dictionaries({
+        "train_when": st.sampled_from(["always", "idle", "charging", "battery"]),
+        "profiles": st.just(("pixel-8", "galaxy-a14")),
+    }),
+})  # fmt: skip
+
+
+@given(WORLDS, st.permutations(range(6)), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_in_any_world_every_request_ends_once_and_no_byte_is_lost(world, order, seed):
+    """And the order of the devices changes nothing, and what a resumed timeline goes on with is all it needs."""
+    whole, shuffled = timeline(seed=seed, **world), timeline(seed=seed, **world)
+    for round in range(2):
+        schedule, other = run(whole, round, range(6), each=2), run(shuffled, round, order, each=2)
+        assert schedule.finals == other.finals
+        assert sorted(schedule.attempts, key=str) == sorted(other.attempts, key=str)
+        assert sorted(schedule.versions, key=str) == sorted(other.versions, key=str)
+        shuffled = timeline(json.loads(json.dumps(shuffled.state())), seed=seed, **world)
+        assert set(schedule.finals) == {ask.request_id for ask in schedule.plan.asks}
+        last = {attempt.request_id: attempt for attempt in schedule.attempts}
+        tries = Counter(attempt.request_id for attempt in schedule.attempts)
+        for request, final in schedule.finals.items():
+            assert tries[request] == final.attempts
+            assert (last[request].outcome, last[request].end_s) == (final.outcome, pytest.approx(final.end_s))
+        for at_s in (schedule.plan.start_s + 700, schedule.plan.end_s, math.inf):
+            sums = traffic(schedule.attempts, at_s)
+            assert sums.sent == pytest.approx(sums.received + sums.wasted + sums.in_flight)
+        assert sums.received == len(schedule.received) * (SIZE.bytes_up + SIZE.bytes_down) and sums.in_flight == 0
+        for device in range(6):
+            for arm in ("local", "collaborative"):
+                own = trained(schedule, arm, device)
+                assert sum(version.on == "samples" for version in own) <= 1 and len(own) <= 2
+                assert all(a.live_s <= b.begun_s for a, b in zip(own, own[1:], strict=False) if a.outcome == "ok")
+
+
+@given(st.sampled_from(["real_data", "wait", "stale_samples"]), st.integers(0, 99), st.sampled_from([0.0, 3.0]))
+@settings(max_examples=10, deadline=None)
+def test_nothing_in_the_way_changes_nothing(fallback, seed, hours):
+    """An always-on link, a cloud without limits and training always allowed: whatever else is set, each adapter is
+    trained once, on what it would be trained on without virtual time.
+    """
+    network = {"fallback": fallback, "ask_within_h": hours}
+    virtual = timeline(seed=seed, network=network, hardware={"profiles": ("galaxy-a14", "pixel-8")})
+    for round in range(2):
+        schedule = run(virtual, round, range(5), each=2)
+        assert schedule.received == schedule.plan.granted == {ask.request_id for ask in schedule.plan.asks}
+        assert [(v.arm, v.on, v.outcome) for v in schedule.versions] == [
+            ("local", "real", "ok"), ("collaborative", "samples", "ok")
+        ] * 5  # fmt: skip
+
+
 def test_planned_sizes_reproduce_the_plan():
     virtual = timeline(seed=3, **HARD)
     plan = virtual.plan(0, asks(0, range(30), each=2))
