@@ -44,3 +44,4 @@ def _in(module: str) -> Callable[[], Analysis]:
 
 
 register("gain", _in("sim.studies.gain"))
+register("connectivity", _in("sim.studies.connectivity"))
