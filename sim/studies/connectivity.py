@@ -42,7 +42,7 @@ from sim.timeline_state import REAL, STALE
 
 ARM, REFERENCE, FLOOR = "collaborative", "local", "frozen"
 USER = ["seed", "user_id"]
-COSTS = ("bytes_wasted", "energy_wasted_j")
+COSTS = ("bytes_wasted", "energy_j", "energy_wasted_j")
 
 
 def analyse(study: Study, out: Path, runs: Runs) -> None:
@@ -202,7 +202,8 @@ def _signed(per_user: pd.Series) -> str:
 def _coming(row: pd.Series, step: float, gap: float) -> str:
     where = f"at availability {step:g}" + (f" with gaps of {span(gap)}" if 0 < step < 1 else "")
     half = row["half_have_samples_d"]
-    when = "most devices never had one" if np.isnan(half) else f"half of the devices had it after {half:.1f} days"
+    after = f"{half:.1f} days" if half >= 1 else f"{24 * half:.1f} hours"
+    when = "most devices never had one" if np.isnan(half) else f"half of the devices had it after {after}"
     left, low, high = row["without_samples"], row["without_samples_low"], row["without_samples_high"]
     without = f"{left:.0%} [{low:.0%}, {high:.0%}] had none in the end" if left else "all in the end"
     return f"{where} {when}, {without}, and {row[FRESH]:.0%} of questions met a fresh one"
@@ -216,5 +217,6 @@ _CAPTIONS = {
     "gain": "Collaborative over local by availability and length of the gaps, paired by user, with 95% intervals.",
     "survival": "Share of devices that have had no adapter made with the cloud's samples yet (Kaplan-Meier, 95% band).",
     "answerers": f"Who answered the questions. {_NOTE}",
-    "costs": "Age of the adapters that answered, what was wasted, and waits in the cloud's queue, with 95% intervals.",
+    "costs": "Age of the adapters that answered; bytes of attempts that came to nothing, energy of training and radio, "
+    "and waits in the cloud's queue, all with the fallback named first. 95% intervals over devices.",
 }

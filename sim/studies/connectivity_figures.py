@@ -24,6 +24,7 @@ with samples of an earlier time; one made on the device's own data alone; the fr
 
 _COLOURS, _MARKERS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY), ("o", "s", "^", "D", "v", "P")
 _KIND_LOOKS = {FRESH: (BLUE, ""), OVERDUE: (SKY, "////"), OWN: (ORANGE, "...."), BASE: ("#bdbdbd", "")}
+_DASHES = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1)), (0, (8, 2)))
 _X_LABEL = "availability of the link"
 
 
@@ -69,8 +70,10 @@ def draw_survival(study: Study, curves: pd.DataFrame) -> Figure:
                 days = [*own["time_s"] / DAY_S, end_d]
                 levels = {name: [*own[name], own[name].iloc[-1]] for name in ("share", "low", "high")}
                 colour = _COLOURS[number % len(_COLOURS)]
-                axis.step(days, levels["share"], where="post", color=colour, linewidth=1.2, label=span(gap),
-                          marker=_MARKERS[number % len(_MARKERS)], markersize=2.6, markevery=3)  # fmt: skip
+                dashes = _DASHES[number % len(_DASHES)]
+                axis.step(
+                    days, levels["share"], where="post", color=colour, linewidth=1.3, linestyle=dashes, label=span(gap)
+                )
                 axis.fill_between(
                     days, levels["low"], levels["high"], step="post", color=colour, alpha=0.12, linewidth=0
                 )
@@ -88,8 +91,8 @@ def draw_answerers(study: Study, points: pd.DataFrame) -> Figure:
     shares = points.groupby([FALLBACK, GAP, AVAILABILITY])[list(KINDS)].mean()
     with style():
         figure, axes = _panels(len(fallbacks), len(gaps), width=1.65, height=1.3)
-        for panels, fallback in zip(axes, fallbacks, strict=True):
-            for axis, gap in zip(panels, gaps, strict=True):
+        for row, fallback in enumerate(fallbacks):
+            for axis, gap in zip(axes[row], gaps, strict=True):
                 left = np.zeros(len(steps))
                 own = shares.loc[[(fallback, gap, step) for step in steps]]
                 for kind in KINDS:
@@ -99,27 +102,40 @@ def draw_answerers(study: Study, points: pd.DataFrame) -> Figure:
                     left += own[kind].to_numpy()
                 axis.set_xticks(range(len(steps)), [f"{step:g}" for step in steps])
                 axis.set_ylim(0, 1)
-                if panels is axes[0]:
+                if row == 0:
                     axis.set_title(f"gaps of {span(gap)}")
-            panels[0].set_ylabel(fallback.replace("_", " "))
+            axes[row][0].set_ylabel(fallback.replace("_", " "))
         for axis in axes[-1]:
             axis.set_xlabel("availability")
         return _finish(figure, axes)
 
 
 def draw_costs(study: Study, points: pd.DataFrame) -> Figure:
-    """Four panels with the fallback named first: age of adapters, bytes and energy wasted, waits in the queue."""
-    own = points[points[FALLBACK] == study.values(FALLBACK)[0]].groupby([AVAILABILITY, GAP]).first().reset_index()
+    """Above, a panel a fallback: the age of the adapters that answered. Below, with the fallback named first: bytes
+    wasted, energy spent, waits in the cloud's queue.
+    """
+    fallbacks = study.values(FALLBACK)
+    places = points.groupby([FALLBACK, AVAILABILITY, GAP]).first().reset_index()  # whatever the task
+    first = places[places[FALLBACK] == fallbacks[0]].copy()
     for suffix in ("", "_low", "_high"):
-        own[f"wasted_kb{suffix}"] = own[f"bytes_wasted{suffix}"] / 1000
-    panels = (
-        ("age_d", "age of the adapter\nthat answered (days)"), ("wasted_kb", "bytes wasted\n(kB a device)"),
-        ("energy_wasted_j", "energy wasted\n(J a device)"), ("queued_p95_s", "wait in the queue\n(s, 95th percentile)"),
+        first[f"wasted_kb{suffix}"] = first[f"bytes_wasted{suffix}"] / 1000
+        first[f"energy_kj{suffix}"] = first[f"energy_j{suffix}"] / 1000
+    below = (
+        ("wasted_kb", "bytes wasted\n(kB a device)"), ("energy_kj", "training and radio\n(kJ a device)"),
+        ("queued_p95_s", "wait in the queue\n(s, 95th percentile)"),
     )  # fmt: skip
     with style():
-        figure, axes = _panels(2, 2, width=2.9, height=1.75, sharey=False)
-        for axis, (name, label) in zip(axes.flat, panels, strict=True):
-            _lines(study, axis, own, name)
+        figure, axes = _panels(2, max(len(below), len(fallbacks)), width=2.3, height=1.7, sharey=False)
+        for axis in (*axes[0][len(fallbacks) :], *axes[1][len(below) :]):
+            axis.set_visible(False)
+        top = 1.05 * places["age_d_high"].fillna(places["age_d"]).max()
+        for axis, fallback in zip(axes[0], fallbacks, strict=False):
+            _lines(study, axis, places[places[FALLBACK] == fallback], "age_d")
+            axis.set_title(f"fallback: {fallback.replace('_', ' ')}")
+            axis.set_ylim(0, top)
+        axes[0][0].set_ylabel("age of the adapter\nthat answered (days)")
+        for axis, (name, label) in zip(axes[1], below, strict=False):
+            _lines(study, axis, first, name)
             axis.set_ylabel(label)
             axis.set_ylim(bottom=0)
         return _finish(figure, axes, "gaps of ")

@@ -219,7 +219,7 @@ def test_findings_name_effects_and_say_where_there_is_none():
     assert "-0.050 [-0.055, -0.045] with gaps of 14 d" in gain or "-0.050 [-0.056, -0.044] with gaps of 14 d" in gain
     assert "`wait` -0.200 [-0.200, -0.200]" in fallback
     assert "`stale_samples` +0.000 [+0.000, +0.000] (no difference shown)" in fallback
-    assert "half of the devices had it after 0.2 days, all in the end" in first
+    assert "half of the devices had it after 6.0 hours, all in the end" in first
     assert "with gaps of 14 d most devices never had one, 80% [60%, 90%] had none in the end" in first
 
 
