@@ -121,7 +121,9 @@ def export(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(metavar="NAME|FILE.toml", help="history, samples, faults, or your own file")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME|FILE.toml", help="connectivity, faults, history, samples, or your own file")
+    ],
     set_: Set = None,
     grid: Annotated[
         list[str] | None,

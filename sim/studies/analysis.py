@@ -45,3 +45,4 @@ def _in(module: str) -> Callable[[], Analysis]:
 
 register("gain", _in("sim.studies.gain"))
 register("scale", _in("sim.studies.scale"))
+register("connectivity", _in("sim.studies.connectivity"))

@@ -43,7 +43,9 @@ class FigureSpec(Section):
 
 
 class StudyFile(Section):
-    """A study as its TOML file has it. Cells are all combinations of the points of all axes, grid and variants."""
+    """A study as its TOML file has it. Cells are all combinations of the points of all axes, grid and variants, but not
+    those of which `moot` says that they would only repeat another one.
+    """
 
     name: str = Field(description="a name for folders and titles")
     question: str = Field(description="what the study answers")
@@ -51,6 +53,10 @@ class StudyFile(Section):
     base: dict[str, Any] = Field({}, description="the experiment that all cells share")
     grid: dict[str, tuple[Any, ...]] = Field({}, description="axes: a field and its values")
     variants: dict[str, dict[str, dict[str, Any]]] = Field({}, description="axes: a name, and by name sets of fields")
+    moot: dict[str, dict[str, tuple[Any, ...]]] = Field(
+        {}, description="axes that make no difference where another axis has one of these values: run there with their "
+        "first point alone"
+    )
     figure: FigureSpec = FigureSpec()
 
 
@@ -83,6 +89,23 @@ class Study:
     spec: StudyFile
     axes: tuple[str, ...]
     cells: tuple[Cell, ...]
+
+    def places(self, cell: Cell) -> list[dict[str, Any]]:
+        """What a cell stands for, as values by axis: its own place, and all along the axes that are moot there."""
+        free = [
+            axis for axis, where in self.spec.moot.items()
+            if any(cell.values[other] in values for other, values in where.items())
+        ]  # fmt: skip
+        combinations = itertools.product(*(self.values(axis) for axis in free))
+        return [{**cell.values, **dict(zip(free, chosen, strict=True))} for chosen in combinations]
+
+    def values(self, axis: str) -> list[Any]:
+        """The values along an axis, in its order."""
+        found: list[Any] = []
+        for cell in self.cells:
+            if cell.values[axis] not in found:
+                found.append(cell.values[axis])
+        return found
 
     @classmethod
     def read(
@@ -137,6 +160,9 @@ def _axes(spec: StudyFile, chosen: Mapping[str, str]) -> dict[str, tuple[Point, 
             raise UserError(f"--grid: {unknown('axis', name, axes)}")
         if name in spec.grid:
             axes[name] = tuple(Point(value, {name: value}) for value in _values(text))
+    for name in itertools.chain(spec.moot, *spec.moot.values()):
+        if name not in axes:
+            raise UserError(f"moot: {unknown('axis', name, axes)}")
     _check(axes)
     return axes
 
@@ -170,6 +196,8 @@ def _cells(
 ) -> Iterator[Cell]:
     seen: set[str] = set()
     for points in itertools.product(*axes.values()):
+        if _repeats(spec, axes, dict(zip(axes, points, strict=True))):
+            continue
         data: dict[str, Any] = {"name": spec.name, **copy.deepcopy(spec.base)}
         for key, value in itertools.chain(*(point.fields.items() for point in points)):
             *tables, last = key.split(".")
@@ -184,6 +212,14 @@ def _cells(
             raise UserError(f"{where}: two cells are {name}: an axis has the same value twice")
         seen.add(name)
         yield Cell(name, values, Experiment.build(data, overrides, f"{where}, cell {name},"))
+
+
+def _repeats(spec: StudyFile, axes: Mapping[str, Sequence[Point]], here: Mapping[str, Point]) -> bool:
+    """Whether a combination differs from one before it only along an axis that is moot there."""
+    return any(
+        here[name] is not axes[name][0] and any(here[other].value in values for other, values in where.items())
+        for name, where in spec.moot.items()
+    )
 
 
 def _names(text: str) -> list[str]:
