@@ -12,13 +12,16 @@ from sim.report import write_report
 from sim.results import RunDirectory
 from sim.statistics import summarize
 
+COMPARED = ("seed", "round", "device_id", "user_id", "arm", "task", "query_id", "prediction", "gold")
+"""Columns of `predictions` that the statistics need."""
+
 
 def finish(run: RunDirectory, truth: Mapping[tuple[str, str, str], str], cloud: Mapping[str, Any]) -> None:
     """Merges the parts, computes `summary.json`, writes tables, figures and `report.html`. Safe to run again."""
     experiment = run.experiment
     run.merge(experiment, truth)
     rows = summarize(
-        run.read("predictions"), run.read("training"), margin=experiment.evaluation.margin,
+        run.read("predictions", COMPARED), run.read("training"), margin=experiment.evaluation.margin,
         resamples=experiment.evaluation.resamples, seed=experiment.seeds[0],
     )
     exclusions: Counter[str] = Counter()
