@@ -13,6 +13,9 @@ from sim.results import RunDirectory
 from sim.statistics import summarize
 from sim.usage import Usage
 
+COMPARED = ("seed", "round", "device_id", "user_id", "arm", "task", "query_id", "prediction", "gold")
+"""Columns of `predictions` that the statistics need."""
+
 
 def finish(
     run: RunDirectory, truth: Mapping[tuple[str, str, str], str], cloud: Mapping[str, Any], usage: Usage
@@ -21,7 +24,7 @@ def finish(
     experiment = run.experiment
     run.merge(experiment, truth)
     rows = summarize(
-        run.read("predictions"), run.read("training"), margin=experiment.evaluation.margin,
+        run.read("predictions", COMPARED), run.read("training"), margin=experiment.evaluation.margin,
         resamples=experiment.evaluation.resamples, seed=experiment.seeds[0],
     )
     exclusions: Counter[str] = Counter()

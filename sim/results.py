@@ -274,9 +274,10 @@ class RunDirectory:
                 writer.write_table(pa.Table.from_pylist(list(rows), schema=TRUTH))
         os.replace(temporary, target)
 
-    def read(self, table: str) -> pd.DataFrame:
-        """A finished table as a pandas frame."""
-        return pq.read_table(self.path / f"{table}.parquet").to_pandas()
+    def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """A finished table, or some of its columns, as a pandas frame. Texts are most of what a large fleet's take."""
+        names = list(columns) if columns is not None else None
+        return pq.read_table(self.path / f"{table}.parquet", columns=names).to_pandas()
 
     def drop_parts(self) -> None:
         """Deletes the staged parts once the tables hold their rows (the commits stay: the run is finished)."""

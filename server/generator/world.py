@@ -8,6 +8,7 @@ so are the faults that real language models have. What each sample really was st
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
@@ -167,12 +168,13 @@ def read_truth(path: Path) -> dict[tuple[str, str, str], str]:
     truths: dict[tuple[str, str, str], str] = {}
     if not Path(path).exists():
         return truths
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        truths.setdefault((row["task"], row["input"], row["output"]), row["truth"])
+    with Path(path).open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            truths.setdefault((sys.intern(row["task"]), row["input"], row["output"]), sys.intern(row["truth"]))
     return truths
 
 

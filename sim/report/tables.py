@@ -108,7 +108,7 @@ def write_predictions(run: RunDirectory) -> None:
     LaMP's scorer counts as wrong.
     """
     try:
-        frame = run.read("predictions")
+        frame = run.read("predictions", ("seed", "round", "device_id", "arm", "task", "query_id", "prediction"))
     except FileNotFoundError:
         return
     if frame.empty:

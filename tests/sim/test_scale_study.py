@@ -59,8 +59,8 @@ def test_sentences_follow_the_numbers():
 class _Run(SimpleNamespace):
     """A finished run's tables, by hand."""
 
-    def read(self, table):
-        return self.tables[table]
+    def read(self, table, columns=None):
+        return self.tables[table] if columns is None else self.tables[table][list(columns)]
 
     def read_json(self, name):
         return {"usage": {"wall_s": 9.0, "cpu_s": 12.0, "peak_memory_bytes": 2**31}}
