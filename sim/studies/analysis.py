@@ -44,3 +44,5 @@ def _in(module: str) -> Callable[[], Analysis]:
 
 
 register("gain", _in("sim.studies.gain"))
+register("drift", _in("sim.studies.drift"))
+register("away", _in("sim.studies.away"))
