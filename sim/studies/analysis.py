@@ -46,3 +46,5 @@ def _in(module: str) -> Callable[[], Analysis]:
 register("gain", _in("sim.studies.gain"))
 register("scale", _in("sim.studies.scale"))
 register("connectivity", _in("sim.studies.connectivity"))
+register("drift", _in("sim.studies.drift"))
+register("away", _in("sim.studies.away"))
