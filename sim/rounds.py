@@ -132,7 +132,7 @@ class Rounds:
             for device, found in state.get("samples", {}).items()
         }
         self._lost: list[tuple[int, str]] = [(device, name) for device, name in state.get("lost", ())]
-        self._known: dict[int, tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]] = {}
+        self._asked: dict[int, tuple[tuple[str, ...], Sequence[tuple[str, int | None]]]] = {}
         self.arms = trained(experiment)
         self.asks_samples = bool(experiment.cloud.samples) and any(arm != "local" for arm in self.arms)
 
@@ -171,10 +171,10 @@ class Rounds:
 
     def _tasks(self, round: int, device: int) -> tuple[tuple[str, ...], list[str]]:
         """The tasks that a device asks samples for, and the task of each of its queries of a round."""
-        if device not in self._known:
-            user = self.population.user(device)
-            self._known[device] = user.tasks, tuple((query.task, query.round) for query in user.queries)
-        tasks, queries = self._known[device]
+        if device not in self._asked:
+            asked = self.population.asked(device)
+            self._asked[device] = tuple(dict.fromkeys(task for task, _ in asked)), asked
+        tasks, queries = self._asked[device]
         return tasks, [task for task, when in queries if when in (None, round)]
 
     # --- 3. schedule ------------------------------------------------------------------------------------------

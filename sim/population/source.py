@@ -30,6 +30,10 @@ class Population(Protocol):
         """The user of device `index`."""
         ...
 
+    def asked(self, index: int) -> Sequence[tuple[str, int | None]]:
+        """The task and the round of each query of a user, in their order: what planning needs to know."""
+        ...
+
     def shared_users(self) -> Sequence[User]:
         """Disjoint users, for the `shared` arm."""
         ...
@@ -59,6 +63,9 @@ class FromFiles:
 
     def user(self, index: int) -> User:
         return self._users[0][index]
+
+    def asked(self, index: int) -> list[tuple[str, int | None]]:
+        return [(query.task, query.round) for query in self.user(index).queries]
 
     @property
     def order(self) -> str:
@@ -112,6 +119,10 @@ class FromWorld:
         return truth_rows(self.world, users, self.tasks, self.experiment.rounds)
 
     @property
+    def _rounds(self) -> int:
+        return self.experiment.rounds if self.experiment.population.replay else 0
+
+    @property
     def _split(self) -> str:
         return self.experiment.population.split or "evaluation"
 
@@ -119,7 +130,13 @@ class FromWorld:
         population = self.experiment.population
         return self.world.user(
             index, self._split, self.tasks, population.history, population.queries,
-            rounds=self.experiment.rounds if population.replay else 0, arrivals=population.arrivals,
+            rounds=self._rounds, arrivals=population.arrivals,
+        )
+
+    def asked(self, index: int) -> list[tuple[str, int | None]]:
+        population = self.experiment.population
+        return self.world.asked(
+            index, self._split, self.tasks, population.queries, rounds=self._rounds, arrivals=population.arrivals
         )
 
     def shared_users(self) -> Sequence[User]:

@@ -104,17 +104,9 @@ class World:
         items: list[Interaction] = []
         asked: list[Query] = []
         for name in tasks:
-            rng = stream("timeline", user_id, name)
-            least, most = history
-            past = least + int(rng.random() * (most - least + 1))
             story = _Story(_Changing(user_id, split, world_task(name), self.drift), user_id)
-            past_days = sorted(-1 - int(rng.random() * self.history_days) for _ in range(past))
-            if rounds:
-                rng = stream("rounds", user_id, name)
-                new_days, query_days = _arrival_days(rng, rounds, arrivals), _query_days(rng, rounds, queries)
-            else:
-                new_days, query_days = [], [int((i + 0.5) / queries * self.query_days) for i in range(queries)]
-            days = [*past_days, *new_days]
+            new_days, query_days = self._days(user_id, name, queries, rounds, arrivals)
+            days = [*self._past_days(user_id, name, history), *new_days]
             items_at = [(day, ITEM_HOUR, number) for number, day in enumerate(days)]
             queries_at = [(day, QUERY_HOUR, number) for number, day in enumerate(query_days)]
             for day, hour, number in sorted(items_at + queries_at):
@@ -127,6 +119,32 @@ class World:
         items.sort(key=lambda item: item.time_s)
         asked.sort(key=lambda query: query.time_s)
         return User(user_id, tuple(items), tuple(asked))
+
+
+    def asked(
+        self, index: int, split: str, tasks: Sequence[str], queries: int, *, rounds: int = 0, arrivals: float = 0.0
+    ) -> list[tuple[str, int | None]]:
+        """The task and the round of each query of `user`, in their order, without a word of them being written."""
+        user_id = self.user_id(index, split)
+        found = [
+            (day, name) for name in tasks for day in sorted(self._days(user_id, name, queries, rounds, arrivals)[1])
+        ]
+        found.sort(key=lambda query: query[0])
+        return [(name, day if rounds else None) for day, name in found]
+
+    def _past_days(self, user_id: str, task: str, history: tuple[int, int]) -> list[int]:
+        rng, (least, most) = stream("timeline", user_id, task), history
+        past = least + int(rng.random() * (most - least + 1))
+        return sorted(-1 - int(rng.random() * self.history_days) for _ in range(past))
+
+    def _days(
+        self, user_id: str, task: str, queries: int, rounds: int, arrivals: float
+    ) -> tuple[list[int], list[int]]:
+        """(days of the items that come later, days of the queries)."""
+        if not rounds:
+            return [], [int((i + 0.5) / queries * self.query_days) for i in range(queries)]
+        rng = stream("rounds", user_id, task)
+        return _arrival_days(rng, rounds, arrivals), _query_days(rng, rounds, queries)
 
 
 def _arrival_days(rng: Random, rounds: int, arrivals: float) -> list[int]:

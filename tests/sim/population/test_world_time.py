@@ -178,3 +178,12 @@ def test_files_of_a_changing_world_tell_when_it_changed(tmp_path):
     rows = pq.read_table(tmp_path / "truth.parquet").to_pylist()
     assert {row["changed_on"] for row in rows} == {2, None}
     assert {row["drift"] for row in rows} == {"abrupt"}
+
+
+@given(st.integers(0, 50), st.integers(1, 70), st.integers(0, 40), st.floats(0, 2))
+@settings(max_examples=40, deadline=None)
+def test_what_is_asked_when_is_known_without_writing_it(index, queries, rounds, arrivals):
+    world, tasks = World(3), ("LaMP_3", "LaMP_2")
+    user = world.user(index, "evaluation", tasks, (3, 5), queries, rounds=rounds, arrivals=arrivals)
+    asked = world.asked(index, "evaluation", tasks, queries, rounds=rounds, arrivals=arrivals)
+    assert asked == [(query.task, query.round) for query in user.queries]
