@@ -9,6 +9,7 @@ import time
 
 import pytest
 from fleet import answers, metrics, run_in_process, tiny
+from pandas.testing import assert_frame_equal
 from survival import Untether, commits, wait_for
 from test_determinism import assert_same_results
 
@@ -16,8 +17,13 @@ from clients.worker import Endpoint
 from server.background import start_background
 from sim.results import RunDirectory
 
-PLAIN = tiny(rounds=3, arms="local,cloud")
-EXPERIMENT = tiny(rounds=3, arms="local,cloud", engine__hosts=2, engine__shard=2)
+#: Rounds that leave something to the next: gaps, batteries, work in flight, samples of earlier days.
+VIRTUAL = {
+    "rounds": 3, "arms": "local,collaborative,cloud", "network__availability": 0.6, "network__mean_down_s": 20_000,
+    "hardware__queries": "day", "hardware__train_when": "charging", "drift__samples": "keep",
+}  # fmt: skip
+PLAIN = tiny(**VIRTUAL)
+EXPERIMENT = tiny(**VIRTUAL, engine__hosts=2, engine__shard=2)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,14 @@ def assert_whole(run, undisturbed, rounds=3):
     assert not answers(run).duplicated(["seed", "round", "device_id", "arm", "query_id"]).any()
     assert sorted(metrics(run)["round"].unique()) == list(range(rounds))
     assert not run.read("events")["event_id"].duplicated().any()
+    assert_frame_equal(_happened(run), _happened(undisturbed))
+
+
+def _happened(run):
+    """What happened in virtual time, whatever happened to the workers."""
+    events = run.read("events")
+    columns = ["seed", "round", "time_s", "event_id", "device_id", "arm", "kind", "outcome", "duration_s", "energy_j"]
+    return events.loc[events["kind"] != "worker_died", columns].sort_values(columns[:4]).reset_index(drop=True)
 
 
 @pytest.mark.timeout(1200)
