@@ -81,14 +81,14 @@ class AdapterStore:
         two adapters of one round. Returns how many files went. The arm `shared` is trained once and stays.
         """
         older = sorted(number for number in self._rounds() if number < round)
-        arms = {path.name for number in older for path in (self.root / f"round-{number}").iterdir()} - {"shared"}
+        arms = {path.name for number in older for path in _listed(self.root / f"round-{number}")} - {"shared"}
         gone = 0
         for arm in arms:
             later = set(self._devices(round, arm))
             for number in reversed(older):
                 folder = self.root / f"round-{number}" / arm
                 mine = self._devices(number, arm)
-                for path in folder.glob("*.safetensors"):
+                for path in _listed(folder, "*.safetensors"):
                     if arm.endswith(FIRST) or all(d in later for d, (place, _) in mine.items() if place == path):
                         path.unlink(missing_ok=True)
                         gone += 1
@@ -110,7 +110,7 @@ class AdapterStore:
     def _devices(self, round: int, arm: str) -> dict[str, tuple[Path, int]]:
         if (round, arm) not in self._index:
             found: dict[str, tuple[Path, int]] = {}
-            for path in sorted((self.root / f"round-{round}" / arm).glob("*.safetensors")):
+            for path in _listed(self.root / f"round-{round}" / arm, "*.safetensors"):
                 try:
                     with safe_open(path, framework="pt") as file:
                         devices = json.loads(file.metadata()["devices"])
@@ -132,3 +132,11 @@ class AdapterStore:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise ResumableStop(cannot_write(path, error)) from error
+
+
+def _listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """What a folder holds, in order; nothing where another worker has just pruned it."""
+    try:
+        return sorted(folder.glob(pattern))
+    except FileNotFoundError:
+        return []

@@ -78,6 +78,15 @@ def test_what_another_worker_prunes_meanwhile_is_gone_and_no_error(store, monkey
         AdapterStore(store.root.parents[1], 1).load(2, "d0", "local")
 
 
+def test_rounds_that_another_worker_prunes_meanwhile_are_gone_and_no_error(store, monkeypatch):
+    for round in range(3):
+        store.save(round, "a", {"local": {"d0": _state(round)}})
+    monkeypatch.setattr(store, "_rounds", lambda: [0, 1, 2])  # as seen before the other one pruned
+    other = AdapterStore(store.root.parents[1], 1)
+    assert other.prune(2) == 2 and store.prune(2) == 0
+    assert _files(store) == ["round-2/local/a.safetensors"]
+
+
 def test_equal_adapters_have_equal_versions():
     assert adapter_version(_state(1)) == adapter_version(dict(reversed(_state(1).items())))
     assert adapter_version(_state(1)) != adapter_version(_state(2))
