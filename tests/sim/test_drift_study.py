@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.studies import Study
+from sim.studies import away as away_study
 from sim.studies.away import away_days
 from sim.studies.away import findings as away_findings
 from sim.studies.drift import COLUMNS, _twins
@@ -217,6 +218,28 @@ def test_an_absence_lasts_to_the_end():
     for outages in (("2d+4d",), ("6d+4d:50%",), ("1d+1d", "6d+4d")):
         with pytest.raises(UserError, match=r"network\.outages"):
             away(*outages)
+
+
+def test_an_absence_is_judged_on_the_days_that_all_absences_cover(monkeypatch):
+    """A device that is away loses 0.1 a day, twice that at the higher rate; before its absence, nothing."""
+    study = Study.read("away", {"rounds": "24"}, {"drift.rate": "0.01,0.02", "away": "online,4d,8d"})
+    frames = {}
+    for cell in study.cells:
+        start = 24 - away_days(cell.experiment)
+        slope = 0.1 * cell.experiment.drift.rate / 0.01
+        frames[cell.name] = told(*((d, r, 0, 1 - slope * max(0, r - start + 1)) for d in "ab" for r in range(24)))
+    monkeypatch.setattr(away_study, "read_answers", frames.__getitem__)
+    table, days = away_study.losses(study, {cell.name: cell.name for cell in study.cells})
+    assert days == "days 20 to 23"
+    assert table[["rate", "away", "days"]].values.tolist() == [
+        [0.01, "4d", 4], [0.01, "8d", 8], [0.02, "4d", 4], [0.02, "8d", 8]
+    ]  # fmt: skip
+    # 4 days away: 0.1, 0.2, 0.3, 0.4 on the four days; 8 days away: 0.5 to 0.8
+    assert table["value"].tolist() == pytest.approx([0.25, 0.65, 0.5, 1.3])
+    assert len(away_study.draw(table).axes) == 2
+    only = Study.read("away", None, {"away": "4d"})
+    with pytest.raises(UserError, match="cells without"):
+        away_study.losses(only, {cell.name: "rate=0.01,away=4d" for cell in only.cells})
 
 
 def test_how_long_a_device_may_stay_away():
