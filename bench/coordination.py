@@ -3,11 +3,13 @@
     python -m bench.coordination [DEVICES] [ROUNDS]
 
 Flower, Ray, the round loop, the hosts and the run directory are the real ones; the worker writes an event and a metric
-a device and does nothing else. Fixed seconds (start-up, two polls a round) show in the run with 100 devices.
+a device and does nothing else. Fixed seconds (start-up, two polls a round) show in the run with 100 devices. Seconds of
+processor are those of all processes, Ray's and Flower's among them: on a busy machine they tell more than the clock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -16,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -82,22 +85,31 @@ def learn(message: Message, context: Context) -> Message:
     return clients.app.learn(message, context)
 
 
+def cpu_s() -> float:
+    """Seconds of processor that this process and its descendants, Ray's and Flower's, have taken so far."""
+    total, me = 0.0, psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            total += sum(process.cpu_times()[:2])
+    return total
+
+
 class Stopwatch:
-    """A progress display that keeps when each round began and ended."""
+    """A progress display that keeps when each round began and ended: (seconds, seconds of processor)."""
 
     def __init__(self) -> None:
-        self.begun: list[float] = []
-        self.ended: list[float] = []
+        self.begun: list[tuple[float, float]] = []
+        self.ended: list[tuple[float, float]] = []
 
     def start(self, *_: object) -> None: ...
 
     def update(self, *_: object) -> None: ...
 
     def begin(self, *_: object) -> None:
-        self.begun.append(time.perf_counter())
+        self.begun.append((time.perf_counter(), cpu_s()))
 
     def end(self) -> None:
-        self.ended.append(time.perf_counter())
+        self.ended.append((time.perf_counter(), cpu_s()))
 
 
 def measure(devices: int, rounds: int) -> None:
@@ -120,18 +132,22 @@ def measure(devices: int, rounds: int) -> None:
     finally:
         ray.shutdown()
     whole = time.perf_counter() - begun
-    times = [end - start for start, end in zip(watch.begun, watch.ended, strict=True)]
+    times = [end[0] - start[0] for start, end in zip(watch.begun, watch.ended, strict=True)]
+    processor = [end[1] - start[1] for start, end in zip(watch.begun, watch.ended, strict=True)]
     merging = time.perf_counter()
     run.merge(experiment)
     merging = time.perf_counter() - merging
-    later = times[1:] or times
-    each = 1000 * sum(later) / len(later) / devices
     print(
-        f"{devices:6d} devices: rounds {', '.join(f'{t:.2f}' for t in times)} s; {each:.3f} ms a device and "
-        f"round after the first; tables {1000 * merging / rounds / devices:.3f} ms; whole run {whole:.1f} s; "
-        f"load {os.getloadavg()[0]:.1f}",
+        f"{devices:6d} devices: rounds {', '.join(f'{t:.2f}' for t in times)} s; a device and round after the first: "
+        f"{_each_ms(times, devices):.3f} ms, {_each_ms(processor, devices):.3f} ms of processor; tables "
+        f"{1000 * merging / rounds / devices:.3f} ms; whole run {whole:.1f} s; load {os.getloadavg()[0]:.1f}",
         flush=True,
     )
+
+
+def _each_ms(rounds_s: list[float], devices: int) -> float:
+    later = rounds_s[1:] or rounds_s
+    return 1000 * sum(later) / len(later) / devices
 
 
 def main() -> None:
