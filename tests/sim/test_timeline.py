@@ -198,7 +198,9 @@ def test_in_any_world_every_request_ends_once_and_no_byte_is_lost(world, order, 
         tries = Counter(attempt.request_id for attempt in schedule.attempts)
         for request, final in schedule.finals.items():
             assert tries[request] == final.attempts
-            assert (last[request].outcome, last[request].end_s) == (final.outcome, pytest.approx(final.end_s))
+            assert last[request].outcome == final.outcome
+            assert last[request].end_s <= final.end_s  # after it, another try may have been waited for in vain
+            assert final.outcome != "ok" or last[request].end_s == final.end_s
         for at_s in (schedule.plan.start_s + 700, schedule.plan.end_s, math.inf):
             sums = traffic(schedule.attempts, at_s)
             assert sums.sent == pytest.approx(sums.received + sums.wasted + sums.in_flight)
