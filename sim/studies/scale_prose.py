@@ -30,7 +30,8 @@ def notes(cells: pd.DataFrame) -> list[str]:
     return [
         "Seconds and memory of the simulation are this machine's (`environment.json` in each cell), read from the "
         "first cell of each size, all processes together. Waiting, throughput and money are in virtual time, from the "
-        "timeline of links, hardware and cloud; a simulation that runs slower or faster gives the same ones."
+        "timeline of links, hardware and cloud; a simulation that runs slower or faster gives the same ones. Workers "
+        "fill a memory budget (`engine.memory_gib`; a share of what is free unless set), so memory grows up to that."
     ]
 
 
