@@ -33,7 +33,7 @@ population.replay = true
 population.arrivals = 3.0
 population.max_history = 6
 cloud.samples = 6
-training = { epochs = 3, batch_size = 4, start = "anew" }
+training = { epochs = 3, batch_size = 2, start = "anew" }
 drift = { jitter_days = 0.0, day = 2.0 }
 evaluation.resamples = 200
 engine.threads = 1

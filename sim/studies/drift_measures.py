@@ -144,14 +144,14 @@ def reach(told: pd.DataFrame) -> int:
 
 def along(frame: pd.DataFrame, at: str, value: str, width: int = 1) -> pd.DataFrame:
     """`value` along `at`: columns `from`, `to` (whole days), `value, low, high, n_users`. Mean over users' own means,
-    with its 95% interval over users; `width` days are taken together.
+    with its 95% interval over users; `width` days are taken together (the last ones may be fewer).
     """
     start = (frame[at] // width * width).astype(int)
     own = frame.assign(start=start).groupby(["start", *USER])[value].mean()
-    rows = []
+    rows, last = [], frame[at].max()
     for place, of_users in own.groupby(level="start"):
         mean, low, high = mean_interval(of_users)
-        rows.append((place, place + width - 1, mean, low, high, len(of_users)))
+        rows.append((place, min(place + width - 1, last), mean, low, high, len(of_users)))
     return pd.DataFrame(rows, columns=["from", "to", "value", "low", "high", "n_users"])
 
 

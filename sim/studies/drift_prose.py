@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -102,7 +103,7 @@ def _memory(change: str, own: pd.DataFrame) -> Iterator[str]:
     for policy, lines in rows.groupby("policy", sort=False):
         last = lines.sort_values("from").groupby("measure").last()
         now, before = last.loc["score on the now gold"], last.loc["score on the before gold"]
-        clauses.append(f"`{policy}` {_value(now)} and {_value(before)}")
+        clauses.append(f"`{policy}` {_value(now, '')} and {_value(before, '')}")
     if clauses:
         days = f"{now['from']:.0f} to {now['to']:.0f} days after the change began"
         yield f"{change}: {days}, scored on what the user says now and on what they said before: {', '.join(clauses)}."
@@ -120,9 +121,9 @@ def _held_back(change: str, own: pd.DataFrame) -> Iterator[str]:
         )
 
 
-def _value(row: pd.Series) -> str:
-    read = row.get if isinstance(row, pd.Series) else lambda name: getattr(row, name)
-    return f"{read('value'):+.3f} [{read('low'):+.3f}, {read('high'):+.3f}]"
+def _value(row: Any, sign: str = "+") -> str:
+    value, low, high = (format(getattr(row, name), f"{sign}.3f") for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _days(row: pd.Series) -> str:
