@@ -37,6 +37,8 @@ class Worker:
     """Runs shards. Heavy things load on first use and stay resident: one base model and one encoder a process."""
 
     def __init__(self, run_directory: str, endpoint: Endpoint, threads: int = 0, progress: str = ""):
+        # oneDNN keeps the code of the last 1024 shapes of products, some 0.3 GiB; a cohort's shapes hardly come back.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         import torch
 
         if threads:
