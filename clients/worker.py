@@ -96,6 +96,8 @@ class Worker:
     def __init__(
         self, run_directory: str, endpoint: Endpoint, threads: int = 0, progress: str = "", models: Models | None = None
     ):
+        # oneDNN keeps the code of the last 1024 shapes of products, some 0.3 GiB; a cohort's shapes hardly come back.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         import torch
 
         if threads:
