@@ -244,7 +244,8 @@ def _material(worker: Worker, shard: Shard, device: Device, judged: Sequence[Jud
     counts = {name: count for kind in kinds for name, count in (
         (kind, len(tokens[kind])), (f"{kind}_tokens", sum(tokens[kind]))
     )}  # fmt: skip
-    return {**counts, "longest": max([*tokens["real"], *tokens["received"]], default=0)}
+    longest = max(tokens["real"], default=0)
+    return {**counts, "longest": max([longest, *tokens["received"]]), "longest_real": longest}
 
 
 def _tokens(item: Interaction | Sample) -> int:

@@ -40,7 +40,7 @@ FIRST = ".first"
 class Material:
     """What a device could train on in a round, counted: items and their tokens (about four characters each).
 
-    `received` are all samples but leaks; `longest` the tokens of the longest example.
+    `received` are all samples but leaks; `longest` the tokens of the longest example, `longest_real` of the real ones.
     """
 
     real: int
@@ -50,6 +50,7 @@ class Material:
     received: int = 0
     received_tokens: int = 0
     longest: int = 128
+    longest_real: int = 128
 
     def plus(self, samples: Iterable[Sequence[int]]) -> Material:
         """With the samples of other rounds, each (accepted, accepted tokens, received, received tokens)."""
@@ -216,7 +217,7 @@ class Rounds:
         return Work(
             device, arm, steps, _trained_tokens(training, steps, items, tokens),
             () if arm == "local" else tuple(requests), *_fallback(training, *_total(had, counted)),
-            row_tokens=material.longest,
+            row_tokens=material.longest_real if counted == ["real"] else material.longest,
         )
 
     def _earlier(self, round: int, device: int) -> list[int]:

@@ -32,15 +32,18 @@ def tiny(**changes) -> Experiment:
     return Experiment.read(None, fields | {key.replace("__", "."): str(value) for key, value in changes.items()})
 
 
-def run_in_process(path: Path, experiment: Experiment, endpoint: Endpoint, hosts: int = 1, worker=None) -> RunDirectory:
+def run_in_process(
+    path: Path, experiment: Experiment, endpoint: Endpoint, hosts: int = 1, worker=None, backwards: bool = False
+) -> RunDirectory:
     """The rounds of an experiment without Flower and Ray: the same passes on one worker, host after host.
 
-    `worker` is one that has loaded its models already, to be used again on this run directory.
+    `worker` is one that has loaded its models already, to be used again on this run directory. `backwards` names the
+    devices to the round loop from the last to the first.
     """
     run = RunDirectory.create(path, experiment)
     fresh = Worker(str(run.path), endpoint, threads=1, models=worker.models if worker is not None else None)
     executor = InProcess(lambda: fresh)
-    devices = list(range(experiment.population.users))
+    devices = list(range(experiment.population.users))[:: -1 if backwards else 1]
     for seed in experiment.seeds:
         virtual = Rounds(experiment, seed, open_population(experiment, seed))
         for round in range(experiment.rounds):

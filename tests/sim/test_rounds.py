@@ -77,6 +77,17 @@ def test_by_default_everything_is_asked_and_trained_once():
     assert by_arm["collaborative"].load_s == pytest.approx(by_arm["placebo"].load_s, rel=1e-6)
 
 
+def test_what_local_costs_does_not_hang_on_samples():
+    """Not even on their length: it neither takes longer nor runs out of memory for an example that it never sees."""
+    loads = []
+    for longest in (128, 4000):
+        material = Material(6, 600, 12, 12_000, 20, 20_000, longest=longest, longest_real=128)
+        _, day = run(rounds(hardware={"profiles": ("galaxy-a14",)}), material=material)
+        loads.append({version.arm: (version.outcome, version.load_s) for version in day.schedule.versions})
+    assert loads[0]["local"] == loads[1]["local"] and loads[0]["local_matched"] == loads[1]["local_matched"]
+    assert loads[0]["collaborative"] != loads[1]["collaborative"]
+
+
 def test_what_is_trained_without_a_cloud():
     names = [f"{device}/{arm}" for device in range(4) for arm in rounds().arms]
     virtual = rounds(network={"availability": 0})
