@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from sim.asking import Traffic
 from sim.cloud_capacity import price
 from sim.sections import CloudCapacity
 
@@ -80,58 +79,64 @@ def cost(events: pd.DataFrame, capacity: CloudCapacity) -> Cost:
     return Cost(tokens_in, tokens_out, price(capacity, tokens_in, tokens_out))
 
 
-def traffic(events: pd.DataFrame, at_s: float = math.inf) -> Traffic:
-    """The bytes of the attempts begun by `at_s`, as `sim.asking.traffic` counts them."""
-    tried = attempts(events)
-    tried = tried[tried.time_s <= at_s]
-    moved = tried.bytes_up.fillna(0) + tried.bytes_down.fillna(0)
-    flying = tried.time_s + tried.duration_s > at_s
-    wasted = tried.outcome.isin(UNDELIVERED) & ~flying
-    sums = {"in_flight": moved[flying], "wasted": moved[wasted], "received": moved[~flying & ~wasted]}
-    return Traffic(float(moved.sum()), **{name: float(part.sum()) for name, part in sums.items()})
+DEVICE = ["seed", "device_id"]
+"""What names a device in a table of several seeds."""
+
+Z_95 = 1.959964
 
 
-def wasted_energy_j(events: pd.DataFrame) -> float:
-    """Energy that devices spent on attempts without an answer and on adapters that never went live."""
-    lost = events.kind.isin(REQUESTS) & events.outcome.isin(UNDELIVERED)
-    lost |= (events.kind == "train") & (events.outcome != "ok")
-    return float(events.energy_j[lost].sum())
-
-
-@dataclass(frozen=True, slots=True)
-class Survival:
-    """A Kaplan-Meier curve: after `times_s[i]` a share of `waiting[i]` still waits (before the first of them, all)."""
-
-    times_s: np.ndarray
-    waiting: np.ndarray
-
-    def reached_s(self, share: float) -> float | None:
-        """When that share of the devices had what they waited for; None if it never did."""
-        reached = np.flatnonzero(1 - self.waiting >= share - 1e-12)
-        return float(self.times_s[reached[0]]) if len(reached) else None
-
-
-def survival(waited_s: Sequence[float], came: Sequence[bool]) -> Survival:
-    """How many still wait, as time goes by. `came`: whether it came after that time; else no more is known (censored).
-
-    Kaplan and Meier, JASA 1958: the product, over the times at which something came, of 1 - came / waiting.
+def wasted(events: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Bytes and energy a device, in all (`bytes`, `energy_j`) and of what came to nothing (`bytes_wasted`,
+    `energy_wasted_j`): attempts to get samples, and trainings of `arm`, that did not end `ok`.
     """
-    waited, events = np.asarray(waited_s, dtype=float), np.asarray(came, dtype=bool)
-    times, counts = np.unique(waited[events], return_counts=True)
-    at_risk = np.array([(waited >= time).sum() for time in times], dtype=float)
-    return Survival(times, np.cumprod(1 - counts / at_risk) if len(times) else np.array([]))
+    rows = events[(events["kind"] == "augment") | ((events["kind"] == "train") & (events["arm"] == arm))]
+    failed = rows["outcome"] != "ok"
+    moved = rows["bytes_up"].fillna(0) + rows["bytes_down"].fillna(0)
+    energy = rows["energy_j"].fillna(0.0)
+    counted = rows[DEVICE].assign(
+        bytes=moved, bytes_wasted=moved.where(failed, 0), energy_j=energy, energy_wasted_j=energy.where(failed, 0.0)
+    )
+    return counted.groupby(DEVICE).sum().reset_index()
 
 
-def first_adapters(events: pd.DataFrame, devices: int, end_s: float, arm: str = "collaborative") -> Survival:
-    """From the run's start until each of `devices` devices (of all seeds) had an adapter of `arm` live that was trained
-    with samples from the cloud. Devices that had none by `end_s` are censored there.
+def trainings(events: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """One arm's trained adapters, a row each: seed, device_id, round, `on` (real, samples, stale_samples), `live_s`."""
+    rows = events[(events["kind"] == "train") & (events["arm"] == arm) & (events["outcome"] == "ok")]
+    on = rows["detail"].astype("string").str.extract(r"^on (\w+)")[0]
+    return rows[[*DEVICE, "round"]].assign(on=on, live_s=rows["time_s"] + rows["duration_s"]).reset_index(drop=True)
+
+
+def first_live(made: pd.DataFrame, devices: pd.DataFrame, end_s: float) -> pd.DataFrame:
+    """When each device (rows of seed and device_id) had the first of the adapters `made`: `time_s`, and `seen`, false
+    where that was not before `end_s` (`time_s` is then `end_s`: censored).
     """
-    trained = events[(events.kind == "train") & (events.arm == arm) & (events.outcome == "ok")]
-    trained = trained[trained.detail.fillna("").str.match(r"on samples\b")]
-    names = ["seed", "device_id"] if "seed" in trained else ["device_id"]
-    live_s = (trained.time_s + trained.duration_s).groupby([trained[name] for name in names]).min()
-    live_s = live_s[live_s <= end_s]
-    if len(live_s) > devices:
-        raise ValueError(f"{len(live_s)} devices have adapters, but there are only {devices}")
-    waited = [*live_s, *[end_s] * (devices - len(live_s))]
-    return survival(waited, [True] * len(live_s) + [False] * (devices - len(live_s)))
+    first = made.groupby(DEVICE)["live_s"].min().rename("time_s").reset_index()
+    found = devices[DEVICE].drop_duplicates().merge(first, how="left", on=DEVICE)
+    seen = found["time_s"] < end_s
+    return found.assign(time_s=found["time_s"].where(seen, end_s), seen=seen)
+
+
+def survival(times_s: Sequence[float], seen: Sequence[bool]) -> pd.DataFrame:
+    """Kaplan and Meier (JASA 1958): a row an event time, with the share that is still without (`share`) right after it
+    and the 95% interval `low`, `high` on the log-log scale from Greenwood's variance. Begins with time 0, share 1.
+
+    `seen` false: censored then. Where an event and a censoring meet, the event comes first.
+    """
+    times, happened = np.asarray(times_s, dtype=float), np.asarray(seen, dtype=bool)
+    rows, share, variance = [(0.0, 1.0, 1.0, 1.0)], 1.0, 0.0
+    for time_s in np.unique(times[happened]):
+        at_risk, ended = int((times >= time_s).sum()), int((happened & (times == time_s)).sum())
+        share *= 1 - ended / at_risk
+        if share == 0:
+            rows.append((float(time_s), 0.0, 0.0, 0.0))
+            break
+        variance += ended / (at_risk * (at_risk - ended))
+        spread = Z_95 * np.sqrt(variance) / np.log(share)
+        rows.append((float(time_s), share, share ** np.exp(-spread), share ** np.exp(spread)))
+    return pd.DataFrame(rows, columns=["time_s", "share", "low", "high"])
+
+
+def reached_s(curve: pd.DataFrame, share: float) -> float:
+    """When that share has it, by a curve of `survival`; inf where that never comes."""
+    there = curve[1 - curve["share"] >= share - 1e-12]
+    return float(there["time_s"].iloc[0]) if len(there) else math.inf

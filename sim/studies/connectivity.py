@@ -18,6 +18,7 @@ from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.population.tasks import get_task, higher_is_better
 from sim.report.summary import metric_name
+from sim.service import DEVICE, first_live, reached_s, survival, trainings, waiting_s, wasted
 from sim.studies.answer import save_figure, write_findings, write_table
 from sim.studies.connectivity_figures import (
     AVAILABILITY,
@@ -35,7 +36,6 @@ from sim.studies.connectivity_figures import (
     draw_survival,
     span,
 )
-from sim.studies.events import DEVICE, first_live, median_s, queue_waits_s, survival, trainings, wasted
 from sim.studies.frames import Runs, each_cell, labelled, mean_interval
 from sim.studies.study import Study
 from sim.timeline_state import REAL, STALE
@@ -72,17 +72,17 @@ def measure(
     experiment: Experiment, predictions: pd.DataFrame, events: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """One cell: a row a user and task (`by_user`), a row a task for the table, and the curve of devices without an
-    adapter made with samples (`sim.studies.events.survival`).
+    adapter made with samples (`sim.service.survival`).
     """
     made = trainings(events, ARM)
     answers = label_answers(predictions, made, most_rounds(experiment))
     first = first_live(made[made["on"] != REAL], answers, experiment.rounds * DAY_S)
-    curve, users, queued_s = survival(first["time_s"], first["seen"]), by_user(answers), queue_waits_s(events)
-    last = curve.iloc[-1]
+    curve, users = survival(first["time_s"], first["seen"]), by_user(answers)
+    last, queued_s = curve.iloc[-1], waiting_s(events[events["kind"] == "augment"], (0.5, 0.95))
     told = {
-        "half_have_samples_d": median_s(curve) / DAY_S, "without_samples": last["share"],
+        "half_have_samples_d": reached_s(curve, 0.5) / DAY_S, "without_samples": last["share"],
         "without_samples_low": last["low"], "without_samples_high": last["high"],
-        "queued_p50_s": queued_s.quantile(0.5), "queued_p95_s": queued_s.quantile(0.95),
+        "queued_p50_s": queued_s[0.5], "queued_p95_s": queued_s[0.95],
     }
     devices = wasted(events, ARM)
     return users, pd.DataFrame([row | told for row in _rows(users, devices)]), curve
@@ -96,7 +96,7 @@ def most_rounds(experiment: Experiment) -> float:
 
 def label_answers(predictions: pd.DataFrame, made: pd.DataFrame, most: float) -> pd.DataFrame:
     """The answers with the `kind` of what answered (KINDS; of arm collaborative only) and `age_d`, the days since that
-    adapter went live. `made` as `sim.studies.events.trainings` has it; `most` as `most_rounds` says.
+    adapter went live. `made` as `sim.service.trainings` has it; `most` as `most_rounds` says.
     """
     rows = predictions.copy()
     rows["age_d"] = (rows["answered_time_s"] - rows["adapter_time_s"]) / DAY_S
@@ -203,7 +203,7 @@ def _coming(row: pd.Series, step: float, gap: float) -> str:
     where = f"at availability {step:g}" + (f" with gaps of {span(gap)}" if 0 < step < 1 else "")
     half = row["half_have_samples_d"]
     after = f"{half:.1f} days" if half >= 1 else f"{24 * half:.1f} hours"
-    when = "most devices never had one" if np.isnan(half) else f"half of the devices had it after {after}"
+    when = "most devices never had one" if np.isinf(half) else f"half of the devices had it after {after}"
     left, low, high = row["without_samples"], row["without_samples_low"], row["without_samples_high"]
     without = f"{left:.0%} [{low:.0%}, {high:.0%}] had none in the end" if left else "all in the end"
     return f"{where} {when}, {without}, and {row[FRESH]:.0%} of questions met a fresh one"

@@ -11,17 +11,28 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sim.clock import DAY_S
+from sim.clock import DAY_S, HOUR_S
 from sim.experiment import Experiment
 from sim.population.source import open_population
 from sim.population.tasks import get_task, higher_is_better
 from sim.results import RunDirectory
-from sim.service import cost, first_adapters, share_rate_limited, throughput_per_s, waiting_s
+from sim.service import (
+    DEVICE,
+    cost,
+    first_live,
+    reached_s,
+    share_rate_limited,
+    survival,
+    throughput_per_s,
+    trainings,
+    waiting_s,
+)
 from sim.studies.answer import save_figure, write_findings, write_table
 from sim.studies.frames import Runs, each_cell, mean_interval, user_scores
 from sim.studies.scale_figures import draw_quality, draw_service, draw_simulation
 from sim.studies.scale_prose import findings, notes
 from sim.studies.study import Study
+from sim.timeline_state import SAMPLES
 
 SHARES = (0.5, 0.9, 0.99)
 """Of the devices, that have their first personalized adapter."""
@@ -51,14 +62,14 @@ def measure(study: Study, runs: Runs) -> pd.DataFrame:
         usage = (run.read_json("environment.json") or {}).get("usage", {})
         cold = devices not in seen
         seen.add(devices)
-        row = {**cell.words, "devices": devices, "cold": cold, **service(run, cell.experiment, devices)}
+        row = {**cell.words, "devices": devices, "cold": cold, **service(run, cell.experiment)}
         row |= {"wall_s": usage.get("wall_s"), "cpu_s": usage.get("cpu_s")}
         row["peak_memory_gib"] = usage.get("peak_memory_bytes", np.nan) / 2**30
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def service(run: RunDirectory, experiment: Experiment, devices: int) -> dict[str, float]:
+def service(run: RunDirectory, experiment: Experiment) -> dict[str, float]:
     """What the fleet got of its cloud, in virtual time. Times to an adapter are inf where it never came."""
     events = run.read("events")
     asked = events[events["kind"] == "augment"]
@@ -66,15 +77,16 @@ def service(run: RunDirectory, experiment: Experiment, devices: int) -> dict[str
     overall, busiest = throughput_per_s(asked, bin_s=60.0)
     attempts, requests = share_rate_limited(asked)
     paid = cost(asked, experiment.cloud.capacity)
-    curve = first_adapters(events, devices, experiment.rounds * DAY_S)
-    reached = {share: curve.reached_s(share) for share in SHARES}
+    made = trainings(events, "collaborative")
+    first = first_live(made[made["on"] == SAMPLES], run.read("metrics", DEVICE), experiment.rounds * DAY_S)
+    curve = survival(first["time_s"], first["seen"])
     last = asked.sort_values("attempt").groupby(["seed", "request_id"])["outcome"].last()
     return {
         **{f"queued_p{round(100 * q)}_s": value for q, value in waited.items()},
         "answers_per_s": overall, "busiest_answers_per_s": busiest, "rate_limited_attempts": attempts,
         "rate_limited_requests": requests, "answered": float((last == "ok").mean()) if len(last) else np.nan,
         "tokens_in": paid.tokens_in, "tokens_out": paid.tokens_out, "money": paid.money,
-        **{f"h_to_{round(100 * s)}": (np.inf if t is None else t / 3600) for s, t in reached.items()},
+        **{f"h_to_{round(100 * share)}": reached_s(curve, share) / HOUR_S for share in SHARES},
     }  # fmt: skip
 
 

@@ -9,10 +9,10 @@ from sim.clock import DAY_S
 from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.results import TABLES
+from sim.service import first_live, trainings, wasted
 from sim.studies import Study
 from sim.studies.connectivity import by_user, findings, label_answers, measure, places
 from sim.studies.connectivity_figures import span
-from sim.studies.events import first_live, median_s, queue_waits_s, survival, trainings, wasted
 
 HOUR_S = 3600.0
 
@@ -29,10 +29,10 @@ def train(device, round, on, begun_h, took_h, outcome="ok", arm="collaborative",
     }  # fmt: skip
 
 
-def request(device, outcome, up=0, down=0, tokens=0, detail="", energy_j=1.0):
+def request(device, outcome, up=0, down=0, tokens=0, queued_s=None, energy_j=1.0):
     return {
         "device_id": device, "round": 0, "kind": "augment", "outcome": outcome, "time_s": 60.0, "duration_s": 5.0,
-        "bytes_up": up, "bytes_down": down, "tokens_in": tokens, "energy_j": energy_j, "detail": detail,
+        "bytes_up": up, "bytes_down": down, "tokens_in": tokens, "energy_j": energy_j, "queued_s": queued_s,
     }  # fmt: skip
 
 
@@ -47,10 +47,10 @@ def asked(device, round, hour, adapter_h=None, score=0.5, arm="collaborative"):
 
 EVENTS = table("events", [
     request("a", "dropped", up=300, energy_j=2.0),
-    request("a", "ok", up=1000, down=700, tokens=90, detail="queued 12.5 s cached"),
+    request("a", "ok", up=1000, down=700, tokens=90, queued_s=12.5),
     request("b", "offline", energy_j=0.0),
-    request("b", "timeout", up=1000, energy_j=3.0, detail="queued 300.0 s in the cloud's queue"),
-    request("c", "ok", up=1000, down=500, tokens=90, energy_j=1.0),
+    request("b", "timeout", up=1000, energy_j=3.0, queued_s=300.0),
+    request("c", "ok", up=1000, down=500, tokens=90, queued_s=0.0, energy_j=1.0),
     train("a", 0, "real", 1, 1, "superseded", energy_j=4.0),
     train("a", 0, "samples", 3, 2),
     train("b", 0, "real", 1, 2),
@@ -72,31 +72,12 @@ def test_trainings_and_their_first():
     assert list(first["time_s"] / HOUR_S) == [5, 36, 26, 36]
 
 
-def test_survival_by_hand():
-    """Of five, one at 1, one of two at 2 (the other is lost then), one at 3, the last lost at 4."""
-    curve = survival([1, 2, 2, 3, 4], [True, True, False, True, False])
-    assert list(curve["time_s"]) == [0, 1, 2, 3]
-    assert curve["share"].tolist() == pytest.approx([1, 4 / 5, 4 / 5 * 3 / 4, 4 / 5 * 3 / 4 * 1 / 2])
-    # Greenwood at 2: 1/(5*4) + 1/(4*3) = 2/15; log-log: 0.6 ** exp(+-1.96 sqrt(2/15) / log 0.6)
-    apart = 1.959964 * math.sqrt(2 / 15) / abs(math.log(0.6))
-    row = curve.iloc[2]
-    assert (row["low"], row["high"]) == pytest.approx((0.6 ** math.exp(apart), 0.6 ** math.exp(-apart)))
-    assert row["low"] == pytest.approx(0.1257, abs=1e-4) and row["high"] == pytest.approx(0.8818, abs=1e-4)
-    assert median_s(curve) == 3 and math.isnan(median_s(curve[:3]))
-    assert survival([5, 5], [True, True])["share"].tolist() == [1, 0]
-    assert survival([5, 5], [False, False])["share"].tolist() == [1]
-
-
 def test_what_came_to_nothing_is_wasted():
     found = wasted(EVENTS, "collaborative").set_index("device_id")
     assert found["bytes"].to_dict() == {"a": 2000, "b": 1000, "c": 1500}
     assert found["bytes_wasted"].to_dict() == {"a": 300, "b": 1000, "c": 0}
     assert found["energy_j"].to_dict() == {"a": 2 + 1 + 4 + 10, "b": 3 + 20, "c": 1 + 20}
     assert found["energy_wasted_j"].to_dict() == {"a": 2 + 4, "b": 3, "c": 0}
-
-
-def test_only_requests_that_reached_the_cloud_queued():
-    assert sorted(queue_waits_s(EVENTS)) == [0.0, 12.5, 300.0]
 
 
 PREDICTIONS = table("predictions", [
@@ -210,7 +191,7 @@ def test_findings_name_effects_and_say_where_there_is_none():
         late = spot[1] > 600
         rows.append({
             "cell": cell.name, **cell.words, "task": "LaMP_7", "fresh": 0.25 if late else 0.75,
-            "half_have_samples_d": math.nan if late else 0.25, "without_samples": 0.8 if late else 0.0,
+            "half_have_samples_d": math.inf if late else 0.25, "without_samples": 0.8 if late else 0.0,
             "without_samples_low": 0.6, "without_samples_high": 0.9,
         })  # fmt: skip
     gain, fallback, first = findings(study, places(study, pd.DataFrame(users)), places(study, pd.DataFrame(rows)))

@@ -99,9 +99,10 @@ def test_a_row_a_cell_and_only_the_first_of_a_size_is_cold():
          "tokens_out": 0, "energy_j": 0.0, "queued_s": 4.0 * n, "detail": ""} for n in range(2)
     ] + [
         {"seed": 1, "time_s": 3600.0, "device_id": "d0", "arm": "collaborative", "kind": "train", "outcome": "ok",
-         "duration_s": 3600.0, "energy_j": 1.0, "detail": "on samples, 3 steps"}
+         "round": 0, "duration_s": 3600.0, "energy_j": 1.0, "detail": "on samples, 3 steps"}
     ])  # fmt: skip
-    table = measure(study, {name: _Run(tables={"events": events}) for name in "ab"})
+    metrics = pd.DataFrame({"seed": 1, "device_id": ["d0", "d1", "d1"]})
+    table = measure(study, {name: _Run(tables={"events": events, "metrics": metrics}) for name in "ab"})
     assert table["cold"].tolist() == [True, False] and table["peak_memory_gib"].tolist() == [2.0, 2.0]
     row = table.iloc[0]
     assert row["money"] == pytest.approx(2.0) and row["queued_p50_s"] == pytest.approx(2.0)

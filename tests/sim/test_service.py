@@ -17,13 +17,14 @@ from sim.sections import CloudCapacity
 from sim.service import (
     attempts,
     cost,
-    first_adapters,
+    first_live,
+    reached_s,
     share_rate_limited,
     survival,
     throughput_per_s,
-    traffic,
+    trainings,
     waiting_s,
-    wasted_energy_j,
+    wasted,
 )
 from tests.sim.test_timeline import HARD, SIZE, asks, timeline, works
 
@@ -75,7 +76,6 @@ def test_cost_and_waste_by_hand():
     )  # fmt: skip
     spent = cost(events, CloudCapacity(price_in=2.0, price_out=4.0))
     assert (spent.tokens_in, spent.tokens_out, spent.money) == (2000, 500, pytest.approx(0.006))
-    assert wasted_energy_j(events) == 9.0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -84,14 +84,12 @@ def test_rows_and_attempts_agree(seed):
     virtual = timeline(seed=seed, **HARD)
     plan = virtual.plan(0, asks(0, range(30), each=2))
     schedule = virtual.schedule(plan, dict.fromkeys(plan.granted, SIZE), works(0, range(30), 2))
-    events = pd.DataFrame(virtual.event_rows(schedule))
+    events = pd.DataFrame(virtual.event_rows(schedule)).assign(seed=seed)
     tried = [attempt for attempt in schedule.attempts if attempt.outcome not in ("offline", "over_budget")]
     assert len(attempts(events)) == len(tried)
-    for at_s in (60.0, 600.0, 1200.0, math.inf):
-        own, rows = asking.traffic(schedule.attempts, at_s), traffic(events, at_s)
-        for name in ("sent", "received", "wasted", "in_flight"):
-            assert getattr(rows, name) == pytest.approx(getattr(own, name), abs=len(tried)), "rounded to whole bytes"
-        assert rows.sent == rows.received + rows.wasted + rows.in_flight
+    own, rows = asking.traffic(schedule.attempts, math.inf), wasted(events, "collaborative")
+    assert rows["bytes"].sum() == pytest.approx(own.sent, abs=len(tried)), "rounded to whole bytes"
+    assert rows["bytes_wasted"].sum() == pytest.approx(own.wasted, abs=len(tried)) and own.wasted > 0
     spent = cost(events, CloudCapacity())
     assert spent.tokens_in == sum(attempt.tokens_in for attempt in tried) > 0
     waited = [attempt.queued_s for attempt in tried if attempt.queued_s is not None]
@@ -109,18 +107,36 @@ def test_first_adapters_by_hand():
         train("a", 30), train("a", 10), train("b", 20), train("c", 5, on="real"), train("d", 5, outcome="superseded"),
         train("e", 1, arm="placebo"),
     )  # fmt: skip
-    curve = first_adapters(events, 4, 100.0)
-    assert curve.times_s.tolist() == [10, 20] and curve.waiting.tolist() == pytest.approx([0.75, 0.5])
-    assert (curve.reached_s(0.25), curve.reached_s(0.5), curve.reached_s(0.9)) == (10, 20, None)
-    assert first_adapters(events, 4, 15.0).reached_s(0.5) is None
-    assert first_adapters(frame(), 4, 15.0).reached_s(0.01) is None
-    with pytest.raises(ValueError, match="only 1"):
-        first_adapters(events, 1, 100.0)
+    made = trainings(events, "collaborative")
+    devices = pd.DataFrame({"seed": 1, "device_id": list("abcd")})
+    first = first_live(made[made["on"] == "samples"], devices, 100.0)
+    curve = survival(first["time_s"], first["seen"])
+    assert curve["time_s"].tolist() == [0, 10, 20] and curve["share"].tolist() == pytest.approx([1, 0.75, 0.5])
+    assert [reached_s(curve, share) for share in (0.25, 0.5, 0.9)] == [10, 20, math.inf]
+    early = first_live(made[made["on"] == "samples"], devices, 15.0)
+    assert early["seen"].sum() == 1
 
 
 def test_the_same_device_of_two_seeds_is_two():
-    curve = first_adapters(frame(train("a", 10), {**train("a", 20), "seed": 2}), 2, 100.0)
-    assert curve.reached_s(1.0) == 20
+    made = trainings(frame(train("a", 10), {**train("a", 20), "seed": 2}), "collaborative")
+    devices = pd.DataFrame({"seed": [1, 2], "device_id": "a"})
+    first = first_live(made, devices, 100.0)
+    assert reached_s(survival(first["time_s"], first["seen"]), 1.0) == 20
+
+
+def test_survival_by_hand():
+    """Of five, one at 1, one of two at 2 (the other is lost then), one at 3, the last lost at 4."""
+    curve = survival([1, 2, 2, 3, 4], [True, True, False, True, False])
+    assert list(curve["time_s"]) == [0, 1, 2, 3]
+    assert curve["share"].tolist() == pytest.approx([1, 4 / 5, 4 / 5 * 3 / 4, 4 / 5 * 3 / 4 * 1 / 2])
+    # Greenwood at 2: 1/(5*4) + 1/(4*3) = 2/15; log-log: 0.6 ** exp(+-1.96 sqrt(2/15) / log 0.6)
+    apart = 1.959964 * math.sqrt(2 / 15) / abs(math.log(0.6))
+    row = curve.iloc[2]
+    assert (row["low"], row["high"]) == pytest.approx((0.6 ** math.exp(apart), 0.6 ** math.exp(-apart)))
+    assert row["low"] == pytest.approx(0.1257, abs=1e-4) and row["high"] == pytest.approx(0.8818, abs=1e-4)
+    assert reached_s(curve, 0.5) == 3 and math.isinf(reached_s(curve[:3], 0.5))
+    assert survival([5, 5], [True, True])["share"].tolist() == [1, 0]
+    assert survival([5, 5], [False, False])["share"].tolist() == [1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=40))
@@ -131,6 +147,7 @@ def test_the_curve_is_scipys(waits):
         uncensored=[t for t, c in waits if c], right=[t for t, c in waits if not c]
     )  # fmt: skip
     other = scipy.stats.ecdf(data).sf
-    for time, waiting in zip(curve.times_s, curve.waiting, strict=True):
-        assert waiting == pytest.approx(float(other.evaluate(time)), abs=1e-12)
-    assert len(curve.times_s) == len(set(t for t, c in waits if c))
+    for time, waiting in zip(curve["time_s"], curve["share"], strict=True):
+        if time > 0:
+            assert waiting == pytest.approx(float(other.evaluate(time)), abs=1e-12)
+    assert reached_s(curve, 1.0) == max(times) or not all(came)
