@@ -53,6 +53,11 @@ class StudyFile(Section):
     variants: dict[str, dict[str, dict[str, Any]]] = Field({}, description="axes: a name, and by name sets of fields")
     figure: FigureSpec = FigureSpec()
 
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _dotted(cls, grid: Any) -> Any:
+        return dict(_flat(grid)) if isinstance(grid, dict) else grid
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
