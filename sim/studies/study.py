@@ -59,6 +59,11 @@ class StudyFile(Section):
     )
     figure: FigureSpec = FigureSpec()
 
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _dotted(cls, grid: Any) -> Any:
+        return dict(_flat(grid)) if isinstance(grid, dict) else grid
+
 
 @dataclass(frozen=True, slots=True)
 class Point:
