@@ -34,6 +34,26 @@ def test_the_catalogue_is_wide_and_sourced():
         assert profile.on_mains == (profile.kind == "board")
 
 
+def test_the_catalogue_is_of_this_world():
+    """Orders of magnitude: a slip of a unit or of a digit is seen."""
+    ranges = {
+        "ram_gib": (2, 32), "compute_gflops": (30, 5000), "memory_gb_per_s": (8, 150), "load_w": (2, 60),
+        "storage_gb": (16, 1024), "heating_s": (60, 1200),
+    }  # fmt: skip
+    batteries_wh = {"phone": (10, 25), "laptop": (40, 100), "board": (0, 0)}
+    for profile in built_in().values():
+        for figure, (least, most) in ranges.items():
+            assert least <= getattr(profile, figure) <= most, (profile.name, figure)
+        least, most = batteries_wh[profile.kind]
+        assert least <= profile.battery_wh <= most and profile.charge_w <= 2 * profile.battery_wh, profile.name
+        assert profile.idle_w < profile.load_w and profile.radio_w < profile.load_w, profile.name
+    costs = {name: CostModel(profile, MODELS["Qwen2.5-0.5B"]) for name, profile in built_in().items()}
+    training_s = {name: cost.training_s(20_000) for name, cost in costs.items()}
+    assert min(training_s, key=training_s.get) == "macbook-air-m2"
+    assert max(training_s, key=training_s.get) == "raspberry-pi-4"
+    assert 10 < training_s["macbook-air-m2"] and training_s["raspberry-pi-4"] < 6000
+
+
 def test_own_profiles_stand_beside_the_built_in_ones(tmp_path):
     path = tmp_path / "own.toml"
     path.write_text(OWN.replace("ram_gib = 1", 'ram_gib = [1, "the label"]'))
