@@ -16,8 +16,8 @@ from typing import Any
 
 from sim.cloud_capacity import Cloud, price
 from sim.network.link import HANDSHAKES, Link
-from sim.sections import CloudCapacity
 from sim.seeding import derive
+from sim.virtual_sections import CloudCapacity
 
 
 @dataclass(frozen=True, slots=True)

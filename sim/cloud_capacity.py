@@ -11,7 +11,7 @@ from typing import Any
 from sim.clock import Span
 from sim.network.links import merged
 from sim.network.spells import ALWAYS, Spells, Windows, up_until
-from sim.sections import CloudCapacity
+from sim.virtual_sections import CloudCapacity
 
 MILLION = 1e6
 

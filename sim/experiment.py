@@ -15,24 +15,22 @@ import tomlkit
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from sim.errors import UserError, unknown
+from sim.section import Section
 from sim.sections import (
     ARMS,
     ArmSettings,
     Cloud,
-    Drift,
     Engine,
     Evaluation,
     Filters,
     Generation,
-    Hardware,
     Lora,
     Model,
-    Network,
     Population,
-    Section,
     Strategy,
     Training,
 )
+from sim.virtual_sections import Drift, Hardware, Network
 
 
 class Experiment(Section):

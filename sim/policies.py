@@ -16,7 +16,7 @@ from typing import Any
 from river.drift import ADWIN, PageHinkley
 
 from sim.errors import UserError, unknown
-from sim.sections import Drift
+from sim.virtual_sections import Drift
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from sim.errors import UserError
 from sim.hardware import Profile
 from sim.network.spells import ALWAYS, Daily, OnOff, Remembered, Spells, Windows, all_of, next_up, up_until
 from sim.network.traces import StateTrace
-from sim.sections import Hardware
+from sim.virtual_sections import Hardware
 
 CHARGE_HOURS, CHARGE_JITTER_S = (22.5, 6.5), 1.5 * HOUR_S
 """Phones charge over night (an assumption: traces say it better)."""

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from sim.cloud_capacity import price
-from sim.sections import CloudCapacity
+from sim.virtual_sections import CloudCapacity
 
 REQUESTS = ("augment", "answer")
 """Kinds of events that are attempts to ask the cloud."""

@@ -7,8 +7,8 @@ from sim.network.bandwidth import Constant, Log, LoopedLog
 from sim.network.link import Link
 from sim.network.spells import ALWAYS, NEVER, Daily, OnOff, Spells, Windows, all_of
 from sim.network.traces import StateTrace, read_traces
-from sim.sections import Network
 from sim.seeding import derive, generator
+from sim.virtual_sections import Network
 
 MEGA = 1e6
 

@@ -14,7 +14,7 @@ from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.results import RunDirectory
 from sim.rounds import watched
-from sim.sections import Section
+from sim.section import Section
 from sim.studies import drift_figures
 from sim.studies.answer import save_figure, write_findings, write_table
 from sim.studies.drift_measures import (

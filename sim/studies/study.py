@@ -15,7 +15,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from sim.errors import UserError, unknown
 from sim.experiment import Experiment, fields, parse_plain
-from sim.sections import ARMS, Section
+from sim.section import Section
+from sim.sections import ARMS
 from sim.studies.analysis import check_analysis
 
 FOLDER = Path(__file__).parent

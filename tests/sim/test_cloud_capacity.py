@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sim.cloud_capacity import Cloud, outages, price
 from sim.network.spells import up_until
-from sim.sections import CloudCapacity
+from sim.virtual_sections import CloudCapacity
 
 PER_S = 50.0
 """Tokens a place writes a second."""

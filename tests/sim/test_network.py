@@ -14,7 +14,7 @@ from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.network import ALWAYS, NEVER, Both, Constant, Daily, Link, Links, Log, LoopedLog, OnOff, Windows
 from sim.network.spells import next_up, seconds_up, up_until, ups
-from sim.sections import Network
+from sim.virtual_sections import Network
 
 
 def name(device: int) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from sim.errors import UserError
 from sim.policies import Case, Memory, Policies, alarm, get_policy, register
-from sim.sections import Drift
+from sim.virtual_sections import Drift
 
 CALM, BAD = [0.0] * 40, [1.0] * 20
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from sim import asking
 from sim.results import TABLES
-from sim.sections import CloudCapacity
 from sim.service import (
     attempts,
     cost,
@@ -26,6 +25,7 @@ from sim.service import (
     waiting_s,
     wasted,
 )
+from sim.virtual_sections import CloudCapacity
 from tests.sim.test_timeline import HARD, SIZE, asks, timeline, works
 
 

@@ -12,7 +12,7 @@ import pytest
 from sim.clock import DAY_S, HOUR_S
 from sim.errors import UserError
 from sim.network import Links, Log, LoopedLog, StateTrace, read_trace, read_traces
-from sim.sections import Network
+from sim.virtual_sections import Network
 
 SABRE = [
     {"duration_ms": 1000, "bandwidth_kbps": 800, "latency_ms": 20},

@@ -24,7 +24,7 @@ from sim.population.world.plots import Plots
 from sim.population.world.posts import Posts
 from sim.population.world.reviews import Reviews
 from sim.records import Interaction, Query, User
-from sim.sections import Drift
+from sim.virtual_sections import Drift
 
 __all__ = ["NOW_S", "SPLITS", "TASKS", "Persona", "World", "world_task"]
 

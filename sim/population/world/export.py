@@ -15,7 +15,7 @@ from sim.population.tasks import get_task
 from sim.population.world import NOW_S, TASKS, World, world_task
 from sim.population.world.truth import changed_on
 from sim.records import Interaction, User
-from sim.sections import Drift
+from sim.virtual_sections import Drift
 
 SCHEMA_VERSION = "1"
 

@@ -19,7 +19,7 @@ from sim.population.world.belief import infer
 from sim.population.world.drift import DAY_S, progress
 from sim.population.world.export import write_lamp
 from sim.population.world.persona import ARCHETYPES, Taste
-from sim.sections import Drift
+from sim.virtual_sections import Drift
 
 
 def test_the_six_tasks_have_their_official_labels():

@@ -18,7 +18,7 @@ from sim.population.world.drift import DAY_S
 from sim.population.world.export import write_lamp
 from sim.population.world.truth import answers, changed_on, query_time_s, truth_rows
 from sim.results import RunDirectory
-from sim.sections import Drift
+from sim.virtual_sections import Drift
 
 DRIFTS = [Drift(kind=kind, day=3, rate=0.1, period=8, jitter_days=4) for kind in ("gradual", "abrupt", "recurring")]
 lives = st.tuples(
