@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sim.experiment import Experiment, fields
-from sim.results import TABLES
+from sim.results import TABLES, TRUTH
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,11 +40,11 @@ def test_every_field_the_paper_page_names_exists():
     assert named <= known
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", [*TABLES, "truth"])
 def test_every_column_of_the_run_directory_is_documented(table):
     section = text("run-directory.md").split(f"## {table}.parquet")[1].split("\n## ")[0]
     documented = set(re.findall(r"`([a-z_]+)(?: [fis])?`", section)) | {"seed", "round"}
-    assert set(TABLES[table].names) <= documented
+    assert set({**TABLES, "truth": TRUTH}[table].names) <= documented
 
 
 def test_every_dependency_has_its_reason():
