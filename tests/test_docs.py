@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from sim.experiment import Experiment, fields
-from sim.results import TABLES, RunDirectory
+from sim.results import TABLES, TRUTH, RunDirectory
 from sim.studies import Study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,11 +60,11 @@ def test_the_studies_page_shows_a_valid_study_and_an_analysis_that_runs(tmp_path
     assert "- samples=32,training=long, local, LaMP_2: 2.500" in (tmp_path / "findings.md").read_text().splitlines()
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", [*TABLES, "truth"])
 def test_every_column_of_the_run_directory_is_documented(table):
     section = text("run-directory.md").split(f"## {table}.parquet")[1].split("\n## ")[0]
     documented = set(re.findall(r"`([a-z_]+)(?: [fis])?`", section)) | {"seed", "round"}
-    assert set(TABLES[table].names) <= documented
+    assert set({**TABLES, "truth": TRUTH}[table].names) <= documented
 
 
 def test_every_dependency_has_its_reason():
