@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from sim.population.tasks import get_task
 from sim.report.figures import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SKY, VERMILION, style
 from sim.report.summary import metric_name
-from sim.studies.scale_prose import exponent
+from sim.studies.scale_prose import exponent, items
 
 _COLOURS, _MARKERS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY), ("o", "s", "^", "D", "v", "P")
 
@@ -83,8 +83,7 @@ def draw_quality(quality: pd.DataFrame) -> Figure:
                 spread = np.stack([own["gain"] - own["low"], own["high"] - own["gain"]])
                 axis.errorbar(x, own["gain"], yerr=spread, color=_COLOURS[number], marker=_MARKERS[number],
                               markersize=4, linewidth=1.1, elinewidth=0.8, label=arm)  # fmt: skip
-                names = [f"{r.least}" if r.least == r.most else f"{r.least} to {r.most}" for r in own.itertuples()]
-                axis.set_xticks(range(len(own)), names)
+                axis.set_xticks(range(len(own)), [items(row) for row in own.itertuples()])
             axis.set_title(f"{task.replace('_', '-')} ({metric_name(get_task(task).primary)}; above zero is better)")
             axis.set_xlabel("items in the user's history")
             _plain(axis)

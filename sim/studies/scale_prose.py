@@ -57,8 +57,8 @@ def _service(cells: pd.DataFrame) -> Iterator[str]:
         waits = ""
         if np.isfinite(last["queued_p50_s"]) and last["queued_p99_s"] > 0:
             waits = (
-                f" Of {_count(last.devices)} devices' requests half wait {_span(last.queued_p50_s)} or more for a "
-                f"place, one in twenty {_span(last.queued_p95_s)}."
+                f" Of {_count(last.devices)} devices' attempts half wait {_span(last.queued_p50_s)} or more for a "
+                f"place, one in twenty {_span(last.queued_p95_s)} or more."
             )
         if last["rate_limited_requests"] > 0:
             waits += f" {last.rate_limited_requests:.0%} of their requests are turned away at least once."
@@ -75,9 +75,13 @@ def _quality(quality: pd.DataFrame) -> Iterator[str]:
         short, long = own.iloc[0], own.iloc[-1]
         yield (
             f"{task}, gain of {arm} over the frozen base ({metric_name(get_task(task).primary)}, above zero: better): "
-            f"{_interval(short)} for users with {short.least} to {short.most} items, {_interval(long)} with "
-            f"{long.least} to {long.most}."
+            f"{_interval(short)} for users with {items(short)} items, {_interval(long)} with {items(long)}."
         )
+
+
+def items(row: pd.Series) -> str:
+    """The lengths of history that a row is about: `3 to 4`, `16`."""
+    return str(row.least) if row.least == row.most else f"{row.least} to {row.most}"
 
 
 def _interval(row: pd.Series) -> str:
