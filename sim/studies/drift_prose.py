@@ -10,6 +10,9 @@ import pandas as pd
 
 from sim.experiment import Experiment
 
+UNCHANGED = "unchanged"
+"""Users who do not change, as the table calls them."""
+
 WORLD = (
     "The users are those of the embedded world: who changed, when, and what they would have said before is known. It "
     "is a mechanism check; how fast real people change, it cannot say. Costs are those of the nominal model."
@@ -32,13 +35,22 @@ def sentences(table: pd.DataFrame, experiment: Experiment) -> tuple[list[str], l
     return found, [WORLD if experiment.population.source == "world" else REAL]
 
 
+def _most_telling(rows: pd.DataFrame, names: list[str]) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """The groups of rows, of users who do not change the first alone: they tell what age does by itself."""
+    told = False
+    for place, group in rows.groupby(names, sort=False):
+        if place[-1] != UNCHANGED or not told:
+            yield place, group
+        told = told or place[-1] == UNCHANGED
+
+
 def _decay(change: str, own: pd.DataFrame) -> Iterator[str]:
     """Decay at the first and the last age, and from when on it is clear of zero."""
     rows = own[own["measure"] == "decay"]
-    for (fresh, stale, users), line in rows.groupby(["reference", "policy", "users"], sort=False):
+    for (fresh, stale, users), line in _most_telling(rows, ["reference", "policy", "users"]):
         line = line[line["to"] > 0].sort_values("from")
-        clear = line[line["low"] > 0]
-        when = f"clear of zero from day {clear.iloc[0]['from']:.0f} on" if len(clear) else "nowhere shown to be a loss"
+        clear = line[(line["low"] > 0)[::-1].cummin()[::-1]]  # from there to the end
+        when = f"clear of zero from day {clear.iloc[0]['from']:.0f} on" if len(clear) else "not shown to be a loss"
         last = line.iloc[-1]
         yield (
             f"{change}, {users} users: at an age of {last['from']:.0f} to {last['to']:.0f} days a stale adapter "
@@ -47,7 +59,8 @@ def _decay(change: str, own: pd.DataFrame) -> Iterator[str]:
 
 
 def _half_life(change: str, own: pd.DataFrame) -> Iterator[str]:
-    for row in own[own["measure"] == "half-life"].itertuples():
+    rows = own[own["measure"] == "half-life"]
+    for row in (row for _, some in _most_telling(rows, ["policy", "users"]) for row in some.itertuples()):
         head = f"{change}, {row.users} users: half of the gain of `{row.policy}` over the base model is gone "
         if np.isnan(row.value):
             yield f"{change}, {row.users} users: `{row.policy}` has no gain over the base model that could halve."
@@ -62,6 +75,8 @@ def _half_life(change: str, own: pd.DataFrame) -> Iterator[str]:
 def _regret(change: str, own: pd.DataFrame) -> Iterator[str]:
     rows = own[own["measure"] == "regret"]
     for (users, best), line in rows.groupby(["users", "reference"], sort=False):
+        if users == UNCHANGED and rows["users"].nunique() > 1:
+            continue  # the table has them
         told = ", ".join(f"`{row.policy}` {_value(row)}" for row in line.itertuples())
         yield f"{change}, {users} users: regret against `{best}`, score an answer: {told}."
 

@@ -192,7 +192,7 @@ def test_findings_say_what_the_numbers_say_and_what_they_do_not():
     found, notes = sentences(table, cell())
     text = "\n".join(found)
     assert "has lost +0.200 [+0.100, +0.300] against `daily` on the same queries; clear of zero from day 3 on." in text
-    assert "unchanged users: at an age of 3 to 5 days" in text and "nowhere shown to be a loss" in text
+    assert "unchanged users: at an age of 3 to 5 days" in text and "not shown to be a loss" in text
     assert "at no age up to 20 days (not reached; the interval begins at 9.0 days)" in text
     assert "no gain over the base model that could halve" in text
     assert "not shown to be held back or helped" in text
