@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import pvariance
 from typing import Any
 
 from river.drift import ADWIN, PageHinkley
@@ -99,11 +100,16 @@ def on_drift(case: Case) -> bool:
 
 # --- detectors -----------------------------------------------------------------------------------------------------
 
-LONGEST = 1000
-"""Errors that a stream is expected to have between two times, for the rate of false alarms of Page-Hinkley."""
+LONGEST = 200
+"""Page-Hinkley: errors that a stream is expected to have between two times, for the rate of false alarms."""
 
 TOLERANCE = 0.1
 """Page-Hinkley: a rise of the mean error by less does not matter."""
+
+FIRST = 10
+"""Page-Hinkley: errors from which the variance is estimated, together with `PRIOR` as uncertain as errors can be."""
+
+PRIOR = 4
 
 
 def alarm(drift: Drift, errors: Sequence[float]) -> int | None:
@@ -126,11 +132,15 @@ def _adwin(errors: Sequence[float], false_alarms: float) -> int | None:
 
 
 def _page_hinkley(errors: Sequence[float], false_alarms: float) -> int | None:
-    """Page-Hinkley (Page, Biometrika 1954). For errors in [0, 1] a walk that falls by `TOLERANCE` a step rises by
-    `threshold` with a chance of at most exp(-8 TOLERANCE threshold) from each of `LONGEST` starts (Hoeffding).
+    """Page-Hinkley (Page, Biometrika 1954), as sensitive as the stream's own variance allows: a walk that falls by
+    `TOLERANCE` a step, with that variance, rises by `threshold` with a chance of at most
+    exp(-2 TOLERANCE threshold / variance) from each of `LONGEST` starts (Lundberg's bound for a Gaussian walk).
     """
-    threshold = math.log(LONGEST / false_alarms) / (8 * TOLERANCE)
-    detector = PageHinkley(min_instances=10, delta=TOLERANCE, threshold=threshold, alpha=1.0, mode="up")
+    if len(errors) < FIRST:
+        return None
+    variance = (FIRST * pvariance(errors[:FIRST]) + PRIOR * 0.25) / (FIRST + PRIOR)
+    threshold = variance * math.log(LONGEST / false_alarms) / (2 * TOLERANCE)
+    detector = PageHinkley(min_instances=FIRST, delta=TOLERANCE, threshold=threshold, alpha=1.0, mode="up")
     for place, error in enumerate(errors):
         detector.update(error)
         if detector.drift_detected:

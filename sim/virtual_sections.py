@@ -158,7 +158,7 @@ class Drift(Section):
     )
     tokens: int = Field(0, ge=0, description="budget: cloud tokens, read and written, that a device may spend")
     detector: Literal["adwin", "page_hinkley"] = Field(
-        "adwin", description="on_drift: watches how wrong the device's answers were, as its user corrected them"
+        "page_hinkley", description="on_drift: watches how wrong the device's answers were, as its user corrected them"
     )
     false_alarms: float = Field(
         0.2, gt=0, lt=1, description="on_drift: share of devices whose user did not change that may raise an alarm"
