@@ -85,6 +85,10 @@ class WorkerProcess:
             self._worker, self._post = Worker(post.run, post.endpoint, post.threads, post.progress, self._models), post
         return self._worker
 
+    def pid(self) -> int:
+        """This process: an answer, whatever the run, says that it lives."""
+        return os.getpid()
+
     def call(self, post: Post, method: str, *arguments: Any) -> Any:
         """A method of the worker of that run."""
         return getattr(self.at(post), method)(*arguments)
@@ -110,10 +114,6 @@ class Worker:
         self._population: tuple[int, Population] | None = None
         self._timeline: Timeline | None = None
         self._adapters: tuple[int, int, AdapterStore] | None = None
-
-    def pid(self) -> int:
-        """The process this worker lives in."""
-        return os.getpid()
 
     def fetch(self, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
         """Asks the cloud for this shard's devices and filters what comes back (see `clients.fetch`)."""

@@ -10,7 +10,7 @@ from survival import Untether, commits, wait_for
 from test_survival import assert_whole
 
 from clients.executors import RayExecutor, WorkerDied
-from clients.worker import Endpoint
+from clients.worker import Endpoint, Post
 from server.background import start_background
 from sim.cluster import runtime_env, start_here
 from sim.errors import ResumableStop
@@ -63,14 +63,19 @@ def test_a_worker_stays_from_call_to_call_and_is_replaced_once_dead(cluster, tmp
     run = RunDirectory.create(tmp_path / "run", tiny())
     ray.init(address=cluster[0].address, log_to_driver=False, runtime_env=runtime_env())
     try:
-        executor = RayExecutor("worker", {"run_directory": str(run.path), "endpoint": Endpoint("", "")})
-        first = executor.call("pid", deadline_s=120)
-        assert executor.call("pid", deadline_s=120) == first
+        def process():
+            """Which process a call reaches; every call has an executor of its own, as in a host."""
+            executor = RayExecutor("worker", Post(str(run.path), Endpoint("", "")))
+            executor.call("progress", 0.0, deadline_s=120)
+            return ray.get(ray.get_actor("worker", RayExecutor.NAMESPACE).pid.remote())
+
+        first = process()
+        assert process() == first
         os.kill(first, signal.SIGKILL)
         with pytest.raises(WorkerDied):
-            executor.call("pid", deadline_s=120)
-        second = executor.call("pid", deadline_s=120)
-        assert second != first and executor.call("pid", deadline_s=120) == second
+            process()
+        second = process()
+        assert second != first and process() == second
     finally:
         ray.shutdown()
 

@@ -105,5 +105,5 @@ def test_models_stay_until_another_is_asked_for(tmp_path, monkeypatch):
     bases = [process.at(post).base for post in posts]
     assert bases[0] is bases[1] and bases[1] is not bases[2]
     assert process.at(posts[2]).base is bases[2] and len(loaded) == 2
-    assert process.call(posts[0], "pid") == process.call(dataclasses.replace(posts[1], threads=1), "pid")
+    assert process.at(posts[2]) is not process.at(dataclasses.replace(posts[2], threads=1)), "another post"
     assert Models().base("embedded", "float32", "cpu") is not bases[0]
