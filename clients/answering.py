@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from clients.adapter_cache import ENGINE
 from clients.adapters import AdapterStack, LoraSpec
 from clients.device import Device, Shard
 from clients.encoding import decode_answer, encode_answer, encode_prompt
@@ -161,57 +166,73 @@ def _majority(items: Sequence[Interaction], task: str) -> str:
 def _decode(worker: Worker, shard: Shard, questions: Sequence[_Question]) -> list[_Answer]:
     """The answer to every question: labels by likelihood where that is configured, everything else by decoding.
 
-    Questions with the very same prompt and adapter are decoded once.
+    Questions with the very same prompt and adapter are decoded once, and not at all where `engine.cache` has an answer.
     """
-    settings = worker.experiment.generation
-    worn = list({id(q.adapter): q.adapter for q in questions if q.adapter is not None}.values())
+    names = [(id(question.adapter), question.prompt) for question in questions]
+    asked = {name: _prepared(worker, shard, question) for name, question in zip(names, questions, strict=True)}
+    store = worker.answers
+    kept = store.get([one.content for one in asked.values()]) if store else {}
+    answers = {name: _Answer(*json.loads(kept[one.content])) for name, one in asked.items() if one.content in kept}
+    missing = {name: one for name, one in asked.items() if name not in answers}
+    if missing:
+        new = dict(zip(missing, _decoded(worker, list(missing.values())), strict=True))
+        if store:
+            store.put({missing[name].content: json.dumps(astuple(found)).encode() for name, found in new.items()})
+        answers |= new
+    return [answers[name] for name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What an answer is made of. `labels`: to choose from by likelihood; none: decode up to `limit` tokens."""
+
+    adapter: Adapter | None
+    prompt_ids: list[int]
+    labels: tuple[str, ...]
+    limit: int
+    seed: int
+    content: bytes
+    """A digest of all that, the base model and the way of drawing: equal contents, equal answers."""
+
+
+def _prepared(worker: Worker, shard: Shard, question: _Question) -> _Prepared:
+    settings, task, adapter = worker.experiment.generation, get_task(question.query.task), question.adapter
+    prompt_ids = encode_prompt(worker.base.tokenizer, question.prompt)
+    labels = tuple(task.labels or ()) if settings.classify == "likelihood" else ()
+    limit = 0 if labels else settings.max_new_tokens or task.max_new_tokens
+    seed = derive(shard.seed, question.row["device_id"], shard.round, "decode", question.query.query_id)
+    drawn = (settings.temperature, seed) if settings.temperature > 0 and not labels else ()
+    worn = (adapter.version, astuple(adapter.spec)) if adapter else ()
+    words = f"{ENGINE} {worker.base.fingerprint} {worker.base.dtype} {worn!r} {labels!r} {limit} {drawn!r}"
+    digest = hashlib.blake2b(words.encode(), digest_size=20)
+    digest.update(np.asarray(prompt_ids, dtype="<i4").tobytes())
+    return _Prepared(adapter, prompt_ids, labels, limit, seed, digest.digest())
+
+
+def _decoded(worker: Worker, asked: Sequence[_Prepared]) -> list[_Answer]:
+    worn = list({id(one.adapter): one.adapter for one in asked if one.adapter is not None}.values())
     stack = AdapterStack.of_states(
         worker.base, [adapter.spec for adapter in worn], [dict(adapter.state) for adapter in worn]
     ) if worn else None  # fmt: skip
     slots = {id(adapter): number for number, adapter in enumerate(worn)}
-    keys = [(slots.get(id(question.adapter)), question.prompt) for question in questions]
-    unique = dict(zip(keys, questions, strict=True))
-    rows = {key: GenerationRow(encode_prompt(worker.base.tokenizer, key[1]), key[0]) for key in unique}
-    ranked = {
-        key: row for key, row in rows.items()
-        if settings.classify == "likelihood" and get_task(unique[key].query.task).labels
-    }  # fmt: skip
-    answers = _generated(worker, shard, stack, {k: (unique[k], row) for k, row in rows.items() if k not in ranked})
-    answers |= _likeliest(worker, stack, {key: (unique[key], row) for key, row in ranked.items()})
-    return [answers[key] for key in keys]
-
-
-_Rows = Mapping[Any, tuple[_Question, GenerationRow]]
-
-
-def _generated(worker: Worker, shard: Shard, stack: AdapterStack | None, asked: _Rows) -> dict[Any, _Answer]:
-    settings, tokenizer = worker.experiment.generation, worker.base.tokenizer
-    if not asked:
-        return {}
-    rows = [row for _, row in asked.values()]
-    tokens = generate(
-        worker.base, stack, rows,
-        max_new_tokens=[settings.max_new_tokens or get_task(q.query.task).max_new_tokens for q, _ in asked.values()],
-        temperature=settings.temperature,
-        seeds=[
-            derive(shard.seed, q.row["device_id"], shard.round, "decode", q.query.query_id) for q, _ in asked.values()
-        ],
-    )
-    return {
-        key: _Answer(decode_answer(tokenizer, ids), len(row.prompt_ids), len(ids))
-        for key, row, ids in zip(asked, rows, tokens, strict=True)
-    }
-
-
-def _likeliest(worker: Worker, stack: AdapterStack | None, asked: _Rows) -> dict[Any, _Answer]:
-    if not asked:
-        return {}
-    labels = [get_task(question.query.task).labels or () for question, _ in asked.values()]
-    ids = [[encode_answer(worker.base.tokenizer, label) for label in names] for names in labels]
-    rows = [row for _, row in asked.values()]
-    scores = label_scores(worker.base, stack, rows, ids)
-    best = [max(range(len(of_label)), key=of_label.__getitem__) for of_label in scores]
-    return {
-        key: _Answer(names[chosen], len(row.prompt_ids), len(of_names[chosen]))
-        for key, names, of_names, row, chosen in zip(asked, labels, ids, rows, best, strict=True)
-    }
+    rows = [GenerationRow(one.prompt_ids, slots.get(id(one.adapter))) for one in asked]
+    generated = [number for number, one in enumerate(asked) if not one.labels]
+    ranked = [number for number, one in enumerate(asked) if one.labels]
+    answers: dict[int, _Answer] = {}
+    if generated:
+        tokens = generate(
+            worker.base, stack, [rows[number] for number in generated],
+            max_new_tokens=[asked[number].limit for number in generated],
+            temperature=worker.experiment.generation.temperature,
+            seeds=[asked[number].seed for number in generated],
+        )  # fmt: skip
+        for number, ids in zip(generated, tokens, strict=True):
+            text = decode_answer(worker.base.tokenizer, ids)
+            answers[number] = _Answer(text, len(rows[number].prompt_ids), len(ids))
+    if ranked:
+        ids_of = [[encode_answer(worker.base.tokenizer, name) for name in asked[number].labels] for number in ranked]
+        scores = label_scores(worker.base, stack, [rows[number] for number in ranked], ids_of)
+        for number, ids, of_label in zip(ranked, ids_of, scores, strict=True):
+            best = max(range(len(of_label)), key=of_label.__getitem__)
+            answers[number] = _Answer(asked[number].labels[best], len(rows[number].prompt_ids), len(ids[best]))
+    return [answers[number] for number in range(len(asked))]

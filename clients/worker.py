@@ -23,6 +23,7 @@ from sim.timeline import Timeline
 if TYPE_CHECKING:
     from clients.adapter_store import AdapterStore
     from clients.base import FrozenBase
+    from clients.byte_store import ByteStore
     from clients.embedding import Encoder
 
 
@@ -114,6 +115,7 @@ class Worker:
         self._population: tuple[int, Population] | None = None
         self._timeline: Timeline | None = None
         self._adapters: tuple[int, int, AdapterStore] | None = None
+        self._answers: ByteStore | None = None
 
     def fetch(self, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
         """Asks the cloud for this shard's devices and filters what comes back (see `clients.fetch`)."""
@@ -143,6 +145,16 @@ class Worker:
         """The sentence encoder of the filters."""
         engine = self.experiment.engine
         return self.models.encoder(self.experiment.filters.encoder, engine.device, engine.cache)
+
+    @property
+    def answers(self) -> ByteStore | None:
+        """What devices answered in this or other runs, where `engine.cache` keeps it."""
+        folder = self.experiment.engine.cache
+        if folder and self._answers is None:
+            from clients.byte_store import ByteStore
+
+            self._answers = ByteStore(Path(folder).expanduser() / "decoded.sqlite")
+        return self._answers
 
     def population(self, seed: int) -> Population:
         """The users of a seed; one seed is held at a time."""

@@ -212,8 +212,8 @@ class Engine(Section):
     strict: bool = Field(False, description="stop at the first worker that dies, instead of retrying its devices")
     deadline_s: float = Field(3600.0, gt=0, description="longest a worker may go without getting on")
     cache: str = Field(
-        "", description="folder that keeps adapters and embeddings, so that no run makes again what another one made; "
-        "empty: none"
+        "", description="folder that keeps adapters, embeddings and answers, so that no run makes again what another "
+        "one made; empty: none"
     )
 
 

@@ -9,8 +9,9 @@ from fleet import answers, losses, metrics, run_in_process, tiny
 from pandas.testing import assert_frame_equal
 from survival import Untether, wait_for
 
-from clients import adapter_cache
+from clients import adapter_cache, answering
 from clients.embedding import Encoder
+from clients.generation import generate
 from clients.training import train
 from clients.worker import Endpoint, Models, Post, WorkerProcess
 from server.background import start_background
@@ -71,8 +72,8 @@ def test_a_cell_that_fails_is_named(tmp_path):
     assert not (tmp_path / "out" / "cells" / "samples=6,base=embedded" / "state" / "finished.json").exists()
 
 
-def test_a_cell_like_another_trains_and_embeds_nothing(tmp_path, monkeypatch):
-    trained, embedded = [], []
+def test_a_cell_like_another_trains_embeds_and_decodes_nothing(tmp_path, monkeypatch):
+    trained, embedded, decoded = [], [], []
     forward = Encoder._forward
 
     def spy(base, jobs, **options):
@@ -82,16 +83,23 @@ def test_a_cell_like_another_trains_and_embeds_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(adapter_cache, "train", spy)
     monkeypatch.setattr(Encoder, "_forward", lambda self, texts: embedded.extend(filter(None, texts)) or
                         forward(self, texts))  # fmt: skip
+    monkeypatch.setattr(answering, "generate", lambda base, stack, rows, **options: decoded.extend(rows) or
+                        generate(base, stack, rows, **options))  # fmt: skip
     with start_background("world", {}) as gateway:
         endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
         first = run_in_process(tmp_path / "first", tiny(rounds=2, engine__cache=tmp_path / "kept"), endpoint)
         assert len(trained) == 3 * 6 * 2 and len(embedded) > 60, "arms, devices, rounds"
-        trained.clear(), embedded.clear()
+        assert len(decoded) > 30
+        trained.clear(), embedded.clear(), decoded.clear()
         other = tiny(rounds=2, engine__cache=tmp_path / "kept", evaluation__margin=0.1)
         second = run_in_process(tmp_path / "second", other, endpoint)
-    assert trained == [] and embedded == []
+        assert trained == embedded == decoded == []
+        short = tiny(rounds=2, engine__cache=tmp_path / "kept", generation__max_new_tokens=2)
+        third = run_in_process(tmp_path / "third", short, endpoint)
+        assert trained == embedded == [] and len(decoded) > 30, "an answer of two tokens is another answer"
     for table in (answers, metrics, losses):
         assert_frame_equal(table(second), table(first), check_exact=True)
+    assert (answers(third)["prediction"] != answers(first)["prediction"]).any()
 
 
 def test_models_stay_until_another_is_asked_for(tmp_path, monkeypatch):

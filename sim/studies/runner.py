@@ -1,7 +1,7 @@
 """The one runner of all studies.
 
 Each cell is an ordinary run directory under `cells/`, so a study goes on where it stopped and a finished cell is not
-run again. Cells share what they make: answers of the cloud, embeddings and adapters, under `cache/`.
+run again. Cells share what they make, under `cache/`: answers of the cloud and of devices, embeddings and adapters.
 """
 
 from __future__ import annotations
