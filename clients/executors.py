@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from clients.carrier import bring_home, digests, needed
 from clients.worker import Post, Worker, WorkerProcess
 from sim.clock import WallClock
+from sim.results import write_atomically
 
 POLL_S = 2.0
 """How often a host looks whether its worker still gets on with its shard."""
@@ -19,6 +23,9 @@ nothing: where a node was lost, it moves in beside another worker instead of wai
 
 _ACTORS: dict[str, Any] = {}
 """Those that this process made: Ray ends an actor, and the models in it, with the last handle of its maker."""
+
+LOOKING = "looking"
+"""The group of calls that a worker answers while it works."""
 
 _MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "failed to allocate", "bad allocation")
 
@@ -74,12 +81,19 @@ class RayExecutor:
 
     def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]:
         """Calls the actor and waits while it gets on."""
+        import ray
         from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
         killed_before = _oom_kills()
         actor = self._actor()
         try:
-            return self._wait(actor.call.remote(self.post, method, *arguments), deadline_s)
+            if self._wait(actor.sees.remote(*self._mark()), deadline_s):
+                return self._wait(actor.call.remote(self.post, method, *arguments), deadline_s)
+            files = needed(Path(self.post.run), arguments)
+            lacking = self._wait(actor.lacking.remote(self.post, digests(files)), deadline_s)
+            bundle = ray.put({name: files[name] for name in lacking})
+            reply = actor.call_away.remote(self.post, bundle, method, *arguments)
+            return bring_home(Path(self.post.run), self._wait(reply, deadline_s, actor))
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if not memory_ran_out(cause):
@@ -98,12 +112,21 @@ class RayExecutor:
             self._kill(actor)
             raise WorkerDied(str(error), "timeout") from error
 
-    def _wait(self, reply: Any, deadline_s: float) -> dict[str, Any]:
+    def _mark(self) -> tuple[str, str]:
+        """A file of the run directory and what it says just now: who reads that sees the directory."""
+        path, mark = Path(self.post.run) / "state" / "progress" / f"{self.name}.mark", uuid.uuid4().hex
+        write_atomically(path, mark)
+        return str(path), mark
+
+    def _wait(self, reply: Any, deadline_s: float, away: Any = None) -> Any:
+        """The reply, while the worker gets on. `away` is one that does not see the file in which that is told."""
         import ray
 
         clock = WallClock()
         seen, since_s = self._look(), clock.now_s()
         while not ray.wait([reply], timeout=min(POLL_S, deadline_s))[0]:
+            if away is not None:
+                self._pass_on(away)
             now, now_s = self._look(), clock.now_s()
             if now != seen:
                 seen, since_s = now, now_s
@@ -130,6 +153,14 @@ class RayExecutor:
             except RayError as later:
                 error = later
         return error
+
+    def _pass_on(self, actor: Any) -> None:
+        """Writes here what a worker tells elsewhere; one that does not say anything has not got on."""
+        import ray
+
+        with contextlib.suppress(OSError, ray.exceptions.GetTimeoutError):
+            said = actor.look.options(concurrency_group=LOOKING).remote()
+            Path(self.post.progress).write_text(ray.get(said, timeout=POLL_S))
 
     def _look(self) -> str:
         try:
@@ -161,7 +192,7 @@ class RayExecutor:
             pass
         offered = ray.cluster_resources().get("worker", 0)
         share = REPLACEMENT if self._replacing or ray.available_resources().get("worker", 0) < SLOT else SLOT
-        _ACTORS[self.name] = ray.remote(WorkerProcess).options(
+        _ACTORS[self.name] = ray.remote(concurrency_groups={LOOKING: 1})(WorkerProcess).options(
             name=self.name, namespace=self.NAMESPACE, get_if_exists=True, num_cpus=0, num_gpus=0, max_restarts=0,
             max_concurrency=1, resources={"worker": share} if offered else None, scheduling_strategy="SPREAD",
         ).remote()

@@ -8,6 +8,7 @@ that the next run shares is not loaded again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from clients.adapter_store import AdapterStore
     from clients.base import FrozenBase
     from clients.byte_store import ByteStore
+    from clients.carrier import Files, Mirror, Parcel
     from clients.embedding import Encoder
+
+PROGRESS = "progress"
+"""The file of a mirror that tells how far its worker is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +78,16 @@ class Models:
 
 
 class WorkerProcess:
-    """What lives in a process of its own (a Ray actor): its models, and a worker for the run that it works for now."""
+    """What lives in a process of its own (a Ray actor): its models, and a worker for the run that it works for now.
+
+    Where it does not see the run directory, the worker has a mirror of it (`clients.carrier`).
+    """
 
     def __init__(self) -> None:
         self._models = Models()
         self._worker: Worker | None = None
         self._post: Post | None = None
+        self._mirror: tuple[str, Mirror] | None = None
 
     def at(self, post: Post) -> Worker:
         """The worker of a run, with this process's models."""
@@ -93,6 +102,41 @@ class WorkerProcess:
     def call(self, post: Post, method: str, *arguments: Any) -> Any:
         """A method of the worker of that run."""
         return getattr(self.at(post), method)(*arguments)
+
+    def sees(self, path: str, content: str) -> bool:
+        """Whether this process sees a file as its caller wrote it: whether they share the run directory."""
+        try:
+            return Path(path).read_text() == content
+        except OSError:
+            return False
+
+    def lacking(self, post: Post, wanted: Mapping[str, bytes]) -> list[str]:
+        """Which files this process's mirror of the run lacks (see `Mirror.lacking`)."""
+        return self._mirror_of(post).lacking(wanted)
+
+    def call_away(self, post: Post, files: Files, method: str, *arguments: Any) -> Parcel:
+        """As `call`, on the mirror, with those files laid down in it."""
+        mirror = self._mirror_of(post)
+        before = mirror.take(files)
+        worker = self.at(dataclasses.replace(post, run=str(mirror.path), progress=str(mirror.path / PROGRESS)))
+        worker.reread()
+        return mirror.parcel(getattr(worker, method)(*arguments), before)
+
+    def look(self) -> str:
+        """How far the call on the mirror is. Answered while that call runs."""
+        try:
+            return (self._mirror[1].path / PROGRESS).read_text() if self._mirror else ""
+        except OSError:
+            return ""
+
+    def _mirror_of(self, post: Post) -> Mirror:
+        from clients.carrier import Mirror
+
+        if self._mirror is None or self._mirror[0] != post.run:
+            if self._mirror is not None:
+                self._mirror[1].close()
+            self._mirror = post.run, Mirror()
+        return self._mirror[1]
 
 
 class Worker:
@@ -184,6 +228,10 @@ class Worker:
             store.prune(settled)
             self._adapters = (shard.seed, shard.round, store)
         return self._adapters[2]
+
+    def reread(self) -> None:
+        """Forgets what it knows of files: others may lie in the run directory now."""
+        self._adapters = None
 
     def progress(self, done: float) -> None:
         """Tells the coordinator how many devices of this shard are done (a small file that it looks at)."""

@@ -81,11 +81,16 @@ _ORDER = ("device_id", "arm", "task", "request_id", "attempt", "sample_id", "que
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """As `write_atomically`. Raises ResumableStop where the disk does not take it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing(temporary, path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -46,6 +46,8 @@ def run_in_process(
     devices = list(range(experiment.population.users))[:: -1 if backwards else 1]
     for seed in experiment.seeds:
         virtual = Rounds(experiment, seed, open_population(experiment, seed))
+        if "shared" in experiment.arms:
+            fresh.share(seed)
         for round in range(experiment.rounds):
             agenda = virtual.plan(round, devices)
             parts, replies = _pass(run, executor, "fetch", seed, round, agenda.order(), agenda.asking, hosts)

@@ -2,6 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import psutil
 import pytest
@@ -9,6 +13,7 @@ from fleet import run_in_process, tiny
 from survival import Untether, commits, wait_for
 from test_survival import assert_whole
 
+from clients.adapter_store import AdapterStore
 from clients.executors import RayExecutor, WorkerDied
 from clients.worker import Endpoint, Post
 from server.background import start_background
@@ -32,11 +37,10 @@ def cluster():
     made.shutdown()
 
 
-def _workers(node) -> set[int]:
-    """Process ids of the workers that a node runs."""
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+def _workers(node: int) -> set[int]:
+    """Process ids of the workers that a node runs; `node` is its raylet, or what started that."""
     found = set()
-    for process in raylet.children():
+    for process in psutil.Process(node).children(recursive=True):
         try:
             if " ".join(process.cmdline()).startswith("ray::Worker"):
                 found.add(process.pid)
@@ -80,6 +84,43 @@ def test_a_worker_stays_from_call_to_call_and_is_replaced_once_dead(cluster, tmp
         ray.shutdown()
 
 
+@pytest.fixture
+def node_apart(cluster, tmp_path):
+    """A third node, which sees an empty folder where the others see the test's: its process id."""
+    alone = ["unshare", "--mount", "sh", "-c"]
+    if subprocess.run([*alone, f"mount -t tmpfs none {tmp_path}"], capture_output=True).returncode:
+        pytest.skip("not allowed to give a process a file system of its own")
+    ray = f"{Path(sys.executable).parent}/ray start --address {cluster[0].address} --block --num-cpus 0"
+    command = f"mount -t tmpfs none {tmp_path} && exec {ray} --resources '{{\"worker\": 1}}'"
+    node = subprocess.Popen([*alone, f"{command} --object-store-memory {OBJECTS}"], start_new_session=True)
+    yield node.pid
+    os.killpg(node.pid, signal.SIGTERM)
+    node.wait(60)
+
+
+@pytest.mark.timeout(900)
+def test_a_node_that_does_not_see_the_run_directory_works_all_the_same(cluster, node_apart, tmp_path):
+    """Going on with adapters, foreign samples for the placebo, answers of the cloud: all that a worker reads."""
+    path, file = tmp_path / "run", tmp_path / "experiment.toml"
+    fields = {"rounds": 3, "arms": "placebo,collaborative,shared,cloud", "population__shared_users": 4}
+    file.write_text(tiny(**fields, engine__shard=1, engine__hosts=3).to_toml())
+    there = Path(f"/proc/{node_apart}/root{tmp_path}")
+    with Untether(str(file), "--out", str(path), "--ray-address", cluster[0].address) as run:
+        wait_for(lambda: commits(path) >= 2, run)
+        [worker] = _workers(node_apart)
+        [mirror] = Path(tempfile.gettempdir()).glob(f"untether-worker-{worker}-*")
+        assert list(there.iterdir()) == [] and list(mirror.glob("adapters/*/*/*/*")), "it works, and not here"
+        code, said = run.end()
+        assert code == 0, said
+    with start_background("world", {}) as gateway:
+        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
+        reference = run_in_process(tmp_path / "undisturbed", tiny(**fields), endpoint)
+    assert_whole(RunDirectory.open(path), reference)
+    kept, expected = ([[store.devices(round, arm) for round in range(3) for arm in ("shared", "placebo")]
+                       for store in [AdapterStore(run, 1)]] for run in (path, reference.path))  # fmt: skip
+    assert kept == expected, "superseded adapters are deleted at home too"
+
+
 @pytest.mark.timeout(900)
 def test_a_run_that_loses_a_node_loses_nothing(cluster, tmp_path):
     made, nodes = cluster
@@ -88,7 +129,7 @@ def test_a_run_that_loses_a_node_loses_nothing(cluster, tmp_path):
     file.write_text(tiny(**fields, engine__shard=1).to_toml())
     with Untether(str(file), "--out", str(path), "--ray-address", made.address) as run:
         wait_for(lambda: commits(path) >= 1, run)
-        at_work = [_workers(node) for node in nodes]
+        at_work = [_workers(node.all_processes["raylet"][0].process.pid) for node in nodes]
         assert [len(found) for found in at_work] == [1, 1], "a worker a node"
         made.remove_node(nodes[1], allow_graceful=False)
         code, said = run.end()
