@@ -11,7 +11,7 @@ run: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # One run, killed twenty times at random moments, against an undisturbed one (some twenty minutes).
 soak: $(STAMP)

@@ -49,6 +49,9 @@ def _decay(change: str, own: pd.DataFrame) -> Iterator[str]:
     rows = own[own["measure"] == "decay"]
     for (fresh, stale, users), line in _most_telling(rows, ["reference", "policy", "users"]):
         line = line[line["to"] > 0].sort_values("from")
+        if line.empty:
+            yield f"{change}, {users} users: hardly anybody asked a stale adapter (`{stale}`); its decay is not known."
+            continue
         clear = line[(line["low"] > 0)[::-1].cummin()[::-1]]  # from there to the end
         when = f"clear of zero from day {clear.iloc[0]['from']:.0f} on" if len(clear) else "not shown to be a loss"
         last = line.iloc[-1]

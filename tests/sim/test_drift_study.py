@@ -75,7 +75,9 @@ def test_days_before_a_change_are_binned_apart_from_those_after():
 
 
 def test_no_mean_goes_beyond_the_age_that_all_users_reach():
-    assert reach(told(("a", 9, 9, 0), ("b", 9, 4, 0), ("b", 0, np.nan, 0), ("a", 2, 2, 0))) == 4
+    asked = told(("a", 9, 9, 0), ("b", 9, 4, 0), ("b", 0, np.nan, 0), ("a", 2, 2, 0), ("c", 9, 7, 0))
+    assert reach(asked) == 4
+    assert reach(asked.assign(users="real")) == 7, "or half of those who ask when they like"
 
 
 def test_a_gain_is_over_the_base_models_answer_to_the_same_query():
@@ -200,6 +202,8 @@ def test_findings_say_what_the_numbers_say_and_what_they_do_not():
     assert "mechanism check" in notes[0]
     real = cell(population={"source": "lamp", "path": "x", "replay": True})
     assert "cannot be measured" in sentences(table, real)[1][0]
+    nobody = pd.DataFrame([row("decay", 0.0, 0.0, 0.0, **{"from": 0, "to": 0})], columns=COLUMNS)
+    assert "its decay is not known" in sentences(nobody, real)[0][0]
 
 
 def test_figures_are_drawn_of_what_there_is():
