@@ -56,7 +56,7 @@ def _decay(change: str, own: pd.DataFrame) -> Iterator[str]:
         when = f"clear of zero from day {clear.iloc[0]['from']:.0f} on" if len(clear) else "not shown to be a loss"
         last = line.iloc[-1]
         yield (
-            f"{change}, {users} users: at an age of {last['from']:.0f} to {last['to']:.0f} days a stale adapter "
+            f"{change}, {users} users: at an age of {_span(last)} days a stale adapter "
             f"(`{stale}`) has lost {_value(last)} against `{fresh}` on the same queries; {when}."
         )
 
@@ -65,8 +65,10 @@ def _half_life(change: str, own: pd.DataFrame) -> Iterator[str]:
     rows = own[own["measure"] == "half-life"]
     for row in (row for _, some in _most_telling(rows, ["policy", "users"]) for row in some.itertuples()):
         head = f"{change}, {row.users} users: half of the gain of `{row.policy}` over the base model is gone "
-        if np.isnan(row.value):
-            yield f"{change}, {row.users} users: `{row.policy}` has no gain over the base model that could halve."
+        gains = own[(own["measure"] == "gain by age") & (own["policy"] == row.policy) & (own["users"] == row.users)]
+        if np.isnan(row.value) or (len(gains) and gains.sort_values("from").iloc[0]["low"] <= 0):
+            what = "is not shown to have a gain over the base model that could halve"
+            yield f"{change}, {row.users} users: `{row.policy}` {what}."
         elif np.isinf(row.value):
             low = f"; the interval begins at {row.low:.1f} days" if np.isfinite(row.low) else ""
             yield f"{head}at no age up to {row.to:.0f} days (not reached{low})."
@@ -123,7 +125,7 @@ def _memory(change: str, own: pd.DataFrame) -> Iterator[str]:
         now, before = last.loc["score on the now gold"], last.loc["score on the before gold"]
         clauses.append(f"`{policy}` {_value(now, '')} and {_value(before, '')}")
     if clauses:
-        days = f"{now['from']:.0f} to {now['to']:.0f} days after the change began"
+        days = f"{_span(now)} days after the change began"
         yield f"{change}: {days}, scored on what the user says now and on what they said before: {', '.join(clauses)}."
 
 
@@ -142,6 +144,11 @@ def _held_back(change: str, own: pd.DataFrame) -> Iterator[str]:
 def _value(row: Any, sign: str = "+") -> str:
     value, low, high = (format(getattr(row, name), f"{sign}.3f") for name in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def _span(row: pd.Series) -> str:
+    first, last = f"{row['from']:.0f}", f"{row['to']:.0f}"
+    return first if first == last else f"{first} to {last}"
 
 
 def _days(row: pd.Series) -> str:

@@ -196,12 +196,14 @@ def test_findings_say_what_the_numbers_say_and_what_they_do_not():
     assert "has lost +0.200 [+0.100, +0.300] against `daily` on the same queries; clear of zero from day 3 on." in text
     assert "unchanged users: at an age of 3 to 5 days" in text and "not shown to be a loss" in text
     assert "at no age up to 20 days (not reached; the interval begins at 9.0 days)" in text
-    assert "no gain over the base model that could halve" in text
+    assert "`never` is not shown to have a gain over the base model that could halve" in text
     assert "not shown to be held back or helped" in text
     assert "`never` (1.5k tokens a user); beaten: `daily`" in text
     assert "mechanism check" in notes[0]
     real = cell(population={"source": "lamp", "path": "x", "replay": True})
     assert "cannot be measured" in sentences(table, real)[1][0]
+    weak = pd.DataFrame([row("half-life", 0.2, 0.0, 1.5, **alone), row("gain by age", 0.002, -0.01, 0.02, **alone)])
+    assert "is not shown to have a gain" in sentences(weak, real)[0][0]
     nobody = pd.DataFrame([row("decay", 0.0, 0.0, 0.0, **{"from": 0, "to": 0})], columns=COLUMNS)
     assert "its decay is not known" in sentences(nobody, real)[0][0]
 
