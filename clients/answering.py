@@ -166,20 +166,22 @@ def _majority(items: Sequence[Interaction], task: str) -> str:
 def _decode(worker: Worker, shard: Shard, questions: Sequence[_Question]) -> list[_Answer]:
     """The answer to every question: labels by likelihood where that is configured, everything else by decoding.
 
-    Questions with the very same prompt and adapter are decoded once, and not at all where `engine.cache` has an answer.
+    Questions with the very same prompt and equal adapters are decoded once, and not at all where `engine.cache` has it.
     """
     names = [(id(question.adapter), question.prompt) for question in questions]
-    asked = {name: _prepared(worker, shard, question) for name, question in zip(names, questions, strict=True)}
+    unique = dict(zip(names, questions, strict=True))
+    prepared = {name: _prepared(worker, shard, question) for name, question in unique.items()}
+    asked = {one.content: one for one in prepared.values()}
     store = worker.answers
-    kept = store.get([one.content for one in asked.values()]) if store else {}
-    answers = {name: _Answer(*json.loads(kept[one.content])) for name, one in asked.items() if one.content in kept}
-    missing = {name: one for name, one in asked.items() if name not in answers}
+    kept = store.get(list(asked)) if store else {}
+    answers = {content: _Answer(*json.loads(value)) for content, value in kept.items()}
+    missing = [one for content, one in asked.items() if content not in answers]
     if missing:
-        new = dict(zip(missing, _decoded(worker, list(missing.values())), strict=True))
+        new = {one.content: found for one, found in zip(missing, _decoded(worker, missing), strict=True)}
         if store:
-            store.put({missing[name].content: json.dumps(astuple(found)).encode() for name, found in new.items()})
+            store.put({content: json.dumps(astuple(found)).encode() for content, found in new.items()})
         answers |= new
-    return [answers[name] for name in names]
+    return [answers[prepared[name].content] for name in names]
 
 
 @dataclass(frozen=True, slots=True)
