@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from sim.errors import ResumableStop
 from sim.experiment import Experiment
 from sim.population.source import device_id
 from sim.results import RunDirectory
+from sim.rounds import Material
 
 
 class IdleWorker:
@@ -38,13 +40,17 @@ class IdleWorker:
     def __init__(self, run: str):
         self.run = RunDirectory.open(run)
 
-    def fetch(self, shard: Shard) -> dict[str, Any]:
-        """An event and the columns of a device that asked."""
-        return self._pass("fetch", "augment", shard)
+    def fetch(self, shard: Shard, order: object) -> dict[str, Any]:
+        """An event and the columns of a device that asked and has something to train on, so that it is scheduled."""
+        reply = self._pass("fetch", "asked", shard)
+        reply["columns"] |= {field.name: [60] * len(shard.devices) for field in fields(Material)}
+        return reply
 
-    def learn(self, shard: Shard, samples: object) -> dict[str, Any]:
+    def learn(self, shard: Shard, order: object) -> dict[str, Any]:
         """An event and the columns of a device that trained."""
-        return self._pass("learn", "train", shard)
+        reply = self._pass("learn", "trained", shard)
+        reply["columns"] |= {name: [0] * len(shard.devices) for name in ("trained_tokens", "queries")}
+        return reply
 
     def _pass(self, name: str, kind: str, shard: Shard) -> dict[str, Any]:
         ids = [device_id(index) for index in shard.devices]
