@@ -84,6 +84,15 @@ def test_a_worker_stays_from_call_to_call_and_is_replaced_once_dead(cluster, tmp
         ray.shutdown()
 
 
+def _assert_as_in_one_process(path: Path, fields: dict) -> RunDirectory:
+    """The run has the results of the same experiment on one worker in this process, which is returned."""
+    with start_background("world", {}) as gateway:
+        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
+        reference = run_in_process(path.with_name("undisturbed"), tiny(**fields), endpoint)
+    assert_whole(RunDirectory.open(path), reference)
+    return reference
+
+
 @pytest.fixture
 def node_apart(cluster, tmp_path):
     """A third node, which sees an empty folder where the others see the test's: its process id."""
@@ -112,12 +121,11 @@ def test_a_node_that_does_not_see_the_run_directory_works_all_the_same(cluster, 
         assert list(there.iterdir()) == [] and list(mirror.glob("adapters/*/*/*/*")), "it works, and not here"
         code, said = run.end()
         assert code == 0, said
-    with start_background("world", {}) as gateway:
-        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
-        reference = run_in_process(tmp_path / "undisturbed", tiny(**fields), endpoint)
-    assert_whole(RunDirectory.open(path), reference)
-    kept, expected = ([[store.devices(round, arm) for round in range(3) for arm in ("shared", "placebo")]
-                       for store in [AdapterStore(run, 1)]] for run in (path, reference.path))  # fmt: skip
+    reference = _assert_as_in_one_process(path, fields)
+    kept, expected = (
+        [store.devices(round, arm) for round in range(3) for arm in ("shared", "placebo")]
+        for store in (AdapterStore(path, 1), AdapterStore(reference.path, 1))
+    )
     assert kept == expected, "superseded adapters are deleted at home too"
 
 
@@ -134,10 +142,7 @@ def test_a_run_that_loses_a_node_loses_nothing(cluster, tmp_path):
         made.remove_node(nodes[1], allow_graceful=False)
         code, said = run.end()
         assert code == 0, said
-    with start_background("world", {}) as gateway:
-        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
-        reference = run_in_process(tmp_path / "undisturbed", tiny(**fields), endpoint)
-    assert_whole(RunDirectory.open(path), reference)
+    _assert_as_in_one_process(path, fields)
     events = RunDirectory.open(path).read("events")
     died = events[events["kind"] == "worker_died"]
     assert len(died) == 1 and "its node has died" in died["detail"].item(), died["detail"].tolist()

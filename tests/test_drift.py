@@ -148,6 +148,10 @@ def test_the_study_tells_it_all(days, tmp_path):
         seconds.loc[[("abrupt", f"score on the {name} gold")]].set_index("from")["value"] for name in ("now", "before")
     )
     assert now[-3] == before[-3]  # nobody has changed yet
+    told = table.reset_index().set_index(["change", "policy", "users"]).sort_index()
+    gained = told[(told["measure"] == "gain by age") & (told["from"] == 0)]["low"] > 0
+    halved = told[told["measure"] == "half-life"]["value"].notna()
+    assert len(halved) and (gained[halved.index] | ~halved).all(), "what is not there at first cannot halve"
     assert sorted(path.name for path in (tmp_path / "figures").glob("*.svg")) == [
         "1-decay.svg", "2-gain.svg", "3-days.svg", "4-memory.svg", "5-price.svg",
     ]  # fmt: skip

@@ -122,10 +122,13 @@ def _alone(case: Case, users: str, rows: pd.DataFrame) -> Iterator[tuple]:
     gains = gain_over_frozen(case.answers)
     gains = gains[gains["users"] == users]
     if case.experiment.drift.policy == "never":
-        for line in _lines(along(gains[gains["age"] <= reach(gains)], "age", "gain", DAYS)):
-            yield (*head, users, "gain by age", *line)
         upto = reach(gains)
-        yield (*head, users, "half-life", 0, upto, *half_life(gains, upto), gains.groupby(USER).ngroups)
+        curve = along(gains[gains["age"] <= upto], "age", "gain", DAYS)
+        for line in _lines(curve):
+            yield (*head, users, "gain by age", *line)
+        shown = len(curve) and curve["low"].iloc[0] > 0  # what is not there at first cannot halve
+        half = half_life(gains, upto) if shown else (np.nan, np.nan, np.nan)
+        yield (*head, users, "half-life", 0, upto, *half, gains.groupby(USER).ngroups)
 
 
 def _detector(case: Case) -> Iterator[tuple]:

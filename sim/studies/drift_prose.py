@@ -65,8 +65,7 @@ def _half_life(change: str, own: pd.DataFrame) -> Iterator[str]:
     rows = own[own["measure"] == "half-life"]
     for row in (row for _, some in _most_telling(rows, ["policy", "users"]) for row in some.itertuples()):
         head = f"{change}, {row.users} users: half of the gain of `{row.policy}` over the base model is gone "
-        gains = own[(own["measure"] == "gain by age") & (own["policy"] == row.policy) & (own["users"] == row.users)]
-        if np.isnan(row.value) or (len(gains) and gains.sort_values("from").iloc[0]["low"] <= 0):
+        if np.isnan(row.value):
             what = "is not shown to have a gain over the base model that could halve"
             yield f"{change}, {row.users} users: `{row.policy}` {what}."
         elif np.isinf(row.value):

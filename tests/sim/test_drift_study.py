@@ -202,8 +202,6 @@ def test_findings_say_what_the_numbers_say_and_what_they_do_not():
     assert "mechanism check" in notes[0]
     real = cell(population={"source": "lamp", "path": "x", "replay": True})
     assert "cannot be measured" in sentences(table, real)[1][0]
-    weak = pd.DataFrame([row("half-life", 0.2, 0.0, 1.5, **alone), row("gain by age", 0.002, -0.01, 0.02, **alone)])
-    assert "is not shown to have a gain" in sentences(weak, real)[0][0]
     nobody = pd.DataFrame([row("decay", 0.0, 0.0, 0.0, **{"from": 0, "to": 0})], columns=COLUMNS)
     assert "its decay is not known" in sentences(nobody, real)[0][0]
 
