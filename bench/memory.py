@@ -30,10 +30,11 @@ WARM_UP = 10
 
 @dataclass
 class Seen:
-    """Most bytes of memory seen while so many rounds were committed, and those of `state/` at the end."""
+    """Most bytes of memory seen while so many rounds were committed, the least of the workers, those of `state/`."""
 
     whole: int = 0
     workers: int = 0
+    least: int = 1 << 62
     state: int = 0
 
 
@@ -51,11 +52,12 @@ def family_bytes(root: psutil.Process) -> tuple[int, int]:
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of all files under a folder; some may go meanwhile."""
+    """Bytes of all files under a folder; files and folders may go meanwhile."""
     total = 0
-    for file in path.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += file.stat().st_size if file.is_file() else 0
+    for folder, _, files in os.walk(path):
+        for file in files:
+            with contextlib.suppress(OSError):
+                total += os.path.getsize(os.path.join(folder, file))
     return total
 
 
@@ -91,6 +93,7 @@ def measure(devices: int, rounds: int, more: list[str]) -> None:
             learned_s = now_s if done < rounds else learned_s
             here = seen.setdefault(done, Seen())
             here.whole, here.workers = max(here.whole, whole), max(here.workers, workers)
+            here.least = min(here.least, workers)
             here.state = folder_bytes(path / "state")
             disk = max(disk, folder_bytes(path / "adapters"))
             time.sleep(0.5)
@@ -103,7 +106,7 @@ def measure(devices: int, rounds: int, more: list[str]) -> None:
         if done % 5 == 0 and rounds > 1:
             here = seen[done]
             print(
-                f"{done:3d} rounds committed: all {here.whole / MIB:.0f} MiB, workers {here.workers / MIB:.0f} MiB, "
+                f"{done:3d} rounds committed: all {here.whole / MIB:.0f} MiB, workers {here.workers / MIB:.0f} MiB (least {here.least / MIB:.0f}), "
                 f"state {here.state / MIB:.2f} MiB"
             )
     if len(later) > 1:
