@@ -3,7 +3,8 @@
 Tolerance. Predictions, scores, verdicts and the samples themselves must be equal. Losses are float32 sums over rows
 that are padded and grouped differently; each differs by some units in the last place (6e-8 relative), which two
 optimizer steps amplify. The largest difference seen is 5e-7; 1e-4 leaves room for other processors' kernels and is a
-hundredth of any effect. Cosines, which decide verdicts, are held to 1e-6: the encoder's batches have fixed shapes.
+hundredth of any effect. Over many rounds it is more, as adapters are trained on (docs/run-directory.md). Cosines, which
+decide verdicts, are held to 1e-6: the encoder's batches have fixed shapes.
 """
 
 import pytest
