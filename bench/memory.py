@@ -106,8 +106,8 @@ def measure(devices: int, rounds: int, more: list[str]) -> None:
         if done % 5 == 0 and rounds > 1:
             here = seen[done]
             print(
-                f"{done:3d} rounds committed: all {here.whole / MIB:.0f} MiB, workers {here.workers / MIB:.0f} MiB (least {here.least / MIB:.0f}), "
-                f"state {here.state / MIB:.2f} MiB"
+                f"{done:3d} rounds committed: all {here.whole / MIB:.0f} MiB, workers {here.workers / MIB:.0f} MiB "
+                f"(least {here.least / MIB:.0f}), state {here.state / MIB:.2f} MiB"
             )
     if len(later) > 1:
         print(
