@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from clients.augmentation import CloudClient, samples_from, samples_requests
+from clients.augmentation import samples_from, samples_requests
+from clients.cloud_client import CloudClient
 from server.background import start_background
 from sim.experiment import Experiment
 from sim.population.source import open_population

@@ -4,22 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from clients.cloud_client import CloudClient
-from clients.cloud_records import Attempt, CloudReply, CloudRequest, CloudSettings
+from clients.cloud_records import CloudReply, CloudRequest
 from sim.protocol import TaskLike, build_answer_request, build_samples_request
 from sim.records import Interaction, Sample
-
-__all__ = [
-    "Attempt",
-    "CloudClient",
-    "CloudReply",
-    "CloudRequest",
-    "CloudSettings",
-    "answer_request",
-    "merge_outcomes",
-    "samples_from",
-    "samples_requests",
-]
 
 
 def samples_requests(

@@ -11,15 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from clients.arms import NEED_SAMPLES
-from clients.augmentation import (
-    CloudClient,
-    CloudReply,
-    CloudRequest,
-    answer_request,
-    merge_outcomes,
-    samples_from,
-    samples_requests,
-)
+from clients.augmentation import answer_request, merge_outcomes, samples_from, samples_requests
+from clients.cloud_client import CloudClient
+from clients.cloud_records import CloudReply, CloudRequest
 from clients.device import Device, Shard
 from clients.filters import judge
 from clients.worker import Worker

@@ -16,7 +16,8 @@ import psutil
 import pytest
 from fastapi.testclient import TestClient
 
-from clients.augmentation import CloudClient, samples_from, samples_requests
+from clients.augmentation import samples_from, samples_requests
+from clients.cloud_client import CloudClient
 from server.batching import Batcher
 from server.gateway import create_app, serve, start_background
 from server.generator import Completion, GenerationRequest, create

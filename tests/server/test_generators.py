@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from clients.augmentation import CloudClient, answer_request, samples_requests
+from clients.augmentation import answer_request, samples_requests
+from clients.cloud_client import CloudClient
 from server import generator as generators
 from server.background import start_background
 from server.generator import Completion, GenerationRequest, PromptTooLong

@@ -16,13 +16,8 @@ from multiprocessing import get_context
 import pytest
 
 from clients.answer_cache import AnswerCache
-from clients.augmentation import (
-    CloudClient,
-    answer_request,
-    merge_outcomes,
-    samples_from,
-    samples_requests,
-)
+from clients.augmentation import answer_request, merge_outcomes, samples_from, samples_requests
+from clients.cloud_client import CloudClient
 from clients.cloud_faults import retry_after_s
 from sim.errors import ResumableStop, UserError
 from sim.population.tasks import get_task
