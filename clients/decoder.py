@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clients.kernels import RMSNorm, Rotary, ShortAttention, SwiGLU
 from clients.lora_layers import Routing, adapted_linear, adapted_linears, joint_linear
+from clients.packing import Packing
 
 _SHORT = 192
 """Longest rows, in tokens, for which attention keeps its probabilities."""
@@ -101,24 +102,30 @@ class LeanDecoder:
         position_ids: Tensor | None = None,
         past_key_values=None,
         use_cache: bool = False,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Final hidden states [positions, 1, hidden] at flattened positions of input_ids [rows, tokens].
 
+        packing: each row holds several texts that begin alike; attention mask, position ids and cache are the texts'.
         The current route is narrowed to those positions when it returns: the caller runs the head under it.
         """
         x = self.body.embed_tokens(input_ids)
         rows, tokens, _ = x.shape
         seen = past_key_values.get_seq_length() if use_cache else 0
+        longest = packing.prefix + packing.tokens if packing else tokens
         if position_ids is None:
-            position_ids = torch.arange(seen, seen + tokens, device=x.device)[None]
+            position_ids = torch.arange(seen, seen + longest, device=x.device)[None]
         cos, sin = (part.unsqueeze(1) for part in self.body.rotary_emb(x, position_ids))
-        mask = _attention_mask(attention_mask, tokens, seen)
+        if packing:
+            cos, sin = (part[:, :, packing.positions(x.device)] for part in (cos, sin))
+        mask = _attention_mask(attention_mask, longest, seen)
         whole = self.routing.route
         for index, layer in enumerate(self.layers):
             normed = self._norm(layer.block.input_layernorm, x)
             cut = [self.heads * self.width, self.groups * self.width, self.groups * self.width]
             q, k, v = (part.view(rows, tokens, -1, self.width) for part in _cut(self._linear(layer.qkv, normed), cut))
-            attended = self._attention(layer, index, q, k, v, cos, sin, mask, past_key_values if use_cache else None)
+            cache = past_key_values if use_cache else None
+            attended = self._attention(layer, index, q, k, v, cos, sin, mask, cache, packing)
             if index == len(self.layers) - 1:
                 attended = attended.reshape(rows * tokens, 1, -1)[positions]
                 x = x.reshape(rows * tokens, 1, -1)[positions]
@@ -148,18 +155,24 @@ class LeanDecoder:
             return module(x)
         return RMSNorm.apply(x, module.weight, module.variance_epsilon)
 
-    def _attention(self, layer: _Layer, index: int, q, k, v, cos, sin, mask, cache) -> Tensor:
-        rows, tokens = q.shape[:2]
+    def _attention(self, layer: _Layer, index: int, q, k, v, cos, sin, mask, cache, packing: Packing | None) -> Tensor:
+        """[rows, tokens, heads * width]"""
         attention = layer.block.self_attn
         if hasattr(attention, "q_norm"):
             q, k = self._norm(attention.q_norm, q), self._norm(attention.k_norm, k)
         scale = attention.scaling
-        alone = mask is None and cache is None
-        if torch.is_grad_enabled() and alone and tokens <= _SHORT and q.device.type == "cpu":
-            return ShortAttention.apply(q, k, v, cos, sin, scale)
-        q, k, v = Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin), v.transpose(1, 2)
+        longest = packing.prefix + packing.tokens if packing else q.shape[1]
+        if torch.is_grad_enabled() and mask is None and cache is None and longest <= _SHORT and q.device.type == "cpu":
+            shape = (packing.prefix, packing.texts) if packing else (0, 1)
+            return ShortAttention.apply(q, k, v, cos, sin, scale, *shape)
+        q, k = Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
+        if packing:
+            q, k = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k))
+            v = packing.unpack(v)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, index)
+        rows, _, tokens, _ = q.shape
         grouped = self.heads != self.groups
         if tokens == 1 and grouped:
             q = q.reshape(rows, self.groups, self.heads // self.groups, self.width)
@@ -167,7 +180,8 @@ class LeanDecoder:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and tokens > 1, scale=scale, enable_gqa=grouped
         )
-        return out.reshape(rows, self.heads, tokens, self.width).transpose(1, 2).reshape(rows, tokens, -1)
+        out = out.reshape(rows, self.heads, tokens, self.width).transpose(1, 2).reshape(rows, tokens, -1)
+        return packing.pack(out) if packing else out
 
 
 def _join(modules: list[nn.Linear], names: dict[int, str]) -> _Joint:

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+_ROUND_DEPTH = 16
+"""Large groups of unequal size are padded to a multiple of so many rows: a product of a new shape is compiled first."""
+
 
 @dataclass
 class Piece:
@@ -60,6 +63,8 @@ class Route:
         self.groups, self.adapted = len(self.counts), sum(self.counts)
         self.depth = max(self.counts, default=0)
         self.regular = all(count == self.depth for count in self.counts)
+        if not self.regular and self.depth > 2 * _ROUND_DEPTH:
+            self.depth = -(-self.depth // _ROUND_DEPTH) * _ROUND_DEPTH
         self.anchor = torch.zeros((), device=scale.device, dtype=scale.dtype, requires_grad=True)
         if not self.regular:
             count = torch.tensor(self.counts)

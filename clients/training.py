@@ -1,10 +1,11 @@
 """Training many private adapters together on one frozen base.
 
 Every job keeps its own batches, loss mean, clipping, learning rate, step count and optimizer history; what jobs share
-is the pass through the base. At each turn the jobs in memory take one step: sorted by the length of their next batch,
+is the pass through the base. At each turn the jobs in memory take one step: sorted by the shape of their next batch,
 they are cut into passes of a bounded number of tokens (few enough for the processor's caches), each pass runs forward
-and backward once, and its adapters step right away. A finished job leaves and a waiting one takes its place. Only
-floating point rounding depends on who trains together.
+and backward once, and its adapters step right away. What all examples of a job begin with is computed once a batch
+(`clients.packing`). A finished job leaves and a waiting one takes its place. Only floating point rounding depends on
+who trains together.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clients.adapters import AdapterStack
@@ -22,15 +22,21 @@ from clients.base import FrozenBase
 from clients.encoding import truncate_prompt
 from clients.gemm import fast_products
 from clients.jobs import Example, TrainJob, TrainSettings, batch_plan
+from clients.kernels import TokenLosses
 from clients.lora_layers import Route
 from clients.memory import activation_bytes_per_token, budget_bytes, give_back, is_out_of_memory, keep_heap
 from clients.optimizer import CohortAdamW, Update
+from clients.packing import Packing, common_prefix
 from sim.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", "train"]
 
 PASS_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Padded tokens of one forward and backward pass: on a CPU its activations should stay near the caches."""
+_PASS_OVERHEAD = {"cpu": 32, "cuda": 4096}
+"""Tokens that could be trained in the time that a pass costs whatever its size: batches of different shapes share a
+pass only if that pads less."""
+_ROUND_TARGETS = 64
 
 
 @dataclass
@@ -92,6 +98,8 @@ class _Run:
     examples: list[tuple[np.ndarray, np.ndarray]]
     plan: list[list[int]]
     slot: int
+    prefix: int
+    """Tokens that all examples begin with, where the base can share them."""
     result: TrainResult
     step: int = 0
     losses: list[Tensor] = field(default_factory=list)
@@ -103,6 +111,41 @@ class _Run:
     def length(self) -> int:
         """Tokens of the longest row of the next batch."""
         return max(len(ids) for ids, _ in self.batch())
+
+
+@dataclass(eq=False)
+class _Pass:
+    """Runs that take their next step together."""
+
+    members: list[_Run]
+    prefix: int
+    rows: int
+    most: int
+    longest: int
+
+    @classmethod
+    def of(cls, run: _Run) -> _Pass:
+        rows = len(run.plan[run.step])
+        return cls([run], run.prefix, rows, rows, run.length())
+
+    def joined(self, other: _Pass) -> _Pass:
+        """Both together."""
+        return _Pass(
+            self.members + other.members, min(self.prefix, other.prefix), self.rows + other.rows,
+            max(self.most, other.most), max(self.longest, other.longest),
+        )  # fmt: skip
+
+    @property
+    def packing(self) -> Packing | None:
+        """A member a row, where that is shorter than a row for every example."""
+        packing = Packing(self.prefix, self.most, self.longest - self.prefix)
+        return packing if len(self.members) * packing.width < self.rows * self.longest else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding included."""
+        packing = self.packing
+        return len(self.members) * packing.width if packing else self.rows * self.longest
 
 
 class _Engine:
@@ -166,7 +209,10 @@ class _Engine:
         self.stack.assign(slot, job.spec, _init_seed(job), job.state)
         self.optimizer.reset(slot)
         rows = [_row(example, self.base.context_length) for example in job.examples]
-        return _Run(job, rows, batch_plan(job), slot, TrainResult({}))
+        # Dropout strikes each example's prompt on its own; a model with its own forward pass knows no packing.
+        shares = self.base.lean is not None and not job.spec.dropout
+        prefix = min(common_prefix([ids for ids, _ in rows]), *(len(ids) - len(target) for ids, target in rows))
+        return _Run(job, rows, batch_plan(job), slot, prefix if shares else 0, TrainResult({}))
 
     def _finish(self, run: _Run) -> None:
         run.result.state = self.stack.state(run.slot)
@@ -176,18 +222,17 @@ class _Engine:
 
     def _passes(self, runs: list[_Run]) -> list[list[_Run]]:
         """Runs of similar next batches together, as many as fit into a pass."""
-        order = sorted(runs, key=lambda run: (len(run.plan[run.step]), run.length(), run.slot))
-        passes: list[list[_Run]] = []
-        rows = longest = 0
+        overhead = _PASS_OVERHEAD.get(self.base.device.type, 4096)
+        order = sorted(runs, key=lambda run: (len(run.plan[run.step]), run.prefix, run.length(), run.slot))
+        passes: list[_Pass] = []
         for run in order:
-            new_rows, new_longest = rows + len(run.plan[run.step]), max(longest, run.length())
-            if passes and new_rows * new_longest <= self.pass_tokens:
-                passes[-1].append(run)
-                rows, longest = new_rows, new_longest
+            alone = _Pass.of(run)
+            joint = passes[-1].joined(alone) if passes else None
+            if joint and joint.tokens <= min(self.pass_tokens, passes[-1].tokens + alone.tokens + overhead):
+                passes[-1] = joint
             else:
-                passes.append([run])
-                rows, longest = len(run.plan[run.step]), run.length()
-        return passes
+                passes.append(alone)
+        return [found.members for found in passes]
 
     def _advance(self, members: list[_Run]) -> None:
         """One optimizer step of every member; in halves if memory runs out."""
@@ -229,30 +274,27 @@ class _Engine:
         weights = [1.0 / sum(len(target) for _, target in batch) for batch in batches]
         if only is not None:
             batches = [batch[only : only + 1] for batch in batches]
-        rows = [row for batch in batches for row in batch]
-        counts = [len(batch) for batch in batches]
-        width = max(len(ids) for ids, _ in rows)
-        ids = np.zeros((len(rows), width), dtype=np.int64)
-        places, owners = [], []
-        for index, (row, target) in enumerate(rows):
-            ids[index, : len(row)] = row
-            places.append(np.arange(len(row) - len(target), len(row)) + index * width)
-        for index, batch in enumerate(batches):
-            owners += [index] * sum(len(target) for _, target in batch)
         device = self.base.device
-        targets = torch.from_numpy(np.concatenate([target for _, target in rows])).to(device)
-        positions = torch.from_numpy(np.concatenate(places)).to(device)
-        owner = torch.tensor(owners, device=device)
+        ids, places, counts, packing = _layout(members, batches)
+        owners = [index for index, batch in enumerate(batches) for _, target in batch for _ in target]
+        targets = np.concatenate([target for batch in batches for _, target in batch])
+        # A new shape of a product is compiled first, so the last places are repeated up to a round number, weighing 0.
+        spare = -len(targets) % _ROUND_TARGETS
+        targets, positions = (torch.from_numpy(np.pad(x, (0, spare), "edge")).to(device) for x in (targets, places))
+        owner = torch.tensor(owners + owners[-1:] * spare, device=device)
         weight = torch.tensor(weights, dtype=self.stack.dtype, device=device)
+        weight_at = weight[owner]
+        weight_at[len(owners) :] = 0
 
         slots = [run.slot for run in members]
         flat = self.stack.flat[torch.tensor(slots, device=device)]
         grads = torch.zeros_like(flat)
         dropout = _Dropout(members, only) if any(run.job.spec.dropout for run in members) else None
-        route = self.stack.route(slots, counts, len(rows), flat, grads, dropout)
+        route = self.stack.route(slots, counts, len(ids), flat, grads, dropout)
+        inputs = {"packing": packing} if packing else {}
         with self.stack.wearing(route):
-            logits = self.base.logits_at(positions, torch.from_numpy(ids).to(device), use_cache=False)
-            losses = F.cross_entropy(logits.to(weight.dtype), targets, reduction="none") * weight[owner]
+            logits = self.base.logits_at(positions, torch.from_numpy(ids).to(device), use_cache=False, **inputs)
+            losses = TokenLosses.apply(logits, targets, weight_at)
             losses.sum().backward()
         return torch.zeros_like(weight).index_add_(0, owner, losses.detach()), grads
 
@@ -290,6 +332,25 @@ class _Dropout:
                 mask[start : start + count, :tokens] = kept.to(mask) / (1 - rate)
             start += count
         return mask
+
+
+def _layout(
+    members: list[_Run], batches: list[list[tuple[np.ndarray, np.ndarray]]]
+) -> tuple[np.ndarray, np.ndarray, list[int], Packing | None]:
+    """A pass as (ids [rows, width], flattened places that predict the targets, rows a member, packing)."""
+    counts = [len(batch) for batch in batches]
+    longest = max(len(ids) for batch in batches for ids, _ in batch)
+    packing = _Pass(members, min(run.prefix for run in members), sum(counts), max(counts), longest).packing
+    prefix, step, width = (packing.prefix, packing.tokens, packing.width) if packing else (0, 0, longest)
+    ids = np.zeros((len(batches) if packing else sum(counts), width), dtype=np.int64)
+    places: list[np.ndarray] = []
+    for member, batch in enumerate(batches):
+        for text, (own, target) in enumerate(batch):
+            row, shift = (member, text * step) if packing else (len(places), 0)
+            ids[row, :prefix] = own[:prefix]
+            ids[row, prefix + shift : len(own) + shift] = own[prefix:]
+            places.append(np.arange(len(own) - len(target), len(own)) + shift + row * width)
+    return ids, np.concatenate(places), [1] * len(batches) if packing else counts, packing
 
 
 def _row(example: Example, context: int) -> tuple[np.ndarray, np.ndarray]:

@@ -146,8 +146,8 @@ class Worker:
         self, run_directory: str, endpoint: Endpoint, threads: int = 0, progress: str = "", models: Models | None = None
     ):
         # oneDNN keeps the code of the last 1024 shapes of products, and PyTorch's own cache before it 1024 again, some
-        # 0.3 GiB each, which fill up over tens of rounds; a cohort's shapes hardly come back.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+        # 0.3 GiB each, which fill up over tens of rounds. The passes of one turn need some hundreds, which come back.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
         os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
         import torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import cache
 
 import numpy as np
 import peft
@@ -43,7 +44,24 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
+    if dtype == torch.float64:
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.__class__ = _in_float64(type(module))
     return model.to(dtype).eval()
+
+
+@cache
+def _in_float64(norm: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """transformers normalises in float32 whatever the input is: too coarse to tell summing before from after."""
+
+    class Exact(norm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
+            weight = 1 + self.weight if norm.__name__.startswith("Gemma") else self.weight
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+    return Exact
 
 
 def tiny_base(kind: str, dtype: torch.dtype = torch.float64) -> tuple[FrozenBase, torch.nn.Module]:
@@ -62,10 +80,12 @@ def random_state(base: FrozenBase, spec: LoraSpec, seed: int) -> dict[str, torch
     }
 
 
-def random_examples(seed: int, count: int) -> list[Example]:
+def random_examples(seed: int, count: int, shared: int = 0) -> list[Example]:
+    """Examples of random tokens whose prompts begin with the same `shared` ones."""
     draw = np.random.default_rng(seed)
+    instruction = draw.integers(3, VOCABULARY, shared).tolist()
     return [
-        Example(draw.integers(3, VOCABULARY, draw.integers(3, 30)).tolist(),
+        Example(instruction + draw.integers(3, VOCABULARY, draw.integers(3, 30)).tolist(),
                 draw.integers(3, VOCABULARY, draw.integers(1, 6)).tolist())
         for _ in range(count)
     ]  # fmt: skip
@@ -80,10 +100,14 @@ def mixed_jobs(base: FrozenBase) -> list[TrainJob]:
         TrainSettings(5e-3, steps=7, batch_size=3, schedule="constant", warmup_ratio=0.3, weight_decay=0.0),
         TrainSettings(2e-3, steps=20, batch_size=2, schedule="linear", betas=(0.8, 0.95), max_grad_norm=0.05),
     ]
+    shared = (0, 20, 12, 20)
     return [
-        TrainJob(k, random_examples(k, 5 + 3 * k), settings[k], specs[k], seed=k, state=random_state(base, specs[k], k))
+        TrainJob(
+            k, random_examples(k, 5 + 3 * k, shared[k]), settings[k], specs[k], seed=k,
+            state=random_state(base, specs[k], k),
+        )
         for k in range(4)
-    ]
+    ]  # fmt: skip
 
 
 def peft_model(model: torch.nn.Module, spec: LoraSpec, state: dict[str, torch.Tensor]) -> peft.PeftModel:

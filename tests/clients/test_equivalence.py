@@ -65,6 +65,35 @@ def test_trajectories_equal_separate_peft_runs(kind):
         assert engine.largest_difference(state, job.state) > 1e-3
 
 
+@pytest.mark.parametrize("kind", engine.ARCHITECTURES)
+@pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
+def test_a_common_beginning_is_computed_once_and_changes_nothing(kind, short, monkeypatch):
+    base, model = engine.tiny_base(kind)
+    if not short:
+        monkeypatch.setattr("clients.decoder._SHORT", 0)
+    spec, settings = LoraSpec(4, 8), TrainSettings(5e-3, steps=6, batch_size=4)
+    jobs = [
+        TrainJob(k, engine.random_examples(k, 6, shared), settings, spec, k, state=engine.random_state(base, spec, k))
+        for k, shared in enumerate((24, 24, 9, 1))
+    ]  # fmt: skip
+    packings = []
+    if base.lean is not None:
+        own = base.lean.hidden_at
+
+        def watched(*inputs, packing=None, **named):
+            packings.append(packing)
+            return own(*inputs, packing=packing, **named)
+
+        monkeypatch.setattr(base.lean, "hidden_at", watched)
+    results = train(base, jobs, pass_tokens=400)
+    for job in jobs:
+        state, losses = engine.peft_run(model, job)
+        assert engine.largest_difference(state, results[job.key].state) < TOLERANCE
+        assert results[job.key].losses == pytest.approx(losses, abs=TOLERANCE)
+    if base.lean is not None:
+        assert {packing.prefix for packing in packings if packing} >= {9, 24}
+
+
 @pytest.mark.parametrize(
     "targets", [("q_proj", "v_proj"), ("k_proj", "down_proj"), ("up_proj",), ("lm_head", "o_proj")]
 )

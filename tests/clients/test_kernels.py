@@ -7,7 +7,8 @@ from torch.autograd import gradcheck
 
 from clients.base import FrozenBase
 from clients.gemm import fast_products, onednn_is_exact
-from clients.kernels import RMSNorm, Rotary, ShortAttention, SwiGLU
+from clients.kernels import RMSNorm, Rotary, ShortAttention, SwiGLU, TokenLosses
+from clients.packing import Packing, common_prefix
 from tests.clients import engine
 
 
@@ -29,6 +30,43 @@ def test_gradients_of_the_kernels_are_right():
     for groups in (4, 2, 1):
         q, k, v = random(2, 5, 4, 8), random(2, 5, groups, 8), random(2, 5, groups, 8)
         assert gradcheck(lambda q, k, v: ShortAttention.apply(q, k, v, cos, sin, 0.3), (q, k, v))
+
+
+def test_attention_over_a_common_beginning_is_that_of_separate_texts():
+    packing = Packing(prefix=3, texts=2, tokens=4)
+    cos, sin = turn(7, 8)
+    packed_cos, packed_sin = (x[:, :, packing.positions(x.device)] for x in (cos, sin))
+    for groups in (4, 2, 1):
+        q, k, v = (random(2, packing.width, n, 8) for n in (4, groups, groups))
+
+        def packed(q, k, v):
+            return ShortAttention.apply(q, k, v, packed_cos, packed_sin, 0.3, packing.prefix, packing.texts)
+
+        texts = ShortAttention.apply(*map(packing.unpack, (q, k, v)), cos, sin, 0.3)
+        assert torch.allclose(packed(q, k, v), packing.pack(texts), atol=1e-12)
+        assert gradcheck(packed, (q, k, v))
+
+
+def test_packing_is_undone_by_unpacking():
+    packing = Packing(prefix=2, texts=3, tokens=2)
+    texts = torch.tensor([[1, 2, 10, 11], [1, 2, 20, 21], [1, 2, 30, 31]])
+    row = packing.pack(texts)
+    assert row.tolist() == [[1, 2, 10, 11, 20, 21, 30, 31]]
+    assert torch.equal(packing.unpack(row), texts)
+    assert packing.positions(row.device).tolist() == [0, 1, 2, 3, 2, 3, 2, 3]
+
+
+def test_the_common_beginning_of_texts():
+    assert common_prefix([[1, 2, 3, 4], [1, 2, 4], [1, 2, 3]]) == 2
+    assert common_prefix([[1, 2], [1, 2, 3]]) == 2
+    assert common_prefix([[1], [2]]) == 0
+
+
+def test_token_losses_are_weighted_cross_entropies():
+    logits, targets, weight = random(5, 7), torch.tensor([0, 6, 3, 3, 2]), torch.tensor([0.5, 0, 2, 1, 1]).double()
+    losses = TokenLosses.apply(logits, targets, weight)
+    assert torch.allclose(losses, torch.nn.functional.cross_entropy(logits, targets, reduction="none") * weight)
+    assert gradcheck(lambda x: TokenLosses.apply(x, targets, weight), (logits,))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
