@@ -33,7 +33,7 @@ __all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", 
 
 PASS_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Padded tokens of one forward and backward pass: on a CPU its activations should stay near the caches."""
-_PASS_OVERHEAD = {"cpu": 32, "cuda": 4096}
+_PASS_OVERHEAD = {"cpu": 256, "cuda": 4096}
 """Tokens that could be trained in the time that a pass costs whatever its size: batches of different shapes share a
 pass only if that pads less."""
 _ROUND_TARGETS = 64
