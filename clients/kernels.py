@@ -82,11 +82,11 @@ class Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.cos, ctx.sin = cos, sin
-        return _turned(x, cos, sin)
+        return _filled(x.transpose(1, 2), (cos, sin))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _returned(grad, ctx.cos, ctx.sin), None, None
+        return _filled(grad, (ctx.cos, -ctx.sin)).transpose(1, 2), None, None
 
 
 class ShortAttention(torch.autograd.Function):
@@ -183,22 +183,6 @@ def _filled(x: Tensor, turn: tuple[Tensor, Tensor] | None, past: Tensor | None =
         own.copy_(x)
     else:
         _rotate_into(own, x, *turn)
-    return out
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotated [rows, tokens, heads, width] as [rows, heads, tokens, width]."""
-    rows, tokens, heads, width = x.shape
-    out = x.new_empty(rows, heads, tokens, width)
-    _rotate_into(out, x.transpose(1, 2), cos, sin)
-    return out
-
-
-def _returned(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The inverse of `_turned`, which is also its gradient."""
-    rows, heads, tokens, width = grad.shape
-    out = grad.new_empty(rows, tokens, heads, width)
-    _rotate_into(out.transpose(1, 2), grad, cos, -sin)
     return out
 
 

@@ -37,6 +37,7 @@ _PASS_OVERHEAD = {"cpu": 256, "cuda": 4096}
 """Tokens that could be trained in the time that a pass costs whatever its size: batches of different shapes share a
 pass only if that pads less."""
 _ROUND_TARGETS = 64
+"""The places of a pass that the head sees are filled up to a multiple: a product of a new shape is compiled first."""
 
 
 @dataclass
@@ -115,7 +116,9 @@ class _Run:
 
 @dataclass(eq=False)
 class _Pass:
-    """Runs that take their next step together."""
+    """Runs that take their next step together: `rows` examples in all, `most` of one run, the longest of so many
+    tokens; all begin with `prefix` tokens of their run's.
+    """
 
     members: list[_Run]
     prefix: int
@@ -278,7 +281,7 @@ class _Engine:
         ids, places, counts, packing = _layout(members, batches)
         owners = [index for index, batch in enumerate(batches) for _, target in batch for _ in target]
         targets = np.concatenate([target for batch in batches for _, target in batch])
-        # A new shape of a product is compiled first, so the last places are repeated up to a round number, weighing 0.
+        # The last place is repeated, weighing 0, up to the round number.
         spare = -len(targets) % _ROUND_TARGETS
         targets, positions = (torch.from_numpy(np.pad(x, (0, spare), "edge")).to(device) for x in (targets, places))
         owner = torch.tensor(owners + owners[-1:] * spare, device=device)
