@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
-import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import get_context
 
 import pytest
 
-from clients.answer_cache import AnswerCache
 from clients.augmentation import answer_request, merge_outcomes, samples_from, samples_requests
 from clients.cloud_client import CloudClient
 from clients.cloud_faults import retry_after_s
@@ -23,166 +16,25 @@ from sim.errors import ResumableStop, UserError
 from sim.population.tasks import get_task
 from sim.protocol import format_samples, parse_request
 from sim.records import Interaction
+from tests.clients.scripted_cloud import (
+    KEY,
+    PAIRS,
+    Handler,
+    Settings,
+    client,
+    completion,
+    cut_mid_body,
+    drip,
+    fails,
+    good,
+    hang,
+    html,
+    orders,
+    outcomes,
+    says,
+)
 
-KEY = "UNTETHER_TEST_KEY"
-
-
-@dataclass(frozen=True)
-class Settings:
-    base_url: str = ""
-    model: str = "m"
-    api_key_env: str = KEY
-    temperature: float = 0.8
-    top_p: float = 1.0
-    max_tokens: int = 256
-    structured: bool = True
-    timeout_s: float = 5.0
-    max_retries: int = 2
-    concurrency: int = 4
-    cache: str = ""
-
-
-def completion(text: str | None, finish: str = "stop", refusal: str | None = None, usage: bool = True) -> dict:
-    message = {"role": "assistant", "content": text, "refusal": refusal}
-    body = {
-        "id": "x",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "m-2026",
-        "system_fingerprint": "fp_1",
-        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-    }
-    return {**body, "usage": {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}} if usage else body
-
-
-PAIRS = format_samples([("in one", "out one"), ("in two", "out two")])
-Handler = BaseHTTPRequestHandler
-
-
-def send(handler: Handler, status: int, body: object, kind: str = "application/json", **headers: str) -> None:
-    data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-    handler.send_response(status)
-    handler.send_header("Content-Type", kind)
-    handler.send_header("Content-Length", str(len(data)))
-    for name, value in headers.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.end_headers()
-    handler.wfile.write(data)
-
-
-def good(handler: Handler) -> None:
-    send(handler, 200, completion(PAIRS))
-
-
-def says(text: str | None, **more) -> Callable[[Handler], None]:
-    return lambda handler: send(handler, 200, completion(text, **more))
-
-
-def fails(status: int, message: str = "no", code: str | None = None, param: str | None = None, **headers: str):
-    error = {"error": {"message": message, "type": "x", "code": code, "param": param}}
-    return lambda handler: send(handler, status, error, **headers)
-
-
-def html(handler: Handler) -> None:
-    send(handler, 200, "<html><body>login</body></html>", "text/html")
-
-
-def hang(handler: Handler) -> None:
-    handler.server.released.wait(10)
-
-
-def drip(handler: Handler) -> None:
-    """Keeps the socket busy for ever: no read ever times out, only the request as a whole can."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "100000")
-    handler.end_headers()
-    while not handler.server.released.wait(0.05):
-        handler.wfile.write(b" ")
-
-
-def cut_mid_body(handler: Handler) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Type", "application/json")
-    handler.send_header("Content-Length", "5000")
-    handler.end_headers()
-    handler.wfile.write(b'{"choices": [')
-    handler.wfile.flush()
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-class Cloud:
-    """A server that plays a script: one behaviour a request, the last one for ever."""
-
-    def __init__(self) -> None:
-        outer = self
-        self.script: list[Callable[[Handler], None]] = [good]
-        self.bodies: list[dict] = []
-        self.headers: list[dict[str, str]] = []
-        self.times: list[float] = []
-        lock = threading.Lock()
-
-        class Served(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    number = len(outer.bodies)
-                    outer.bodies.append(body)
-                    outer.headers.append({k.lower(): v for k, v in self.headers.items()})
-                    outer.times.append(time.monotonic())
-                try:
-                    outer.script[min(number, len(outer.script) - 1)](self)
-                except OSError:
-                    pass
-                self.close_connection = self.close_connection or outer.script[-1] in (hang, drip)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Served)
-        self.server.daemon_threads = True
-        self.server.released = threading.Event()
-        self.base_url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self) -> None:
-        self.server.released.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-
-@pytest.fixture
-def cloud() -> Iterator[Cloud]:
-    served = Cloud()
-    yield served
-    served.close()
-
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY, "sk-secret-123")
-
-
-def orders(number: int = 1, count: int = 2, seed: int = 0, round: int = 0, items: int = 2):
-    task = get_task("LaMP_4")
-    history = [Interaction(f"i{i}", "LaMP_4", f"article {i}", f"headline {i}") for i in range(items)]
-    return [
-        request
-        for device in range(number)
-        for request in samples_requests(
-            task, history, count, request_id=f"r{device}", device_id=f"d{device}", seed=seed, round=round
-        )
-    ]
-
-
-def client(cloud: Cloud, wall: bool = False, max_wait_s: float = 120.0, **settings) -> CloudClient:
-    config = replace(Settings(base_url=cloud.base_url), **settings)
-    return CloudClient(config, wall=wall, backoff_s=0.01, max_wait_s=max_wait_s)
-
-
-def outcomes(reply) -> list[str]:
-    return [attempt.outcome for attempt in reply.attempts]
+pytestmark = pytest.mark.usefixtures("cloud_key")
 
 
 def test_a_good_answer_is_counted_in_full(cloud):
@@ -445,83 +297,6 @@ def test_a_stop_ends_the_asking(cloud):
     with pytest.raises(ResumableStop, match="stopped"):
         client(cloud, concurrency=1).ask_sync(orders(5), on_done=lambda _: stop.set(), stop=stop)
     assert len(cloud.bodies) <= 2
-
-
-def test_the_cache_pays_once_and_a_replicate_is_a_new_draw(cloud, tmp_path):
-    cache = str(tmp_path / "sub" / "cache.sqlite")
-    cloud.script = [says("not json"), good]
-    [first] = client(cloud, cache=cache).ask_sync(orders())
-    assert not first.cached and len(cloud.bodies) == 2
-    [again] = client(cloud, cache=cache).ask_sync(orders())
-    assert again.cached and again.ok and again.pairs == first.pairs and len(cloud.bodies) == 2
-    same = [(a.draw, a.outcome, a.tokens_in, a.bytes_up, a.bytes_down) for a in first.attempts]
-    assert [(a.draw, a.outcome, a.tokens_in, a.bytes_up, a.bytes_down) for a in again.attempts] == same
-    for changed in (orders(seed=1), orders(round=1), orders(items=1)):
-        client(cloud, cache=cache).ask_sync(changed)
-    client(cloud, cache=cache, temperature=0.1).ask_sync(orders())
-    client(cloud, cache=cache, model="other").ask_sync(orders())
-    assert len(cloud.bodies) == 7
-
-
-def test_the_cache_knows_the_variant_but_not_the_port(cloud, tmp_path):
-    config = Settings(cache=str(tmp_path / "c"))
-    CloudClient(config, base_url=cloud.base_url, variant="fp_a").ask_sync(orders())
-    [same] = CloudClient(config, base_url="http://127.0.0.1:9/v1", variant="fp_a").ask_sync(orders())
-    assert same.cached
-    [other] = CloudClient(config, base_url=cloud.base_url, variant="fp_b").ask_sync(orders())
-    assert not other.cached
-
-
-def test_only_good_answers_are_cached_and_a_stopped_run_keeps_them(cloud, tmp_path):
-    cache = str(tmp_path / "c")
-    cloud.script = [good, good, says(None, refusal="no"), fails(500)]
-    with pytest.raises(ResumableStop):
-        client(cloud, cache=cache, concurrency=1, max_retries=1).ask_sync(orders(5))
-    asked = len(cloud.bodies)
-    cloud.script = [good]
-    replies = client(cloud, cache=cache, concurrency=1).ask_sync(orders(5))
-    assert [reply.cached for reply in replies] == [True, True, False, False, False]
-    assert all(reply.ok for reply in replies) and len(cloud.bodies) == asked + 3
-
-
-def test_a_file_that_is_no_cache_is_refused(cloud, tmp_path):
-    text = tmp_path / "notes.txt"
-    text.write_text("these are my notes, and they are longer than a header " * 20)
-    other = tmp_path / "other.sqlite"
-    with sqlite3.connect(other) as database:
-        database.execute("CREATE TABLE mine (x)")
-    for path in (text, other, tmp_path):
-        with pytest.raises(UserError, match="cloud.cache"):
-            client(cloud, cache=str(path)).ask_sync(orders())
-    assert text.read_text().startswith("these are my notes") and not cloud.bodies
-
-
-def test_a_full_disk_stops_resumably(tmp_path):
-    cache = AnswerCache(tmp_path / "c")
-    cache._database.execute("PRAGMA max_page_count = 4")  # SQLite's own way to be out of room
-    with pytest.raises(ResumableStop, match="full"):
-        for number in range(100):
-            cache.put(f"key-{number}", {"text": "x" * 1000})
-    assert len(cache) > 0
-    cache.close()
-
-
-def _fill(path: str, start: int) -> None:
-    cache = AnswerCache(path)
-    for number in range(start, start + 60):
-        cache.put(f"key-{number}", {"by": start})
-    cache.close()
-
-
-def test_several_processes_may_share_a_cache_from_its_first_moment(tmp_path):
-    with ProcessPoolExecutor(6, mp_context=get_context("fork")) as pool:
-        for attempt in range(8):
-            path = str(tmp_path / f"cache-{attempt}")
-            list(pool.map(_fill, [path] * 6, [0, 0, 30, 100, 200, 300]))
-            cache = AnswerCache(path)
-            assert len(cache) == 90 + 3 * 60
-            assert cache.first(["nothing", "key-250"]) == {"by": 200}
-            cache.close()
 
 
 @pytest.mark.parametrize(
