@@ -131,7 +131,7 @@ class _Citation(Task):
         """As `Task.prompt`; a content is `"title" [1]: "reference" [2]: "reference"`."""
         if form != "query":
             return Task.prompt(self, content, form)
-        if self._strip(content, form) is not None:
+        if content.startswith(self._BEFORE) and self._MIDDLE in content:
             return content
         title, found, options = content.partition(self._OPTIONS)
         return self._BEFORE + title + self._MIDDLE + (found + options).lstrip(" ")

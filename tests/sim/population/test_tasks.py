@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sim.errors import UserError
@@ -61,6 +61,7 @@ def test_any_content_survives_its_prompt(content, name):
         assert task.content(task.prompt(content)) == content
 
 
+@example(" [1]: ", "", "")
 @given(st.text(alphabet='ab "[]12:,'), st.text(alphabet='ab "[]12:,'), st.text(alphabet='ab "[]12:,'))
 def test_citation_questions_survive_whatever_the_titles_hold(title, first, second):
     task = get_task("LaMP_1")
