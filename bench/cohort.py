@@ -15,7 +15,7 @@ from clients.training import TrainJob, TrainSettings, train
 
 def run(workload: Workload, indices: Sequence[int]) -> Outcome:
     """Filter, train and answer for the devices of one process."""
-    base, devices, encoder = workload.base(), workload.load(list(indices)), Encoder(device="cpu")
+    base, devices, encoder = workload.base(), workload.load(list(indices)), Encoder(device=workload.device)
     _warm_up(base, devices, encoder)
     outcome, jobs = Outcome(), [device.job for device in devices]
     with outcome.stage("embed"):

@@ -8,16 +8,23 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from bench.measure import synchronize
 from clients.gemm import fast_products
 
 
-def rates(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype, seconds: float = 0.3) -> dict[str, float]:
-    """FLOP/s of x @ W.T and of its input gradient over all (in, out) shapes with so many rows, on one thread.
+def rates(
+    shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype, device: str = "cpu", seconds: float = 0.3
+) -> dict[str, float]:
+    """FLOP/s of x @ W.T and of its input gradient over all (in, out) shapes with so many rows.
 
-    `plain` is PyTorch as it comes, `fast` with `clients.gemm.fast_products`. In CPU seconds.
+    `plain` is PyTorch as it comes, `fast` with `clients.gemm.fast_products`. By `clock(device)`.
     """
-    work = [(torch.randn(rows, i, dtype=dtype), torch.randn(o, i, dtype=dtype)) for i, o in shapes]
-    grads = [torch.randn(rows, o, dtype=dtype) for _, o in shapes]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    work = [(draw(rows, i), draw(o, i)) for i, o in shapes]
+    grads = [draw(rows, o) for _, o in shapes]
     flops = 4 * rows * sum(i * o for i, o in shapes)
 
     def once() -> None:
@@ -25,19 +32,31 @@ def rates(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype, seco
             F.linear(x, weight)
             F.linear(grad, weight.t())
 
-    found = {"plain": flops / _cpu_s(once, seconds)}
+    found = {"plain": flops / _seconds(once, device, seconds)}
     with fast_products():
-        found["fast"] = flops / _cpu_s(once, seconds)
+        found["fast"] = flops / _seconds(once, device, seconds)
     return found
 
 
-def _cpu_s(work: Callable[[], None], seconds: float) -> float:
+def clock(device: str) -> Callable[[], float]:
+    """CPU seconds of one thread; of a GPU, wall seconds up to the end of its work."""
+
+    def wall() -> float:
+        synchronize()
+        return time.perf_counter()
+
+    return time.process_time if device == "cpu" else wall
+
+
+def _seconds(work: Callable[[], None], device: str, seconds: float) -> float:
+    now = clock(device)
     work()
-    best, start = float("inf"), time.process_time()
-    while time.process_time() - start < seconds:
-        before = time.process_time()
-        work()
-        best = min(best, time.process_time() - before)
+    best, start = float("inf"), now()
+    while now() - start < seconds:
+        before = now()
+        for _ in range(1 if device == "cpu" else 20):  # a GPU is kept busy: waiting for it takes longer than a product
+            work()
+        best = min(best, (now() - before) / (1 if device == "cpu" else 20))
     return best
 
 

@@ -1,8 +1,9 @@
 """The whole life of a device, filter, train and answer, for many devices: stock Flower, tuned peft, and untether.
 
-    python -m bench.lifecycle [--devices 64] [--workers 2] [--dtype float32] [--skip stock]
+    python -m bench.lifecycle [--devices 64] [--workers 2] [--dtype float32] [--device cpu] [--skip stock]
 
-Prints a table and returns what is in it; `python -m bench` runs it among the others and writes a file.
+On a GPU untether and the tuned loop have one process each, and there is no stock app to compare with. Prints a table
+and returns what is in it; `python -m bench` runs it among the others and writes a file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from bench import cohort, stock, tuned
 from bench.gemm import rates, shapes_of, training_flops
 from bench.measure import STAGES, Outcome, in_processes
 from bench.workload import Workload
+from clients.training import PASS_TOKENS
 
 
 def measure(workload: Workload, workers: int, skip: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -39,8 +41,8 @@ def measure(workload: Workload, workers: int, skip: tuple[str, ...] = ()) -> dic
             **agreement(ours, outcome),
         })  # fmt: skip
     return {
-        "devices": workload.devices, "workers": workers, "dtype": workload.dtype, "task": workload.task,
-        "tokens": ours.tokens, "contestants": rows, "gemm": _efficiency(workload, ours),
+        "devices": workload.devices, "workers": workers, "device": workload.device, "dtype": workload.dtype,
+        "task": workload.task, "tokens": ours.tokens, "contestants": rows, "gemm": _efficiency(workload, ours),
     }  # fmt: skip
 
 
@@ -64,8 +66,10 @@ def _efficiency(workload: Workload, ours: Outcome) -> dict[str, float]:
         rows = [(len(e.prompt_ids) + len(e.target_ids) - 1, len(e.target_ids)) for e in job.examples]
         passes = job.total_steps * job.settings.batch_size / len(rows)
         flops += passes * training_flops(model, workload.spec.rank, rows)
-    found = rates(sorted(set(shapes_of(model))), 2048, getattr(torch, workload.dtype))
-    achieved = flops / ours.cpu_s["train"]
+    on_cpu = workload.device == "cpu"
+    tokens = PASS_TOKENS["cpu" if on_cpu else "cuda"]
+    found = rates(sorted(set(shapes_of(model))), tokens, getattr(torch, workload.dtype), workload.device)
+    achieved = flops / (ours.cpu_s if on_cpu else ours.wall_s)["train"]
     return {
         "training_flops": flops, "achieved": achieved, "plain_rate": found["plain"], "fast_rate": found["fast"],
         "share_of_plain": achieved / found["plain"], "share_of_fast": achieved / found["fast"],
@@ -77,15 +81,22 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=64)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--skip", nargs="*", default=[], choices=("stock", "tuned"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    show(measure(Workload(arguments.devices, dtype=arguments.dtype), arguments.workers, tuple(arguments.skip)))
+    workload = Workload(arguments.devices, dtype=arguments.dtype, device=arguments.device)
+    on_cpu = arguments.device == "cpu"
+    skip = tuple(arguments.skip) if on_cpu else (*arguments.skip, "stock")
+    show(measure(workload, arguments.workers if on_cpu else 1, skip))
 
 
 def show(found: dict[str, Any]) -> None:
     """Print the table."""
-    print(f"{found['devices']} devices, {found['workers']} processes, {found['dtype']}, {found['tokens']} tokens")
+    print(
+        f"{found['devices']} devices, {found['workers']} processes, {found['device']}, {found['dtype']}, "
+        f"{found['tokens']} tokens"
+    )
     for row in found["contestants"]:
         print("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
     print("  ".join(f"{key} {value:.3g}" for key, value in found["gemm"].items()))

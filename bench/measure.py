@@ -27,9 +27,10 @@ class Outcome:
 
     @contextmanager
     def stage(self, name: str):
-        """Adds to a stage's seconds."""
+        """Adds to a stage's seconds, a GPU's work included."""
         wall, cpu = time.perf_counter(), time.process_time()
         yield
+        synchronize()
         self.wall_s[name] = self.wall_s.get(name, 0.0) + time.perf_counter() - wall
         self.cpu_s[name] = self.cpu_s.get(name, 0.0) + time.process_time() - cpu
 
@@ -51,6 +52,14 @@ class Outcome:
     @property
     def total_cpu_s(self) -> float:
         return sum(self.cpu_s.values())
+
+
+def synchronize() -> None:
+    """Wait until a GPU has done what it was told."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 Contestant = Callable[[Workload, Sequence[int]], Outcome]

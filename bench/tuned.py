@@ -32,7 +32,7 @@ _SCHEDULES = {
 
 
 class TunedLoop:
-    """A resident peft model that trains and answers for one device at a time."""
+    """A resident peft model, on whatever device it is, that trains and answers for one user at a time."""
 
     def __init__(self, model: torch.nn.Module, job: TrainJob, end_id: int):
         self.model = peft.get_peft_model(model, job.spec.to_peft()).eval()
@@ -62,7 +62,8 @@ class TunedLoop:
         schedule = _SCHEDULES[settings.schedule](optimizer, math.ceil(settings.warmup_ratio * len(plan)), len(plan))
         losses = []
         for indices in plan:
-            ids, positions, targets = collate([job.examples[index] for index in indices])
+            batch = collate([job.examples[index] for index in indices])
+            ids, positions, targets = (part.to(self.model.device) for part in batch)
             hidden = self.causal.model(input_ids=ids, use_cache=False).last_hidden_state
             logits = self.causal.lm_head(hidden.flatten(0, 1)[positions])
             loss = F.cross_entropy(logits.float(), targets)
@@ -88,8 +89,8 @@ class TunedLoop:
             mask[row, width - len(prompt) :] = 1
         with torch.inference_mode():
             out = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=self.end_id, pad_token_id=0,
+                input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), 
+                max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self.end_id, pad_token_id=0,
             )  # fmt: skip
         answers = out[:, width:].tolist()
         return [row[: row.index(self.end_id)] if self.end_id in row else row for row in answers]
@@ -98,11 +99,11 @@ class TunedLoop:
 class TunedEncoder:
     """sentence-transformers as its documentation shows it, resident, in a given dtype."""
 
-    def __init__(self, dtype: str):
+    def __init__(self, dtype: str, device: str):
         from sentence_transformers import SentenceTransformer
 
         dtype = getattr(torch, dtype)
-        self.model = SentenceTransformer(encoder_path(), device="cpu", model_kwargs={"dtype": dtype}).eval()
+        self.model = SentenceTransformer(encoder_path(), device=device, model_kwargs={"dtype": dtype}).eval()
 
     def encode(self, texts: Sequence[str], *, remember=None):
         """Unit vectors [texts, dim]."""
@@ -110,7 +111,7 @@ class TunedEncoder:
             vectors = self.model.encode(
                 list(texts), batch_size=64, convert_to_tensor=True, show_progress_bar=False
             )  # fmt: skip
-        return F.normalize(vectors.float(), dim=1).numpy()
+        return F.normalize(vectors.float(), dim=1).cpu().numpy()
 
 
 def run(workload: Workload, indices: Sequence[int]) -> Outcome:
@@ -119,7 +120,7 @@ def run(workload: Workload, indices: Sequence[int]) -> Outcome:
     model = workload.plain_model()
     loop, encoder = (
         TunedLoop(model, devices[0].job, model.config.eos_token_id),
-        TunedEncoder(Encoder(device="cpu").dtype),
+        TunedEncoder(Encoder(device=workload.device).dtype, workload.device),
     )
     first = devices[0].job
     loop.train(TrainJob(0, first.examples, TrainSettings(steps=1), first.spec, state=first.state))

@@ -6,6 +6,7 @@ on the same samples in the same batches from the same initial adapter, and answe
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -40,11 +41,12 @@ class DeviceData:
 
 @dataclass(frozen=True)
 class Workload:
-    """What to simulate. model: folder of the on-device model; dtype: its arithmetic in every contestant."""
+    """What to simulate. model: folder of the on-device model; dtype, device: its arithmetic in every contestant."""
 
     devices: int = 64
     task: str = "LaMP_4"
     dtype: str = "float32"
+    device: str = "cpu"
     seed: int = 0
     max_new_tokens: int = 24
     settings: TrainSettings = field(default_factory=TrainSettings)
@@ -56,11 +58,12 @@ class Workload:
 
     def base(self) -> FrozenBase:
         """The on-device model, for the engine."""
-        return FrozenBase.load(self.model, dtype=self.dtype, device="cpu")
+        return FrozenBase.load(self.model, dtype=self.dtype, device=self.device)
 
     def plain_model(self) -> torch.nn.Module:
         """The on-device model, for everyone else."""
-        return transformers.AutoModelForCausalLM.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
+        return model.to(self.device)
 
     def load(self, indices: list[int]) -> list[DeviceData]:
         """The devices of these indices."""
@@ -69,6 +72,7 @@ class Workload:
 
 @lru_cache(maxsize=1)
 def _plain_base(workload: Workload) -> FrozenBase:
+    workload = dataclasses.replace(workload, device="cpu")
     return FrozenBase(workload.plain_model(), transformers.AutoTokenizer.from_pretrained(workload.model), lean=False)
 
 

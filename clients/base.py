@@ -104,8 +104,9 @@ class FrozenBase:
     def logits_at(self, positions: Tensor, input_ids: Tensor, **inputs) -> Tensor:
         """Logits [positions, vocabulary] of chosen positions only; the head never sees the others.
 
-        positions: indices [n] into the flattened [rows * tokens] of input_ids, in row order. inputs: attention_mask,
-        position_ids, past_key_values and use_cache as in Hugging Face's forward.
+        positions: indices [n] into the flattened [rows * tokens] of input_ids, in row order; on the CPU, so that nobody
+        waits for a GPU to tell them. inputs: attention_mask, position_ids, past_key_values and use_cache as in Hugging
+        Face's forward, and packing (see `LeanDecoder.hidden_at`).
         """
         whole = self.routing.route
 
@@ -113,7 +114,7 @@ class FrozenBase:
             if whole is not None:
                 rows = torch.div(positions, input_ids.shape[1], rounding_mode="floor")
                 self.routing.route = whole.select(rows)
-            return hidden.reshape(-1, 1, hidden.shape[-1])[positions]
+            return hidden.reshape(-1, 1, hidden.shape[-1])[positions.to(hidden.device)]
 
         try:
             if self.lean is not None:

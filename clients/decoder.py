@@ -127,8 +127,9 @@ class LeanDecoder:
             cache = past_key_values if use_cache else None
             attended = self._attention(layer, index, q, k, v, cos, sin, mask, cache, packing)
             if index == len(self.layers) - 1:
-                attended = attended.reshape(rows * tokens, 1, -1)[positions]
-                x = x.reshape(rows * tokens, 1, -1)[positions]
+                there = positions.to(x.device)
+                attended = attended.reshape(rows * tokens, 1, -1)[there]
+                x = x.reshape(rows * tokens, 1, -1)[there]
                 if whole is not None:
                     self.routing.route = whole.select(torch.div(positions, tokens, rounding_mode="floor"))
             x = x + self._linear(layer.out, attended)[0]

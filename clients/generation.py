@@ -201,8 +201,8 @@ class _Prompts:
         if self.slots:
             whole = self.slots == list(range(len(stack)))
             self._flat = stack.flat if whole else stack.flat[torch.tensor(self.slots, device=device)]
-        self.last = torch.arange(1, len(rows) + 1, device=device) * longest - 1
-        self.logits = self.read(ids.to(device), (self.mask[:, :longest].cumsum(1) - 1).clamp_(min=0), self.last)
+        last = torch.arange(1, len(rows) + 1) * longest - 1
+        self.logits = self.read(ids.to(device), (self.mask[:, :longest].cumsum(1) - 1).clamp_(min=0), last)
 
     def read(self, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
         """Feed tokens [rows, n] and return the logits at flattened places `at`; the cache grows by n."""
@@ -265,9 +265,7 @@ class _Decoding:
                 prompts.take(alive)
                 chosen = chosen[torch.tensor(alive, device=chosen.device)]
                 live = [live[place] for place in alive]
-            logits = prompts.read(
-                chosen[:, None], prompts.position[:, None], torch.arange(len(live), device=chosen.device)
-            )
+            logits = prompts.read(chosen[:, None], prompts.position[:, None], torch.arange(len(live)))
             prompts.position += 1
 
     def _choose(self, logits: Tensor, live: Sequence[int | None]) -> Tensor:
@@ -298,7 +296,7 @@ def _score_batch(base, stack, rows, labels) -> list[list[float]]:
             targets += label[1:]
             of_label += [k] * (len(label) - 1)
         positions = prompts.position[:, None] + torch.arange(room - 1, device=base.device)
-        logits = prompts.read(ids.to(base.device), positions, torch.tensor(at, dtype=torch.long, device=base.device))
+        logits = prompts.read(ids.to(base.device), positions, torch.tensor(at, dtype=torch.long))
         rest = torch.log_softmax(logits.to(scores.dtype), -1)
         values = rest.gather(1, torch.tensor(targets, dtype=torch.long, device=base.device)[:, None])[:, 0]
         scores = scores.index_add(0, torch.tensor(of_label, dtype=torch.long, device=base.device), values)

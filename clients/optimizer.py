@@ -40,11 +40,13 @@ class CohortAdamW:
         self._first[row] = 0
         self._second[row] = 0
 
-    def step(self, updates: Sequence[Update], grads: Tensor) -> Tensor:
-        """Clip each row of grads [updates, size] in place by its own norm and update its adapter; returns the norms."""
-        norms = torch.linalg.vector_norm(grads, dim=1)
-        limits = torch.tensor([update.max_grad_norm for update in updates], dtype=grads.dtype, device=grads.device)
-        grads.mul_((limits / (norms + 1e-6)).clamp_(max=1.0)[:, None])
+    def step(self, updates: Sequence[Update], grads: Sequence[Tensor]) -> Tensor:
+        """Clip each update's gradient [size] in place by its own norm and move its adapter; returns the norms."""
+        device, grads = self.flat.device, list(grads)
+        norms = torch.stack(torch._foreach_norm(grads))
+        limits = torch.tensor([update.max_grad_norm for update in updates], dtype=norms.dtype, device=device)
+        torch._foreach_mul_(grads, list((limits / (norms + 1e-6)).clamp_(max=1.0).unbind()))
+        steps = torch.tensor([float(update.steps_before + 1) for update in updates], device=device).unbind()
         alike: dict[tuple, list[int]] = defaultdict(list)
         for index, update in enumerate(updates):
             alike[update.learning_rate, update.weight_decay, update.betas, update.eps].append(index)
@@ -56,7 +58,7 @@ class CohortAdamW:
                 [self._first[row] for row in rows],
                 [self._second[row] for row in rows],
                 [],
-                [torch.tensor(float(updates[i].steps_before + 1), device=grads.device) for i in indices],
+                [steps[index] for index in indices],
                 lr=rate, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
             )  # fmt: skip
         return norms

@@ -2,17 +2,22 @@
 
 All prompts of a task open with the same instruction: from a sixth of a sample's tokens (headlines) to more than half
 (tags). Under one adapter those tokens have the same activations in every text, and a layer need not see them twice. A
-row then holds the beginning, followed by what is each text's own; only attention knows where one text ends.
+row then holds the beginning, followed by what is each text's own; only attention knows where one text ends. A batch of
+several tasks becomes several such rows.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_LINE_TOKENS = 16
+"""Tokens that could be trained in the time that one more line takes, whatever is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,46 @@ class Packing:
         return torch.cat([x[:, 0, : self.prefix], x[:, :, self.prefix :].flatten(1, 2)], 1)
 
 
-def common_prefix(texts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all texts begin with."""
-    return len(os.path.commonprefix([list(text) for text in texts]))
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Texts of a batch, by their places in it, that all begin with `prefix` tokens; the longest has `longest`."""
+
+    texts: tuple[int, ...]
+    prefix: int
+    longest: int
+
+    def halves(self) -> tuple[Line, Line]:
+        """The same texts in two lines."""
+        middle = len(self.texts) // 2
+        return tuple(Line(part, self.prefix, self.longest) for part in (self.texts[:middle], self.texts[middle:]))
+
+
+class Beginnings:
+    """How texts begin alike, to cut any batch of them into the lines that take the fewest tokens."""
+
+    def __init__(self, texts: Sequence[Sequence[int]], limits: Sequence[int]):
+        """limits: how much of each text may be shared at most (what predicts its targets has to be its own)."""
+        texts = [list(text) for text in texts]
+        order = sorted(range(len(texts)), key=texts.__getitem__)
+        self._lengths, self._limits = list(map(len, texts)), list(limits)
+        self._rank = {index: rank for rank, index in enumerate(order)}
+        # In this order, what two texts share is the least that two neighbours share between them.
+        self._shared = [len(os.path.commonprefix([texts[a], texts[b]])) for a, b in itertools.pairwise(order)]
+
+    def lines(self, batch: Sequence[int]) -> list[Line]:
+        """Lines for texts given by index, padding counted; each text is in one of them."""
+        places = sorted(range(len(batch)), key=lambda place: self._rank[batch[place]])
+        ranks = [self._rank[batch[place]] for place in places]
+        best: list[tuple[int, list[Line]]] = [(0, [])] + [(1 << 62, [])] * len(places)
+        for start in range(len(places)):
+            prefix, longest = 1 << 62, 0
+            before, lines = best[start]
+            for end in range(start, len(places)):
+                index = batch[places[end]]
+                between = self._shared[ranks[end - 1] : ranks[end]] if end > start else ()
+                prefix = min(prefix, self._limits[index], *between)
+                longest = max(longest, self._lengths[index])
+                tokens = before + prefix + (end + 1 - start) * (longest - prefix) + _LINE_TOKENS
+                if tokens < best[end + 1][0]:
+                    best[end + 1] = tokens, [*lines, Line(tuple(places[start : end + 1]), prefix, longest)]
+        return best[-1][1]

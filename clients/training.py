@@ -1,15 +1,16 @@
 """Training many private adapters together on one frozen base.
 
 Every job keeps its own batches, loss mean, clipping, learning rate, step count and optimizer history; what jobs share
-is the pass through the base. At each turn the jobs in memory take one step: sorted by the shape of their next batch,
-they are cut into passes of a bounded number of tokens (few enough for the processor's caches), each pass runs forward
-and backward once, and its adapters step right away. What all examples of a job begin with is computed once a batch
-(`clients.packing`). A finished job leaves and a waiting one takes its place. Only floating point rounding depends on
-who trains together.
+is the pass through the base. At each turn the jobs in memory take one step. A job's batch is cut into lines, texts that
+begin alike, whose beginning is computed once (`clients.packing`). The lines of all jobs, sorted by shape, are cut into
+passes of a bounded number of tokens (few enough for the processor's caches); each pass runs forward and backward once,
+and an adapter steps as soon as all lines of its batch are through. A finished job leaves and a waiting one takes its
+place. Only floating point rounding depends on who trains together.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from clients.kernels import TokenLosses
 from clients.lora_layers import Route
 from clients.memory import activation_bytes_per_token, budget_bytes, give_back, is_out_of_memory, keep_heap
 from clients.optimizer import CohortAdamW, Update
-from clients.packing import Packing, common_prefix
+from clients.packing import Beginnings, Line, Packing
 from sim.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", "train"]
@@ -99,56 +100,77 @@ class _Run:
     examples: list[tuple[np.ndarray, np.ndarray]]
     plan: list[list[int]]
     slot: int
-    prefix: int
-    """Tokens that all examples begin with, where the base can share them."""
+    beginnings: Beginnings | None
+    """How the examples begin alike, where the base can make use of it."""
     result: TrainResult
     step: int = 0
     losses: list[Tensor] = field(default_factory=list)
+    missing: int = 0
+    """Texts of the next batch that no pass has seen yet."""
+    loss: Tensor | float = 0.0
+    grad: Tensor | None = None
 
     def batch(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(input ids, target ids) of the next batch; the last target is never an input."""
         return [self.examples[index] for index in self.plan[self.step]]
 
-    def length(self) -> int:
-        """Tokens of the longest row of the next batch."""
-        return max(len(ids) for ids, _ in self.batch())
+    def shares(self) -> list[_Share]:
+        """The next batch, cut into lines."""
+        self.missing, self.loss, self.grad = len(self.plan[self.step]), 0.0, None
+        if self.beginnings is not None:
+            return [_Share(self, line) for line in self.beginnings.lines(self.plan[self.step])]
+        longest = max(len(ids) for ids, _ in self.batch())
+        return [_Share(self, Line(tuple(range(self.missing)), 0, longest))]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
+class _Share:
+    """A line of a run's next batch."""
+
+    run: _Run
+    line: Line
+
+    def texts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(input ids, target ids) of the line."""
+        batch = self.run.batch()
+        return [batch[place] for place in self.line.texts]
+
+
+@dataclass(eq=False, slots=True)
 class _Pass:
-    """Runs that take their next step together: `rows` examples in all, `most` of one run, the longest of so many
-    tokens; all begin with `prefix` tokens of their run's.
+    """Lines that go through the base together: `texts` in all, `most` in one, the longest of so many tokens; all begin
+    with `prefix` tokens of their own.
     """
 
-    members: list[_Run]
+    shares: list[_Share]
     prefix: int
-    rows: int
+    texts: int
     most: int
     longest: int
 
     @classmethod
-    def of(cls, run: _Run) -> _Pass:
-        rows = len(run.plan[run.step])
-        return cls([run], run.prefix, rows, rows, run.length())
+    def of(cls, share: _Share) -> _Pass:
+        texts = len(share.line.texts)
+        return cls([share], share.line.prefix, texts, texts, share.line.longest)
 
     def joined(self, other: _Pass) -> _Pass:
         """Both together."""
         return _Pass(
-            self.members + other.members, min(self.prefix, other.prefix), self.rows + other.rows,
+            self.shares + other.shares, min(self.prefix, other.prefix), self.texts + other.texts,
             max(self.most, other.most), max(self.longest, other.longest),
         )  # fmt: skip
 
     @property
     def packing(self) -> Packing | None:
-        """A member a row, where that is shorter than a row for every example."""
+        """A line a row, where that is shorter than a row for every text."""
         packing = Packing(self.prefix, self.most, self.longest - self.prefix)
-        return packing if len(self.members) * packing.width < self.rows * self.longest else None
+        return packing if len(self.shares) * packing.width < self.texts * self.longest else None
 
     @property
     def tokens(self) -> int:
         """Tokens, padding included."""
         packing = self.packing
-        return len(self.members) * packing.width if packing else self.rows * self.longest
+        return len(self.shares) * packing.width if packing else self.texts * self.longest
 
 
 class _Engine:
@@ -197,8 +219,8 @@ class _Engine:
         free = list(range(min(self.capacity, len(self.waiting))))
         while free or self.runs:
             self.runs += [self._start(slot) for slot in free if self.waiting]
-            for members in self._passes(self.runs):
-                self._advance(members)
+            for shares in self._passes([share for run in self.runs for share in run.shares()]):
+                self._advance(shares)
             ended = [run for run in self.runs if run.step == len(run.plan) or run.result.outcome != "ok"]
             for run in ended:
                 self._finish(run)
@@ -212,10 +234,11 @@ class _Engine:
         self.stack.assign(slot, job.spec, _init_seed(job), job.state)
         self.optimizer.reset(slot)
         rows = [_row(example, self.base.context_length) for example in job.examples]
+        beginnings = None
         # Dropout strikes each example's prompt on its own; a model with its own forward pass knows no packing.
-        shares = self.base.lean is not None and not job.spec.dropout
-        prefix = min(common_prefix([ids for ids, _ in rows]), *(len(ids) - len(target) for ids, target in rows))
-        return _Run(job, rows, batch_plan(job), slot, prefix if shares else 0, TrainResult({}))
+        if self.base.lean is not None and not job.spec.dropout:
+            beginnings = Beginnings([ids.tolist() for ids, _ in rows], [len(ids) - len(target) for ids, target in rows])
+        return _Run(job, rows, batch_plan(job), slot, beginnings, TrainResult({}))
 
     def _finish(self, run: _Run) -> None:
         run.result.state = self.stack.state(run.slot)
@@ -223,137 +246,147 @@ class _Engine:
         self.results[run.job.key] = run.result
         self.done += run.job.total_steps
 
-    def _passes(self, runs: list[_Run]) -> list[list[_Run]]:
-        """Runs of similar next batches together, as many as fit into a pass."""
+    def _passes(self, shares: list[_Share]) -> list[list[_Share]]:
+        """Lines of similar shape together, as many as fit into a pass."""
         overhead = _PASS_OVERHEAD.get(self.base.device.type, 4096)
-        order = sorted(runs, key=lambda run: (len(run.plan[run.step]), run.prefix, run.length(), run.slot))
         passes: list[_Pass] = []
-        for run in order:
-            alone = _Pass.of(run)
+        for share in sorted(shares, key=_shape):
+            alone = _Pass.of(share)
             joint = passes[-1].joined(alone) if passes else None
             if joint and joint.tokens <= min(self.pass_tokens, passes[-1].tokens + alone.tokens + overhead):
                 passes[-1] = joint
             else:
                 passes.append(alone)
-        return [found.members for found in passes]
+        return [found.shares for found in passes]
 
-    def _advance(self, members: list[_Run]) -> None:
-        """One optimizer step of every member; in halves if memory runs out."""
+    def _advance(self, shares: list[_Share]) -> None:
+        """Take lines through the base, and step the runs whose batch is complete; in halves if memory runs out."""
+        shares = [share for share in shares if share.run.result.outcome == "ok"]
+        if not shares:
+            return
         try:
-            losses, grads = self._gradients(members)
+            losses, grads = self._gradients(shares)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             losses = grads = None
         if grads is not None:
-            self._step(members, losses, grads)
+            self._step(_complete(shares, losses, grads))
             return
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(members) > 1:
+        if len(shares) > 1:
             self.pass_tokens = max(1, self.pass_tokens // 2)
-            self._advance(members[: len(members) // 2])
-            self._advance(members[len(members) // 2 :])
+            self._advance(shares[: len(shares) // 2])
+            self._advance(shares[len(shares) // 2 :])
+        elif len(shares[0].line.texts) > 1:
+            for line in shares[0].line.halves():
+                self._advance([_Share(shares[0].run, line)])
         else:
-            self._advance_by_rows(members[0])
+            shares[0].run.result.outcome = "out_of_memory"
 
-    def _advance_by_rows(self, run: _Run) -> None:
-        """One step of a run whose batch does not fit: gradients of its rows one after the other."""
-        try:
-            losses = grads = 0
-            for row in range(len(run.plan[run.step])):
-                loss, grad = self._gradients([run], only=row)
-                losses, grads = losses + loss, grads + grad
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            run.result.outcome = "out_of_memory"
-            return
-        self._step([run], losses, grads)
-
-    def _gradients(self, members: list[_Run], only: int | None = None) -> tuple[Tensor, Tensor]:
-        """Mean loss [members] and gradients [members, size] of the members' next batches (or of one row's share)."""
-        batches = [run.batch() for run in members]
-        weights = [1.0 / sum(len(target) for _, target in batch) for batch in batches]
-        if only is not None:
-            batches = [batch[only : only + 1] for batch in batches]
+    def _gradients(self, shares: list[_Share]) -> tuple[Tensor, Tensor]:
+        """What lines add to their batch's mean loss, [lines], and to its gradient, [lines, size]."""
         device = self.base.device
-        ids, places, counts, packing = _layout(members, batches)
-        owners = [index for index, batch in enumerate(batches) for _, target in batch for _ in target]
-        targets = np.concatenate([target for batch in batches for _, target in batch])
+        ids, places, counts, packing = _layout(shares)
+        texts = [share.texts() for share in shares]
+        owners = [index for index, line in enumerate(texts) for _, target in line for _ in target]
+        targets = np.concatenate([target for line in texts for _, target in line])
+        weights = [1.0 / sum(len(target) for _, target in share.run.batch()) for share in shares]
         # The last place is repeated, weighing 0, up to the round number.
         spare = -len(targets) % _ROUND_TARGETS
-        targets, positions = (torch.from_numpy(np.pad(x, (0, spare), "edge")).to(device) for x in (targets, places))
+        targets, places = (torch.from_numpy(np.pad(x, (0, spare), "edge")) for x in (targets, places))
         owner = torch.tensor(owners + owners[-1:] * spare, device=device)
         weight = torch.tensor(weights, dtype=self.stack.dtype, device=device)
         weight_at = weight[owner]
         weight_at[len(owners) :] = 0
 
-        slots = [run.slot for run in members]
+        slots = [share.run.slot for share in shares]
         flat = self.stack.flat[torch.tensor(slots, device=device)]
         grads = torch.zeros_like(flat)
-        dropout = _Dropout(members, only) if any(run.job.spec.dropout for run in members) else None
+        dropout = _Dropout(shares) if any(share.run.job.spec.dropout for share in shares) else None
         route = self.stack.route(slots, counts, len(ids), flat, grads, dropout)
         inputs = {"packing": packing} if packing else {}
         with self.stack.wearing(route):
-            logits = self.base.logits_at(positions, torch.from_numpy(ids).to(device), use_cache=False, **inputs)
-            losses = TokenLosses.apply(logits, targets, weight_at)
+            logits = self.base.logits_at(places, torch.from_numpy(ids).to(device), use_cache=False, **inputs)
+            losses = TokenLosses.apply(logits, targets.to(device), weight_at)
             losses.sum().backward()
         return torch.zeros_like(weight).index_add_(0, owner, losses.detach()), grads
 
-    def _step(self, members: list[_Run], losses: Tensor, grads: Tensor) -> None:
+    def _step(self, runs: list[_Run]) -> None:
+        if not runs:
+            return
         updates = []
-        for run in members:
+        for run in runs:
             s = run.job.settings
             rate = s.rate_at(run.step, len(run.plan))
             updates.append(Update(run.slot, run.step, rate, s.weight_decay, s.max_grad_norm, s.betas, s.eps))
-        self.optimizer.step(updates, grads)
-        for index, (run, update) in enumerate(zip(members, updates, strict=True)):
-            run.losses.append(losses[index])
+        self.optimizer.step(updates, [run.grad for run in runs])
+        for run, update in zip(runs, updates, strict=True):
+            run.losses.append(run.loss)
             run.result.learning_rates.append(update.learning_rate)
             run.result.tokens_by_step.append(sum(len(ids) for ids, _ in run.batch()))
-            run.step += 1
+            run.step, run.grad = run.step + 1, None
+
+
+def _shape(share: _Share) -> tuple[int, ...]:
+    """Lines of equal shape have equal keys; the beginning of a single text is as good as its own."""
+    line = share.line
+    return len(line.texts), line.prefix if len(line.texts) > 1 else 0, line.longest, share.run.slot
+
+
+def _complete(shares: list[_Share], losses: Tensor, grads: Tensor) -> list[_Run]:
+    """Hand lines' losses and gradients to their runs; the runs whose batch is complete with them."""
+    for share, loss, grad in zip(shares, losses.unbind(), grads.unbind(), strict=True):
+        run = share.run
+        run.missing -= len(share.line.texts)
+        run.loss = run.loss + loss
+        run.grad = grad if run.grad is None else run.grad.add_(grad)
+    runs = list(dict.fromkeys(share.run for share in shares))
+    for run in runs:
+        if run.missing:
+            run.grad = run.grad.clone()  # a view would keep the gradients of the whole pass
+    return [run for run in runs if not run.missing]
 
 
 class _Dropout:
     """Inverted dropout masks that depend on (job, step, layer) and the job's own batch, not on who shares the pass."""
 
-    def __init__(self, members: Sequence[_Run], only: int | None):
-        self._members = [(run, run.batch(), run.job.spec.dropout) for run in members]
-        self._only = only
+    def __init__(self, shares: Sequence[_Share]):
+        self._shares = [(share, share.run.batch(), share.run.job.spec.dropout) for share in shares]
 
     def __call__(self, name: str, route: Route, like: Tensor) -> Tensor:
+        """like: [texts, tokens, width] of the pass, or [targets, 1, width] where only those are left."""
         mask = torch.ones_like(like)
         start = 0
-        for (run, batch, rate), count in zip(self._members, route.counts, strict=True):
+        for (share, batch, rate), count in zip(self._shares, route.counts, strict=True):
             if rate:
-                tokens = min(like.shape[1], max(len(ids) for ids, _ in batch))
-                rows = count if self._only is None else len(batch)
+                run, whole = share.run, like.shape[1] > 1
+                longest = max(len(ids) for ids, _ in batch) if whole else 1
+                rows = np.repeat(np.arange(len(batch)), [1 if whole else len(target) for _, target in batch])
                 draw = torch.Generator().manual_seed(derive(run.job.seed, "dropout", run.step, name))
-                kept = torch.rand(rows, tokens, like.shape[-1], generator=draw) >= rate
-                kept = kept if self._only is None else kept[self._only : self._only + 1]
-                mask[start : start + count, :tokens] = kept.to(mask) / (1 - rate)
+                kept = torch.rand(len(rows), longest, like.shape[-1], generator=draw) >= rate
+                kept = kept[torch.from_numpy(np.isin(rows, share.line.texts)), : like.shape[1]]
+                mask[start : start + len(kept), : kept.shape[1]] = kept.to(mask) / (1 - rate)
             start += count
         return mask
 
 
-def _layout(
-    members: list[_Run], batches: list[list[tuple[np.ndarray, np.ndarray]]]
-) -> tuple[np.ndarray, np.ndarray, list[int], Packing | None]:
-    """A pass as (ids [rows, width], flattened places that predict the targets, rows a member, packing)."""
-    counts = [len(batch) for batch in batches]
-    longest = max(len(ids) for batch in batches for ids, _ in batch)
-    packing = _Pass(members, min(run.prefix for run in members), sum(counts), max(counts), longest).packing
-    prefix, step, width = (packing.prefix, packing.tokens, packing.width) if packing else (0, 0, longest)
-    ids = np.zeros((len(batches) if packing else sum(counts), width), dtype=np.int64)
+def _layout(shares: list[_Share]) -> tuple[np.ndarray, np.ndarray, list[int], Packing | None]:
+    """A pass as (ids [rows, width], flattened places that predict the targets, rows a line, packing)."""
+    whole = functools.reduce(_Pass.joined, map(_Pass.of, shares))
+    packing = whole.packing
+    prefix, step, width = (packing.prefix, packing.tokens, packing.width) if packing else (0, 0, whole.longest)
+    ids = np.zeros((len(shares) if packing else whole.texts, width), dtype=np.int64)
     places: list[np.ndarray] = []
-    for member, batch in enumerate(batches):
-        for text, (own, target) in enumerate(batch):
-            row, shift = (member, text * step) if packing else (len(places), 0)
+    for index, share in enumerate(shares):
+        for text, (own, target) in enumerate(share.texts()):
+            row, shift = (index, text * step) if packing else (len(places), 0)
             ids[row, :prefix] = own[:prefix]
             ids[row, prefix + shift : len(own) + shift] = own[prefix:]
             places.append(np.arange(len(own) - len(target), len(own)) + shift + row * width)
-    return ids, np.concatenate(places), [1] * len(batches) if packing else counts, packing
+    counts = [1 if packing else len(share.line.texts) for share in shares]
+    return ids, np.concatenate(places), counts, packing
 
 
 def _row(example: Example, context: int) -> tuple[np.ndarray, np.ndarray]:

@@ -94,6 +94,24 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(kind, short, mo
         assert {packing.prefix for packing in packings if packing} >= {9, 24}
 
 
+@pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
+def test_a_batch_of_several_tasks_changes_nothing(short, monkeypatch):
+    base, model = engine.tiny_base("llama")
+    if not short:
+        monkeypatch.setattr("clients.decoder._SHORT", 0)
+    spec, settings = LoraSpec(4, 8), TrainSettings(5e-3, steps=6, batch_size=8)
+    jobs = []
+    for k in range(3):
+        tasks = [engine.random_examples(10 * k + task, 4, shared=12 + 12 * task) for task in range(3)]
+        examples = [example for task in tasks for example in task]
+        jobs.append(TrainJob(k, examples, settings, spec, k, state=engine.random_state(base, spec, k)))
+    results = train(base, jobs, pass_tokens=300)
+    for job in jobs:
+        state, losses = engine.peft_run(model, job)
+        assert engine.largest_difference(state, results[job.key].state) < TOLERANCE
+        assert results[job.key].losses == pytest.approx(losses, abs=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     "targets", [("q_proj", "v_proj"), ("k_proj", "down_proj"), ("up_proj",), ("lm_head", "o_proj")]
 )

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from clients.base import FrozenBase
 from clients.gemm import fast_products, onednn_is_exact
 from clients.kernels import RMSNorm, Rotary, ShortAttention, SwiGLU, TokenLosses
-from clients.packing import Packing, common_prefix
+from clients.packing import Packing
 from tests.clients import engine
 
 
@@ -45,21 +45,6 @@ def test_attention_over_a_common_beginning_is_that_of_separate_texts():
         texts = ShortAttention.apply(*map(packing.unpack, (q, k, v)), cos, sin, 0.3)
         assert torch.allclose(packed(q, k, v), packing.pack(texts), atol=1e-12)
         assert gradcheck(packed, (q, k, v))
-
-
-def test_packing_is_undone_by_unpacking():
-    packing = Packing(prefix=2, texts=3, tokens=2)
-    texts = torch.tensor([[1, 2, 10, 11], [1, 2, 20, 21], [1, 2, 30, 31]])
-    row = packing.pack(texts)
-    assert row.tolist() == [[1, 2, 10, 11, 20, 21, 30, 31]]
-    assert torch.equal(packing.unpack(row), texts)
-    assert packing.positions(row.device).tolist() == [0, 1, 2, 3, 2, 3, 2, 3]
-
-
-def test_the_common_beginning_of_texts():
-    assert common_prefix([[1, 2, 3, 4], [1, 2, 4], [1, 2, 3]]) == 2
-    assert common_prefix([[1, 2], [1, 2, 3]]) == 2
-    assert common_prefix([[1], [2]]) == 0
 
 
 def test_token_losses_are_weighted_cross_entropies():

@@ -106,20 +106,22 @@ class Scarce:
         self.refused = 0
         plain = training._Engine._gradients
 
-        def gradients(engine_, members, only=None):
-            rows = 1 if only is not None else sum(len(run.batch()) for run in members)
-            if rows > room:
+        def gradients(engine_, shares):
+            if sum(len(share.line.texts) for share in shares) > room:
                 self.refused += 1
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
-            return plain(engine_, members, only)
+            return plain(engine_, shares)
 
         monkeypatch.setattr(training._Engine, "_gradients", gradients)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("room", [4, 1])
-def test_running_out_of_memory_splits_the_pass_and_changes_nothing(monkeypatch, room):
+def test_running_out_of_memory_splits_the_pass_and_changes_nothing(monkeypatch, room, dropout):
     base, _ = engine.tiny_base("llama")
     jobs = [job(k) for k in range(5)]
+    for made in jobs:
+        made.spec = LoraSpec(2, dropout=dropout)
     plenty = train(base, jobs)
     scarce = Scarce(monkeypatch, room)
     results = train(base, jobs)
@@ -133,10 +135,10 @@ def test_a_job_that_never_fits_is_marked_and_the_others_go_on(monkeypatch):
     base, _ = engine.tiny_base("llama", torch.float32)
     plain = training._Engine._gradients
 
-    def gradients(engine_, members, only=None):
-        if any(run.job.key == 2 for run in members):
+    def gradients(engine_, shares):
+        if any(share.run.job.key == 2 for share in shares):
             raise MemoryError
-        return plain(engine_, members, only)
+        return plain(engine_, shares)
 
     monkeypatch.setattr(training._Engine, "_gradients", gradients)
     results = train(base, [job(k) for k in range(4)])
