@@ -32,7 +32,7 @@ from sim.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", "train"]
 
-PASS_TOKENS = {"cpu": 2048, "cuda": 32768}
+PASS_TOKENS = {"cpu": 3072, "cuda": 32768}
 """Padded tokens of one forward and backward pass: on a CPU its activations should stay near the caches."""
 _PASS_OVERHEAD = {"cpu": 256, "cuda": 4096}
 """Tokens that could be trained in the time that a pass costs whatever its size: batches of different shapes share a
