@@ -26,7 +26,8 @@ def measure(workload: Workload, workers: int, skip: tuple[str, ...] = ()) -> dic
     outcomes: dict[str, Outcome] = {"untether": in_processes(cohort.run, workload, workers)}
     if "tuned" not in skip:
         outcomes["tuned"] = in_processes(tuned.run, workload, workers)
-        outcomes["tuned, fast products"] = in_processes(tuned.run_fast, workload, workers)
+        if workload.device == "cpu":
+            outcomes["tuned, fast products"] = in_processes(tuned.run_fast, workload, workers)
     if "stock" not in skip:
         outcomes["stock"] = stock.run(workload, workers)
     ours = outcomes["untether"]

@@ -28,11 +28,12 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.query("share")
 def share(message: Message, context: Context) -> Message:
-    """Trains the adapters of the `shared` arm, once for the whole fleet."""
+    """Trains this host's part of the `shared` arm's adapters, once for the whole fleet."""
     order = message.content["order"]
 
     def work() -> dict[str, Any]:
-        call_again(_executor(order, context), "share", order["seed"], deadline_s=order["deadline_s"])
+        executor, which = _executor(order, context), (order["seed"], order["part"], order["parts"])
+        call_again(executor, "share", *which, deadline_s=order["deadline_s"])
         return {"parts": {}, "columns": {}, "models": {}, "failures": []}
 
     return _reply(message, guarded(work))
@@ -88,7 +89,7 @@ def _executor(order: Any, context: Context) -> Executor:
     partition, run_id = context.node_config["partition-id"], context.run_id
     progress = _progress(order, context).with_suffix(".shard")
     endpoint = Endpoint(order["base_url"], order["model"], order["fingerprint"])
-    post = Post(str(order["run"]), endpoint, int(order["threads"]), str(progress))
+    post = Post(str(order["run"]), endpoint, int(order["threads"]), str(progress), int(partition))
     if _in_ray():
         return RayExecutor(f"worker-{run_id}-{partition}", post)
     return InProcess(lambda: _here().at(post))

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from clients.worker import Worker
 
 
-def train_shared(worker: Worker, seed: int) -> dict[str, Any]:
-    """Trains one adapter a task on the histories of `population.shared_users` users and saves them with the run.
+def train_shared(worker: Worker, seed: int, part: int, parts: int) -> dict[str, Any]:
+    """Trains one adapter a task on the histories of `population.shared_users` users and saves them with the run: of
+    every `parts` tasks the one numbered `part`.
 
     Dated items count only if they are of a day before any evaluated query.
     """
@@ -42,11 +43,15 @@ def train_shared(worker: Worker, seed: int) -> dict[str, Any]:
             seed=derive(seed, SHARED, task, "train"),
             init_seed=derive(seed, SHARED, task, "adapter"),
         )
-        for task in dict.fromkeys(task for user in users for task in user.tasks)
+        for task in list(dict.fromkeys(task for user in users for task in user.tasks))[part::parts]
     ]
-    results = train_once(worker.base, [job for job in jobs if job.examples], worker.experiment.engine.cache)
+    results = train_once(
+        worker.base, [job for job in jobs if job.examples], worker.experiment.engine.cache,
+        progress=lambda done, total: worker.progress(len(users) / parts * done / total),
+    )  # fmt: skip
     if results:
-        AdapterStore(worker.run.path, seed).save(0, "tasks", {SHARED: {t: r.state for t, r in results.items()}})
+        states = {SHARED: {task: result.state for task, result in results.items()}}
+        AdapterStore(worker.run.path, seed).save(0, f"tasks-{part}-of-{parts}", states)
     return {"steps": {str(task): result.steps for task, result in results.items()}}
 
 

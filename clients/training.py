@@ -32,9 +32,9 @@ from sim.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", "train"]
 
-PASS_TOKENS = {"cpu": 3072, "cuda": 32768}
+PASS_TOKENS = {"cpu": 3072, "cuda": 131072}
 """Padded tokens of one forward and backward pass: on a CPU its activations should stay near the caches."""
-_PASS_OVERHEAD = {"cpu": 256, "cuda": 4096}
+_PASS_OVERHEAD = {"cpu": 256, "cuda": 65536}
 """Tokens that could be trained in the time that a pass costs whatever its size: batches of different shapes share a
 pass only if that pads less."""
 _ROUND_TARGETS = 64
@@ -107,7 +107,7 @@ class _Run:
     losses: list[Tensor] = field(default_factory=list)
     missing: int = 0
     """Texts of the next batch that no pass has seen yet."""
-    loss: Tensor | float = 0.0
+    loss: Tensor | None = None
     grad: Tensor | None = None
 
     def batch(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -116,7 +116,7 @@ class _Run:
 
     def shares(self) -> list[_Share]:
         """The next batch, cut into lines."""
-        self.missing, self.loss, self.grad = len(self.plan[self.step]), 0.0, None
+        self.missing, self.loss, self.grad = len(self.plan[self.step]), None, None
         if self.beginnings is not None:
             return [_Share(self, line) for line in self.beginnings.lines(self.plan[self.step])]
         longest = max(len(ids) for ids, _ in self.batch())
@@ -183,7 +183,8 @@ class _Engine:
         self.runs: list[_Run] = []
         budget = budget_bytes(memory_bytes, base.device)
         per_token = activation_bytes_per_token(base.model.config, base.model.dtype.itemsize)
-        self.pass_tokens = pass_tokens or max(1, min(PASS_TOKENS.get(base.device.type, 4096), budget // 2 // per_token))
+        self.pass_tokens = pass_tokens or PASS_TOKENS.get(base.device.type, 4096)
+        self.pass_tokens = max(1, min(self.pass_tokens, budget // 2 // per_token))
         self.capacity = 0
         if waiting:
             # A stack of one adapter of each shape tells the layout's size before the whole cohort is allocated.
@@ -340,7 +341,7 @@ def _complete(shares: list[_Share], losses: Tensor, grads: Tensor) -> list[_Run]
     for share, loss, grad in zip(shares, losses.unbind(), grads.unbind(), strict=True):
         run = share.run
         run.missing -= len(share.line.texts)
-        run.loss = run.loss + loss
+        run.loss = loss if run.loss is None else run.loss + loss
         run.grad = grad if run.grad is None else run.grad.add_(grad)
     runs = list(dict.fromkeys(share.run for share in shares))
     for run in runs:

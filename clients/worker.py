@@ -43,12 +43,15 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """What a worker is told with each call: its run directory, the cloud, torch threads, where to tell progress."""
+    """What a worker is told with each call: its run directory, the cloud, torch threads, where to tell progress, and
+    its number among the workers.
+    """
 
     run: str
     endpoint: Endpoint
     threads: int = 0
     progress: str = ""
+    number: int = 0
 
 
 class Models:
@@ -92,7 +95,8 @@ class WorkerProcess:
     def at(self, post: Post) -> Worker:
         """The worker of a run, with this process's models."""
         if self._worker is None or self._post != post:
-            self._worker, self._post = Worker(post.run, post.endpoint, post.threads, post.progress, self._models), post
+            self._worker = Worker(post.run, post.endpoint, post.threads, post.progress, self._models, post.number)
+            self._post = post
         return self._worker
 
     def pid(self) -> int:
@@ -143,8 +147,9 @@ class Worker:
     """Runs shards of one run; `models` are those of its process, which other runs may share."""
 
     def __init__(
-        self, run_directory: str, endpoint: Endpoint, threads: int = 0, progress: str = "", models: Models | None = None
-    ):
+        self, run_directory: str, endpoint: Endpoint, threads: int = 0, progress: str = "",
+        models: Models | None = None, number: int = 0,
+    ):  # fmt: skip
         # oneDNN keeps the code of the last 1024 shapes of products, and PyTorch's own cache before it 1024 again, some
         # 0.3 GiB each, which fill up over tens of rounds. The passes of one turn need some hundreds, which come back.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
@@ -157,6 +162,7 @@ class Worker:
         self.experiment = self.run.experiment
         self.endpoint = endpoint
         self.models = models or Models()
+        self._number = number
         self._progress = Path(progress) if progress else None
         self._population: tuple[int, Population] | None = None
         self._timeline: Timeline | None = None
@@ -175,22 +181,30 @@ class Worker:
 
         return learn(self, shard, order)
 
-    def share(self, seed: int) -> dict[str, Any]:
-        """Trains the `shared` arm's adapters, once for all workers."""
+    def share(self, seed: int, part: int = 0, parts: int = 1) -> dict[str, Any]:
+        """Trains one of so many parts of the `shared` arm's adapters, for all workers."""
         from clients.shared import train_shared
 
-        return train_shared(self, seed)
+        return train_shared(self, seed, part, parts)
+
+    @property
+    def device(self) -> str:
+        """Where models run: the experiment's choice; of several GPUs, workers take one in turn."""
+        import torch
+
+        chosen, gpus = self.experiment.engine.device, torch.cuda.device_count()
+        return f"cuda:{self._number % gpus}" if chosen != "cpu" and gpus > 1 else chosen
 
     @property
     def base(self) -> FrozenBase:
         """The frozen on-device model."""
-        return self.models.base(self.experiment.model.base, self.experiment.model.dtype, self.experiment.engine.device)
+        return self.models.base(self.experiment.model.base, self.experiment.model.dtype, self.device)
 
     @property
     def encoder(self) -> Encoder:
         """The sentence encoder of the filters."""
         engine = self.experiment.engine
-        return self.models.encoder(self.experiment.filters.encoder, engine.device, engine.cache)
+        return self.models.encoder(self.experiment.filters.encoder, self.device, engine.cache)
 
     @property
     def answers(self) -> ByteStore | None:

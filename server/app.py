@@ -74,7 +74,8 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
                 answers = run.read_rows(parts.pop("events", []))
                 day = virtual.schedule(agenda, sizes_of(answers), materials(asked))
                 if "shared" in experiment.arms and round == 0:  # the adapters that belong to no device, once a seed
-                    exchange(grid, _share(strategy.hosts, order), deadline_s, stop)
+                    watch = _Watch(run, "share", experiment.population.shared_users, progress)
+                    exchange(grid, _share(strategy.hosts, order), deadline_s, stop, watch)
 
                 # 4. learn: train, answer, score.
                 watch = _Watch(run, "learn", len(devices), progress)
@@ -159,5 +160,9 @@ def _hello(nodes: Sequence[int]) -> list[Message]:
 
 
 def _share(hosts: dict[int, int], order: dict) -> list[Message]:
-    content = RecordDict({"order": ConfigRecord(order)})
-    return [Message(content, dst_node_id=hosts[min(hosts)], message_type=f"{MessageType.QUERY}.share")]
+    """One message a host: each trains the adapters of some tasks."""
+    kind, messages = f"{MessageType.QUERY}.share", []
+    for part, host in enumerate(sorted(hosts)):
+        own = ConfigRecord({**order, "part": part, "parts": len(hosts)})
+        messages.append(Message(RecordDict({"order": own}), dst_node_id=hosts[host], message_type=kind))
+    return messages

@@ -42,8 +42,8 @@ class LiveProgress:
     Time is read through the console's own clock, so that a test can turn it. Usable as a context manager.
     """
 
-    #: The share of a round's time a stage is taken to need until a round has been measured.
-    _SHARES = {"fetch": 0.25, "learn": 0.75}
+    #: The share of a round's time a stage is taken to need until a round has been measured; 0: it comes once a seed.
+    _SHARES = {"fetch": 0.25, "share": 0.0, "learn": 0.75}
 
     def __init__(self, console: Console | None = None, file: IO[str] | None = None, every_s: float = 5.0):
         self.console = console or make_console(file)
@@ -108,7 +108,7 @@ class LiveProgress:
         self._where = ", ".join(words)
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` devices have finished `stage`, such as "fetch" or "learn"."""
+        """`done` of `total` devices (for "share": users) have finished `stage`, such as "fetch" or "learn"."""
         now = self._now()
         if stage != self._stage:
             self._close_stage(now)
@@ -190,16 +190,19 @@ class LiveProgress:
         if not per_round:
             return None
         known = sum(self._SHARES.get(stage, 0.0) for stage in per_round)
-        whole_s = sum(per_round.values())
+        once_s = sum(spent for stage, spent in per_round.items() if self._SHARES.get(stage) == 0)
+        round_s = sum(per_round.values()) - once_s
         if 0 < known < 1:
-            whole_s += sum(per_round[stage] for stage in per_round if stage in self._SHARES) * (1 - known) / known
+            round_s += sum(per_round[stage] for stage in per_round if self._SHARES.get(stage)) * (1 - known) / known
+        later = self._total_rounds - self._rounds_done - (1 if self._stage else 0)
+        later_s = later * round_s + later // self._rounds * once_s
         if not self._stage:
-            return (self._total_rounds - self._rounds_done) * whole_s
+            return later_s
         if current_left is None:
             current_left = max(0.0, per_round[self._stage] - (self._now() - self._stage_s))
-        before = [stage for stage in per_round if stage in self._SHARES and _before(stage, self._stage)]
-        rest_s = whole_s - sum(per_round[stage] for stage in before) - per_round[self._stage]
-        return current_left + max(0.0, rest_s) + (self._total_rounds - self._rounds_done - 1) * whole_s
+        over = {stage for stage in per_round if stage in self._SHARES and _before(stage, self._stage)} | {self._stage}
+        rest_s = round_s - sum(per_round[stage] for stage in over if self._SHARES.get(stage) != 0)
+        return current_left + max(0.0, rest_s) + later_s
 
     def clock(self) -> str:
         """Elapsed and remaining time as text."""
@@ -209,7 +212,7 @@ class LiveProgress:
 
     def _count(self) -> str:
         rate = self.rate()
-        text = f"{self._done}/{self._total} devices"
+        text = f"{self._done}/{self._total} {'users' if self._stage == 'share' else 'devices'}"
         return f"{text}, {rate:.3g}/s" if rate is not None else text
 
     def _close_stage(self, now: float) -> None:

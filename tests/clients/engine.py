@@ -132,7 +132,7 @@ def padded(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def peft_loss(wrapped: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
-    ids, labels, mask = padded(examples)
+    ids, labels, mask = (part.to(wrapped.device) for part in padded(examples))
     logits = wrapped(input_ids=ids, attention_mask=mask).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 

@@ -65,3 +65,14 @@ def test_no_text_of_a_user_travels(finished, tmp_path):
     texts = [text for user in users for item in user.history for text in (item.input, item.output) if len(text) > 9]
     texts += [query.gold for user in users for query in user.queries if len(query.gold) > 9]
     assert len(texts) > 20 and not [text for text in texts if text in said]
+
+
+def test_workers_take_the_gpus_of_a_machine_in_turn(finished, monkeypatch):
+    from clients.worker import Endpoint, Worker
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    nowhere = Endpoint("http://127.0.0.1:9/v1", "none")
+    workers = [Worker(str(finished[0]), nowhere, threads=1, number=number) for number in range(3)]
+    assert [worker.device for worker in workers] == ["cuda:0", "cuda:1", "cuda:0"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert workers[1].device == "auto"

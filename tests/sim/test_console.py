@@ -129,6 +129,21 @@ def test_rate_and_time_left_follow_what_was_measured():
     assert shown.left_s() == pytest.approx(40)
 
 
+def test_what_is_shared_is_made_once_a_seed():
+    shown, clock, out = progress()
+    shown.start(seeds=(1, 2), rounds=2)
+    shown.begin(1, 0)
+    for stage, seconds in (("fetch", 10), ("share", 20), ("learn", 30)):
+        shown.update(stage, 0, 6)
+        clock.now_s += seconds
+        shown.update(stage, 6, 6)
+    assert "share  6/6 users" in out.getvalue()
+    # Three more rounds of 40 s, of which one begins a seed.
+    assert shown.left_s() == pytest.approx(3 * 40 + 20)
+    shown.end()
+    assert shown.left_s() == pytest.approx(3 * 40 + 20)
+
+
 def test_rounds_that_a_resumed_run_has_behind_it_are_not_waited_for():
     shown, clock, _ = progress()
     shown.start(seeds=(1,), rounds=4, rounds_done=3)
