@@ -194,12 +194,12 @@ class AdapterStack:
         rank, names = self.specs[k].rank, self.targets_of[k]
         draw = torch.Generator().manual_seed(seed % (1 << 63))
         widths = [rank * self.layout.targets[name].inputs for name in names]
-        values = torch.empty(sum(widths), dtype=torch.float32).uniform_(-1, 1, generator=draw).to(self.flat)
-        row = self.flat[k : k + 1]
-        row.zero_()
+        values = torch.empty(sum(widths), dtype=torch.float32).uniform_(-1, 1, generator=draw).to(self.dtype)
+        row = self._empty_row()
         for name, part in zip(names, values.split(widths), strict=True):
             inputs = self.layout.targets[name].inputs
             self.layout.A(row, name)[0, :rank] = part.view(rank, inputs) / math.sqrt(inputs)
+        self.flat[k] = row[0]
 
     def state(self, k: int) -> dict[str, Tensor]:
         """Adapter k under PEFT's keys: lora_A.weight [rank, in] and lora_B.weight [out, rank], on the CPU."""
@@ -220,8 +220,7 @@ class AdapterStack:
                 f"adapter state {'lacks' if odd in expected else 'has the unexpected'} key {odd!r}; its target modules "
                 f"must be {self.specs[k].target_modules!r} on this base"
             )
-        row = self.flat[k : k + 1]
-        row.zero_()
+        row = self._empty_row()
         for name in self.targets_of[k]:
             A, B = state[f"{_PREFIX}{name}.lora_A.weight"], state[f"{_PREFIX}{name}.lora_B.weight"]
             target = self.layout.targets[name]
@@ -230,8 +229,13 @@ class AdapterStack:
                     f"adapter state {name!r}: A {tuple(A.shape)} and B {tuple(B.shape)} where rank {rank} needs "
                     f"{(rank, target.inputs)} and {(target.outputs, rank)}; give the rank the adapter was made with"
                 )
-            self.layout.A(row, name)[0, :rank] = A.to(row)
-            self.layout.B(row, name)[0, :rank] = B.t().to(row)
+            self.layout.A(row, name)[0, :rank] = A
+            self.layout.B(row, name)[0, :rank] = B.t()
+        self.flat[k] = row[0]
+
+    def _empty_row(self) -> Tensor:
+        """An adapter's row, to be filled on the CPU: a GPU takes a whole row as fast as one of its parts."""
+        return torch.zeros(1, self.layout.size, dtype=self.dtype)
 
     def save_peft(self, k: int, folder: str | Path) -> None:
         """Write adapter k as a PEFT folder that `PeftModel.from_pretrained` loads."""

@@ -37,6 +37,7 @@ def test_trajectories_equal_separate_peft_runs(kind):
     results = train(base, jobs, max_cohort=3, pass_tokens=200)
     for job in jobs:
         state, losses = engine.peft_run(model, job)
+        state = {name: value.cpu() for name, value in state.items()}
         assert engine.largest_difference(state, results[job.key].state) < TOLERANCE
         assert results[job.key].losses == pytest.approx(losses, abs=TOLERANCE)
 
