@@ -103,10 +103,12 @@ class LeanDecoder:
         past_key_values=None,
         use_cache: bool = False,
         packing: Packing | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states [positions, 1, hidden] at flattened positions of input_ids [rows, tokens].
 
-        packing: each row holds several texts that begin alike; attention mask, position ids and cache are the texts'.
+        packing: each row holds several texts that begin alike; attention mask and position ids are the texts'. kept:
+        flattened places [texts, n] of the tokens that an empty cache is to hold of each text (None: rows as they are).
         The current route is narrowed to those positions when it returns: the caller runs the head under it.
         """
         x = self.body.embed_tokens(input_ids)
@@ -119,12 +121,12 @@ class LeanDecoder:
         if packing:
             cos, sin = (part[:, :, packing.positions(x.device)] for part in (cos, sin))
         mask = _attention_mask(attention_mask, longest, seen)
+        cache = _Cache(past_key_values, seen, kept) if use_cache else None
         whole = self.routing.route
         for index, layer in enumerate(self.layers):
             normed = self._norm(layer.block.input_layernorm, x)
             cut = [self.heads * self.width, self.groups * self.width, self.groups * self.width]
             q, k, v = (part.view(rows, tokens, -1, self.width) for part in _cut(self._linear(layer.qkv, normed), cut))
-            cache = past_key_values if use_cache else None
             attended = self._attention(layer, index, q, k, v, cos, sin, mask, cache, packing)
             if index == len(self.layers) - 1:
                 there = positions.to(x.device)
@@ -163,16 +165,21 @@ class LeanDecoder:
             q, k = self._norm(attention.q_norm, q), self._norm(attention.k_norm, k)
         scale = attention.scaling
         longest = packing.prefix + packing.tokens if packing else q.shape[1]
-        if torch.is_grad_enabled() and mask is None and cache is None and longest <= _SHORT and q.device.type == "cpu":
+        fresh = cache is None or not cache.seen
+        if mask is None and fresh and 1 < longest <= _SHORT and q.device.type == "cpu":
+            if cache is not None:
+                cache.fill(index, Rotary.apply(k, cos, sin), v)
             shape = (packing.prefix, packing.texts) if packing else (0, 1)
             return ShortAttention.apply(q, k, v, cos, sin, scale, *shape)
         q, k = Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
+        if cache is not None and fresh:
+            cache.fill(index, k, v)
         if packing:
             q, k = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k))
             v = packing.unpack(v)
         v = v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(k, v, index)
+        if not fresh:
+            k, v = cache.layers.update(k, v, index)
         rows, _, tokens, _ = q.shape
         grouped = self.heads != self.groups
         if tokens == 1 and grouped:
@@ -183,6 +190,22 @@ class LeanDecoder:
         )
         out = out.reshape(rows, self.heads, tokens, self.width).transpose(1, 2).reshape(rows, tokens, -1)
         return packing.pack(out) if packing else out
+
+
+@dataclass
+class _Cache:
+    """Hugging Face's cache of `seen` tokens, and which ones an empty one is to hold (see `LeanDecoder.hidden_at`)."""
+
+    layers: transformers.Cache
+    seen: int
+    kept: Tensor | None
+
+    def fill(self, index: int, k: Tensor, v: Tensor) -> None:
+        """Put in the first tokens of a layer: k [rows, groups, tokens, width], v [rows, tokens, groups, width]."""
+        if self.kept is not None:
+            k, v = (x.flatten(0, 1)[self.kept] for x in (k.transpose(1, 2), v))
+            k = k.transpose(1, 2)
+        self.layers.update(k, v.transpose(1, 2), index)
 
 
 def _join(modules: list[nn.Linear], names: dict[int, str]) -> _Joint:

@@ -1,15 +1,19 @@
 """Answering many queries at once, each row with its own adapter: decoding with a cache, and label likelihoods.
 
-Rows are sorted by length and adapter, cut into batches, left-padded and decoded together; a row that has finished
-leaves the batch. Greedy decoding chooses what a row alone would choose, floating point rounding apart.
+Rows are sorted by length and adapter, cut into batches and decoded together; what an adapter's prompts begin with is
+read once (`clients.packing`), and a row that has finished leaves the batch. Greedy decoding chooses what a row alone
+would choose, floating point rounding apart.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +24,10 @@ from clients.encoding import truncate_prompt
 from clients.gemm import fast_products
 from clients.lora_layers import Route
 from clients.memory import give_back, is_out_of_memory, keep_heap
+from clients.packing import Beginnings, Line, lay_out
 from sim.seeding import generator
 
-BATCH_ROWS = {"cpu": 128, "cuda": 512}
+BATCH_ROWS = {"cpu": 128, "cuda": 2048}
 BATCH_TOKENS = {"cpu": 16384, "cuda": 262144}
 """Most tokens in the cache of a batch: long prompts come in smaller batches."""
 _LENGTH_RATIO = 1.25
@@ -161,7 +166,7 @@ def _batches(
         else:
             batches.append([index])
             longest = lengths[index]
-    return [sorted(batch, key=adapter) for batch in batches]
+    return [sorted(batch, key=lambda index: (adapter(index), list(rows[index].prompt_ids))) for batch in batches]
 
 
 def _halving(work: Callable[[list[int]], None], batch: list[int], device: torch.device) -> None:
@@ -187,13 +192,12 @@ class _Prompts:
         if self.slots and stack is None:
             raise ValueError("rows name adapters and there is no stack")
         device = base.device
-        longest = max(len(row.prompt_ids) for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        prompts = [np.asarray(row.prompt_ids, dtype=np.int64) for row in rows]
+        longest = max(map(len, prompts))
         mask = torch.zeros(len(rows), longest + room, dtype=torch.long)
         mask[:, longest:] = 1
-        for index, row in enumerate(rows):
-            ids[index, longest - len(row.prompt_ids) :] = torch.as_tensor(row.prompt_ids)
-            mask[index, longest - len(row.prompt_ids) : longest] = 1
+        for index, prompt in enumerate(prompts):
+            mask[index, longest - len(prompt) : longest] = 1
         self.padded = bool((mask == 0).any())
         self.mask = mask.to(device)
         self.position = self.mask[:, :longest].sum(1)
@@ -201,8 +205,48 @@ class _Prompts:
         if self.slots:
             whole = self.slots == list(range(len(stack)))
             self._flat = stack.flat if whole else stack.flat[torch.tensor(self.slots, device=device)]
+        if base.lean is not None:
+            self.logits = self._read_prompts(prompts, longest)
+            return
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        for index, prompt in enumerate(prompts):
+            ids[index, longest - len(prompt) :] = torch.from_numpy(prompt)
         last = torch.arange(1, len(rows) + 1) * longest - 1
         self.logits = self.read(ids.to(device), (self.mask[:, :longest].cumsum(1) - 1).clamp_(min=0), last)
+
+    def _read_prompts(self, prompts: Sequence[np.ndarray], longest: int) -> Tensor:
+        """Logits after the prompts. They are read packed and right-padded, where causal order is mask enough, and kept
+        left-padded, so that all go on in the same column.
+        """
+        lines: list[Line] = []
+        worn: list[int] = []
+        for adapter, group in itertools.groupby(range(len(prompts)), key=self.adapters.__getitem__):
+            own = list(group)
+            texts = [prompts[index].tolist() for index in own]
+            found = Beginnings(texts, [len(text) - 1 for text in texts]).lines(range(len(own)))
+            lines += [dataclasses.replace(line, texts=tuple(own[place] for place in line.texts)) for line in found]
+            worn += [self.slots.index(adapter)] * len(found) if adapter is not None else []
+        order = [index for line in lines for index in line.texts]
+        ids, places, packing = lay_out(lines, [[prompts[index] for index in line.texts] for line in lines])
+        kept = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for index, place in zip(order, places, strict=True):
+            kept[index, longest - len(place) :] = torch.from_numpy(place)
+        inputs = {"past_key_values": self.cache, "use_cache": True, "kept": kept.to(self.base.device)}
+        if packing:
+            inputs["packing"] = packing
+        last = torch.tensor([place[-1] for place in places])
+        device = self.base.device
+        if not self.slots:
+            logits = self.base.logits_at(last, torch.from_numpy(ids).to(device), **inputs)
+        else:
+            counts = [1 if packing else len(line.texts) for line in lines[: len(worn)]]
+            flat = self._flat[torch.tensor(worn, device=device)]
+            route = self.stack.route([self.slots[slot] for slot in worn], counts, len(ids), flat)
+            with self.stack.wearing(route):
+                logits = self.base.logits_at(last, torch.from_numpy(ids).to(device), **inputs)
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        return logits[back.to(device)]
 
     def read(self, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
         """Feed tokens [rows, n] and return the logits at flattened places `at`; the cache grows by n."""

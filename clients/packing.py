@@ -8,11 +8,13 @@ several tasks becomes several such rows.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +64,63 @@ class Line:
         """The same texts in two lines."""
         middle = len(self.texts) // 2
         return tuple(Line(part, self.prefix, self.longest) for part in (self.texts[:middle], self.texts[middle:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What lines come to that go through the base together: `texts` in all, `most` in one line, the longest of so many
+    tokens; all lines begin with `prefix` tokens of their own.
+    """
+
+    lines: int
+    prefix: int
+    texts: int
+    most: int
+    longest: int
+
+    @classmethod
+    def of(cls, line: Line) -> Shape:
+        """Of a line alone."""
+        return cls(1, line.prefix, len(line.texts), len(line.texts), line.longest)
+
+    def __add__(self, other: Shape) -> Shape:
+        return Shape(
+            self.lines + other.lines, min(self.prefix, other.prefix), self.texts + other.texts,
+            max(self.most, other.most), max(self.longest, other.longest),
+        )  # fmt: skip
+
+    @property
+    def packing(self) -> Packing | None:
+        """A line a row, where that is shorter than a row for every text."""
+        packing = Packing(self.prefix, self.most, self.longest - self.prefix)
+        return packing if self.lines * packing.width < self.texts * self.longest else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding included."""
+        packing = self.packing
+        return self.lines * packing.width if packing else self.texts * self.longest
+
+
+def lay_out(
+    lines: Sequence[Line], texts: Sequence[Sequence[np.ndarray]]
+) -> tuple[np.ndarray, list[np.ndarray], Packing | None]:
+    """Lines as input ids [rows, width]; where each text's tokens went (flattened places, a text after the other); and
+    the packing: with it a line is a row, without it a text is. texts: the token ids of each line's texts.
+    """
+    shape = functools.reduce(Shape.__add__, map(Shape.of, lines))
+    packing = shape.packing
+    prefix, step, width = (packing.prefix, packing.tokens, packing.width) if packing else (0, 0, shape.longest)
+    ids = np.zeros((shape.lines if packing else shape.texts, width), dtype=np.int64)
+    places: list[np.ndarray] = []
+    for index, of_line in enumerate(texts):
+        for number, text in enumerate(of_line):
+            row, shift = (index, number * step) if packing else (len(places), 0)
+            place = np.arange(len(text))
+            place[prefix:] += shift
+            ids[row, place] = text
+            places.append(place + row * width)
+    return ids, places, packing
 
 
 class Beginnings:

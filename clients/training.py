@@ -10,7 +10,6 @@ place. Only floating point rounding depends on who trains together.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,7 +26,7 @@ from clients.kernels import TokenLosses
 from clients.lora_layers import Route
 from clients.memory import activation_bytes_per_token, budget_bytes, give_back, is_out_of_memory, keep_heap
 from clients.optimizer import CohortAdamW, Update
-from clients.packing import Beginnings, Line, Packing
+from clients.packing import Beginnings, Line, Shape, lay_out
 from sim.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", "train"]
@@ -136,43 +135,6 @@ class _Share:
         return [batch[place] for place in self.line.texts]
 
 
-@dataclass(eq=False, slots=True)
-class _Pass:
-    """Lines that go through the base together: `texts` in all, `most` in one, the longest of so many tokens; all begin
-    with `prefix` tokens of their own.
-    """
-
-    shares: list[_Share]
-    prefix: int
-    texts: int
-    most: int
-    longest: int
-
-    @classmethod
-    def of(cls, share: _Share) -> _Pass:
-        texts = len(share.line.texts)
-        return cls([share], share.line.prefix, texts, texts, share.line.longest)
-
-    def joined(self, other: _Pass) -> _Pass:
-        """Both together."""
-        return _Pass(
-            self.shares + other.shares, min(self.prefix, other.prefix), self.texts + other.texts,
-            max(self.most, other.most), max(self.longest, other.longest),
-        )  # fmt: skip
-
-    @property
-    def packing(self) -> Packing | None:
-        """A line a row, where that is shorter than a row for every text."""
-        packing = Packing(self.prefix, self.most, self.longest - self.prefix)
-        return packing if len(self.shares) * packing.width < self.texts * self.longest else None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens, padding included."""
-        packing = self.packing
-        return len(self.shares) * packing.width if packing else self.texts * self.longest
-
-
 class _Engine:
     def __init__(self, base, jobs, memory_bytes, max_cohort, pass_tokens, progress):
         self.base, self.jobs, self.progress = base, list(jobs), progress
@@ -250,15 +212,18 @@ class _Engine:
     def _passes(self, shares: list[_Share]) -> list[list[_Share]]:
         """Lines of similar shape together, as many as fit into a pass."""
         overhead = _PASS_OVERHEAD.get(self.base.device.type, 4096)
-        passes: list[_Pass] = []
-        for share in sorted(shares, key=_shape):
-            alone = _Pass.of(share)
-            joint = passes[-1].joined(alone) if passes else None
-            if joint and joint.tokens <= min(self.pass_tokens, passes[-1].tokens + alone.tokens + overhead):
-                passes[-1] = joint
+        passes: list[list[_Share]] = []
+        shape: Shape | None = None
+        for share in sorted(shares, key=_order):
+            alone = Shape.of(share.line)
+            joint = shape + alone if shape else None
+            if joint and joint.tokens <= min(self.pass_tokens, shape.tokens + alone.tokens + overhead):
+                passes[-1].append(share)
+                shape = joint
             else:
-                passes.append(alone)
-        return [found.shares for found in passes]
+                passes.append([share])
+                shape = alone
+        return passes
 
     def _advance(self, shares: list[_Share]) -> None:
         """Take lines through the base, and step the runs whose batch is complete; in halves if memory runs out."""
@@ -289,10 +254,13 @@ class _Engine:
     def _gradients(self, shares: list[_Share]) -> tuple[Tensor, Tensor]:
         """What lines add to their batch's mean loss, [lines], and to its gradient, [lines, size]."""
         device = self.base.device
-        ids, places, counts, packing = _layout(shares)
-        texts = [share.texts() for share in shares]
+        lines, texts = [share.line for share in shares], [share.texts() for share in shares]
+        ids, tokens, packing = lay_out(lines, [[ids for ids, _ in line] for line in texts])
+        counts = [1 if packing else len(line) for line in texts]
         owners = [index for index, line in enumerate(texts) for _, target in line for _ in target]
-        targets = np.concatenate([target for line in texts for _, target in line])
+        all_targets = [target for line in texts for _, target in line]
+        places = np.concatenate([own[-len(target) :] for own, target in zip(tokens, all_targets, strict=True)])
+        targets = np.concatenate(all_targets)
         weights = [1.0 / sum(len(target) for _, target in share.run.batch()) for share in shares]
         # The last place is repeated, weighing 0, up to the round number.
         spare = -len(targets) % _ROUND_TARGETS
@@ -330,7 +298,7 @@ class _Engine:
             run.step, run.grad = run.step + 1, None
 
 
-def _shape(share: _Share) -> tuple[int, ...]:
+def _order(share: _Share) -> tuple[int, ...]:
     """Lines of equal shape have equal keys; the beginning of a single text is as good as its own."""
     line = share.line
     return len(line.texts), line.prefix if len(line.texts) > 1 else 0, line.longest, share.run.slot
@@ -371,23 +339,6 @@ class _Dropout:
                 mask[start : start + len(kept), : kept.shape[1]] = kept.to(mask) / (1 - rate)
             start += count
         return mask
-
-
-def _layout(shares: list[_Share]) -> tuple[np.ndarray, np.ndarray, list[int], Packing | None]:
-    """A pass as (ids [rows, width], flattened places that predict the targets, rows a line, packing)."""
-    whole = functools.reduce(_Pass.joined, map(_Pass.of, shares))
-    packing = whole.packing
-    prefix, step, width = (packing.prefix, packing.tokens, packing.width) if packing else (0, 0, whole.longest)
-    ids = np.zeros((len(shares) if packing else whole.texts, width), dtype=np.int64)
-    places: list[np.ndarray] = []
-    for index, share in enumerate(shares):
-        for text, (own, target) in enumerate(share.texts()):
-            row, shift = (index, text * step) if packing else (len(places), 0)
-            ids[row, :prefix] = own[:prefix]
-            ids[row, prefix + shift : len(own) + shift] = own[prefix:]
-            places.append(np.arange(len(own) - len(target), len(own)) + shift + row * width)
-    counts = [1 if packing else len(share.line.texts) for share in shares]
-    return ids, np.concatenate(places), counts, packing
 
 
 def _row(example: Example, context: int) -> tuple[np.ndarray, np.ndarray]:

@@ -116,3 +116,33 @@ def test_long_prompts_come_in_smaller_batches(world, monkeypatch):
     assert sum(rows for rows, _ in sizes) == 8
     assert all(rows * tokens <= 200 for rows, tokens in sizes)
     assert [rows for rows, _ in sizes] == [3, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in engine.ARCHITECTURES if kind != "gpt2"])
+@pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
+def test_what_prompts_begin_with_is_read_once_and_changes_nothing(kind, short, monkeypatch):
+    base, _ = engine.tiny_base(kind)
+    if not short:
+        monkeypatch.setattr("clients.decoder._SHORT", 0)
+    specs = [LoraSpec(2, 8), LoraSpec(4, 16)]
+    stack = AdapterStack.of_states(base, specs, [engine.random_state(base, s, k) for k, s in enumerate(specs)])
+    draw = np.random.default_rng(5)
+    instructions = [draw.integers(3, engine.VOCABULARY, 40).tolist() for _ in range(2)]
+    own_part = [draw.integers(3, engine.VOCABULARY, 2 + k % 5).tolist() for k in range(24)]
+    rows = [GenerationRow(instructions[k % 2] + part, (0, None, 1)[k % 3]) for k, part in enumerate(own_part)]
+    labels = [[[5, 6, 7], [8]]] * len(rows)
+    packings, own = [], base.lean.hidden_at
+
+    def watched(*inputs, packing=None, **named):
+        packings.append(packing)
+        return own(*inputs, packing=packing, **named)
+
+    monkeypatch.setattr(base.lean, "hidden_at", watched)
+    together = generate(base, stack, rows, max_new_tokens=6)
+    scores = label_scores(base, stack, rows, labels)
+    assert {packing.prefix for packing in packings if packing} == {40}
+    packings.clear()
+    assert together == [generate(base, stack, [row], max_new_tokens=6)[0] for row in rows]
+    for row, of_row, found in zip(rows, labels, scores, strict=True):
+        assert found == pytest.approx(label_scores(base, stack, [row], [of_row])[0], abs=1e-9)
+    assert not any(packings) and len({tuple(answer) for answer in together}) > 1
