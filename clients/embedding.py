@@ -31,8 +31,12 @@ DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Progress = Callable[[int, int], None]
 
-_STEP = 16
+_STEP = 8
 """Tokens between two widths of a batch of fixed shape."""
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Tokens of a batch of fixed shape, about: of short texts there are more."""
+_BATCH_TEXTS = 32
+"""Texts of a batch of any other shape."""
 
 
 class Encoder:
@@ -60,7 +64,7 @@ class Encoder:
         self.name = name
         self.device = torch.device(_device(device))
         self.dtype = _dtype(dtype, self.device)
-        self.batch_size = batch_size or {"cuda": 256}.get(self.device.type, 16 if self.dtype == "bfloat16" else 32)
+        self._batch_size = batch_size
         self._model = _load(name, self.device, DTYPES[self.dtype])
         self._memory: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._remembered_texts = remembered_texts
@@ -139,10 +143,15 @@ class Encoder:
         else:
             lengths = [len(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda row: (-lengths[row], row))
-        for _, alike in itertools.groupby(order, key=lambda row: self._width(lengths[row])):
-            rows = list(alike)
-            for start in range(0, len(rows), self.batch_size):
-                yield [texts[row] for row in rows[start : start + self.batch_size]]
+        for width, alike in itertools.groupby(order, key=lambda row: self._width(lengths[row])):
+            rows, size = list(alike), self._texts(width)
+            for start in range(0, len(rows), size):
+                yield [texts[row] for row in rows[start : start + size]]
+
+    def _texts(self, width: int) -> int:
+        """Texts of a batch of that width."""
+        tokens = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"])
+        return self._batch_size or (max(1, tokens // width) if width else _BATCH_TEXTS)
 
     def _width(self, tokens: int) -> int:
         """Tokens that a text is padded to, with room for one more: a batch is never without padding. 0: whatever."""
@@ -162,15 +171,16 @@ class Encoder:
         return torch.nn.functional.normalize(vectors.float(), dim=1).cpu().numpy()
 
     def _fixed_shape(self, features: dict[str, Any]) -> dict[str, Any]:
-        """Tokenized texts padded to `[batch_size, width]`; the rows added repeat the first one's beginning."""
+        """Tokenized texts padded to a batch's shape; the rows added repeat the first one's beginning."""
         rows, tokens = features["input_ids"].shape
         longest = getattr(self._model, "max_seq_length", None) or tokens
         width = max(tokens, min(self._width(tokens), longest))
+        size = max(rows, self._texts(self._width(tokens)))
         padding = {"input_ids": getattr(self._model.tokenizer, "pad_token_id", None) or 0}
         padded = {}
         for name, value in features.items():
             if torch.is_tensor(value) and value.shape == (rows, tokens):
-                whole = value.new_full((self.batch_size, width), padding.get(name, 0))
+                whole = value.new_full((size, width), padding.get(name, 0))
                 whole[:rows, :tokens] = value
                 whole[rows:, :1] = value[:1, :1]
                 value = whole.to(self.device)
