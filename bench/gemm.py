@@ -49,14 +49,14 @@ def clock(device: str) -> Callable[[], float]:
 
 
 def _seconds(work: Callable[[], None], device: str, seconds: float) -> float:
-    now = clock(device)
+    now, times = clock(device), 1 if device == "cpu" else 20  # waiting for a GPU takes longer than a product
     work()
     best, start = float("inf"), now()
     while now() - start < seconds:
         before = now()
-        for _ in range(1 if device == "cpu" else 20):  # a GPU is kept busy: waiting for it takes longer than a product
+        for _ in range(times):
             work()
-        best = min(best, (now() - before) / (1 if device == "cpu" else 20))
+        best = min(best, (now() - before) / times)
     return best
 
 

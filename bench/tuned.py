@@ -89,7 +89,7 @@ class TunedLoop:
             mask[row, width - len(prompt) :] = 1
         with torch.inference_mode():
             out = self.model.generate(
-                input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), 
+                input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device),
                 max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self.end_id, pad_token_id=0,
             )  # fmt: skip
         answers = out[:, width:].tolist()

@@ -7,6 +7,7 @@ would choose, floating point rounding apart.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -231,19 +232,13 @@ class _Prompts:
         kept = torch.zeros(len(prompts), longest, dtype=torch.long)
         for index, place in zip(order, places, strict=True):
             kept[index, longest - len(place) :] = torch.from_numpy(place)
-        inputs = {"past_key_values": self.cache, "use_cache": True, "kept": kept.to(self.base.device)}
-        if packing:
-            inputs["packing"] = packing
-        last = torch.tensor([place[-1] for place in places])
-        device = self.base.device
-        if not self.slots:
-            logits = self.base.logits_at(last, torch.from_numpy(ids).to(device), **inputs)
-        else:
+        last, device, route = torch.tensor([place[-1] for place in places]), self.base.device, None
+        if worn:
             counts = [1 if packing else len(line.texts) for line in lines[: len(worn)]]
             flat = self._flat[torch.tensor(worn, device=device)]
             route = self.stack.route([self.slots[slot] for slot in worn], counts, len(ids), flat)
-            with self.stack.wearing(route):
-                logits = self.base.logits_at(last, torch.from_numpy(ids).to(device), **inputs)
+        ids = torch.from_numpy(ids).to(device)
+        logits = self._logits_at(last, ids, route, packing=packing, kept=kept.to(device))
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
         return logits[back.to(device)]
@@ -251,13 +246,13 @@ class _Prompts:
     def read(self, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
         """Feed tokens [rows, n] and return the logits at flattened places `at`; the cache grows by n."""
         seen = self.cache.get_seq_length() + ids.shape[1]
-        inputs = {"position_ids": positions, "past_key_values": self.cache, "use_cache": True}
-        if self.padded:
-            inputs["attention_mask"] = self.mask[:, :seen]
-        if not self.slots:
-            return self.base.logits_at(at, ids, **inputs)
-        with self.stack.wearing(self._route(ids.shape[0])):
-            return self.base.logits_at(at, ids, **inputs)
+        mask = {"attention_mask": self.mask[:, :seen]} if self.padded else {}
+        return self._logits_at(at, ids, self._route(ids.shape[0]), position_ids=positions, **mask)
+
+    def _logits_at(self, at: Tensor, ids: Tensor, route: Route | None, **inputs) -> Tensor:
+        """Logits at flattened places of ids, whose rows wear what the route says; the cache grows."""
+        with self.stack.wearing(route) if route is not None else contextlib.nullcontext():
+            return self.base.logits_at(at, ids, past_key_values=self.cache, use_cache=True, **inputs)
 
     def take(self, rows: list[int]) -> None:
         """Keep (or repeat, in order) these rows only."""
@@ -269,8 +264,8 @@ class _Prompts:
 
     _made: Route | None = None
 
-    def _route(self, rows: int) -> Route:
-        if self._made is None:
+    def _route(self, rows: int) -> Route | None:
+        if self._made is None and self.slots:
             counts = [self.adapters.count(slot) for slot in self.slots]
             self._made = self.stack.route(self.slots, counts, rows, self._flat)
         return self._made

@@ -275,7 +275,7 @@ class _Engine:
         grads = torch.zeros_like(flat)
         dropout = _Dropout(shares) if any(share.run.job.spec.dropout for share in shares) else None
         route = self.stack.route(slots, counts, len(ids), flat, grads, dropout)
-        inputs = {"packing": packing} if packing else {}
+        inputs = {"packing": packing} if packing else {}  # which only a lean base knows
         with self.stack.wearing(route):
             logits = self.base.logits_at(places, torch.from_numpy(ids).to(device), use_cache=False, **inputs)
             losses = TokenLosses.apply(logits, targets.to(device), weight_at)

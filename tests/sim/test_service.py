@@ -26,7 +26,7 @@ from sim.service import (
     wasted,
 )
 from sim.virtual_sections import CloudCapacity
-from tests.sim.test_timeline import HARD, SIZE, asks, timeline, works
+from tests.sim.timelines import HARD, SIZE, asks, timeline, works
 
 
 def frame(*rows: dict) -> pd.DataFrame:

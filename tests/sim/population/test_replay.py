@@ -14,7 +14,7 @@ from sim.population.order import Collected, asked, known_history, one_shot_histo
 from sim.population.replay import Outlook, Replay, assemble_replayed
 from sim.population.source import open_population
 from sim.records import Interaction, Query, User
-from tests.sim.population.test_lamp import HEADLINE, reasons, write
+from tests.sim.population.lamp_files import HEADLINE, reasons, write
 
 
 def item(name: str, round: int, task: str = "LaMP_4") -> Interaction:
