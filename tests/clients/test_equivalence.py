@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from clients import training
 from clients.adapters import AdapterStack, LoraSpec
 from clients.generation import GenerationRow, generate, label_scores
 from clients.training import TrainJob, TrainSettings, train
@@ -105,7 +106,16 @@ def test_a_batch_of_several_tasks_changes_nothing(short, monkeypatch):
         tasks = [engine.random_examples(10 * k + task, 4, shared=12 + 12 * task) for task in range(3)]
         examples = [example for task in tasks for example in task]
         jobs.append(TrainJob(k, examples, settings, spec, k, state=engine.random_state(base, spec, k)))
+    prefixes, plain = [], training.lay_out
+
+    def watched(lines, texts):
+        *laid_out, packing = plain(lines, texts)
+        prefixes.append(packing.prefix if packing else 0)
+        return *laid_out, packing
+
+    monkeypatch.setattr(training, "lay_out", watched)
     results = train(base, jobs, pass_tokens=300)
+    assert {12, 24, 36} <= set(prefixes) and len(prefixes) > settings.steps
     for job in jobs:
         state, losses = engine.peft_run(model, job)
         assert engine.largest_difference(state, results[job.key].state) < TOLERANCE
@@ -173,8 +183,6 @@ def test_rank_padding_stays_zero():
                 (rank, self.layout.A(row, name)[0, rank:].abs().sum() + self.layout.B(row, name)[0, rank:].abs().sum())
             )
             return super().state(k)
-
-    import clients.training as training
 
     original, training.AdapterStack = training.AdapterStack, Watched
     try:
