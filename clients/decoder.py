@@ -16,12 +16,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from clients.kernels import RMSNorm, Rotary, ShortAttention, SwiGLU
+from clients.kernels import Give, PackedAttention, RMSNorm, Rotary, SwiGLU, Take
 from clients.lora_layers import Routing, adapted_linear, adapted_linears, joint_linear
 from clients.packing import Packing
 
 _SHORT = 192
-"""Longest rows, in tokens, for which attention keeps its probabilities."""
+"""Longest texts, in tokens, for which attention keeps its probabilities."""
 
 _FAMILY = (
     transformers.LlamaForCausalLM,
@@ -86,6 +86,10 @@ class LeanDecoder:
             rope.get("partial_rotary_factor", 1.0) in (None, 1.0) and layer_types <= {"full_attention"} and not windowed
         )
 
+    def splits(self, longest: int) -> bool:
+        """Whether texts of at most so many tokens are to be packed with their beginnings apart (see `Packing`)."""
+        return longest <= _SHORT and self.body.embed_tokens.weight.device.type == "cpu"
+
     def _layer(self, block: nn.Module, names: dict[int, str]) -> _Layer:
         attention, mlp = block.self_attn, block.mlp
         fused = hasattr(attention, "qkv_proj")
@@ -107,20 +111,19 @@ class LeanDecoder:
     ) -> Tensor:
         """Final hidden states [positions, 1, hidden] at flattened positions of input_ids [rows, tokens].
 
-        packing: each row holds several texts that begin alike; attention mask and position ids are the texts'. kept:
-        flattened places [texts, n] of the tokens that an empty cache is to hold of each text (None: rows as they are).
+        packing: how several texts share a row; attention mask and position ids are not for them. kept: flattened
+        places [texts, n] of the tokens that an empty cache is to hold of each text (None: rows as they are).
         The current route is narrowed to those positions when it returns: the caller runs the head under it.
         """
         x = self.body.embed_tokens(input_ids)
         rows, tokens, _ = x.shape
         seen = past_key_values.get_seq_length() if use_cache else 0
-        longest = packing.prefix + packing.tokens if packing else tokens
-        if position_ids is None:
-            position_ids = torch.arange(seen, seen + longest, device=x.device)[None]
-        cos, sin = (part.unsqueeze(1) for part in self.body.rotary_emb(x, position_ids))
         if packing:
-            cos, sin = (part[:, :, packing.positions(x.device)] for part in (cos, sin))
-        mask = _attention_mask(attention_mask, longest, seen)
+            position_ids = packing.positions
+        elif position_ids is None:
+            position_ids = torch.arange(seen, seen + tokens, device=x.device)[None]
+        cos, sin = (part.unsqueeze(1) for part in self.body.rotary_emb(x, position_ids))
+        mask = _attention_mask(attention_mask, tokens, seen) if not packing else None
         cache = _Cache(past_key_values, seen, kept) if use_cache else None
         whole = self.routing.route
         for index, layer in enumerate(self.layers):
@@ -164,21 +167,17 @@ class LeanDecoder:
         if hasattr(attention, "q_norm"):
             q, k = self._norm(attention.q_norm, q), self._norm(attention.k_norm, k)
         scale = attention.scaling
-        longest = packing.prefix + packing.tokens if packing else q.shape[1]
-        fresh = cache is None or not cache.seen
-        if mask is None and fresh and 1 < longest <= _SHORT and q.device.type == "cpu":
+        if packing and packing.split:
             if cache is not None:
                 cache.fill(index, Rotary.apply(k, cos, sin), v)
-            shape = (packing.prefix, packing.texts) if packing else (0, 1)
-            return ShortAttention.apply(q, k, v, cos, sin, scale, *shape)
+            return PackedAttention.apply(q, k, v, cos, sin, scale, packing)
         q, k = Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
-        if cache is not None and fresh:
+        if cache is not None and not cache.seen:
             cache.fill(index, k, v)
         if packing:
-            q, k = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k))
-            v = packing.unpack(v)
+            return self._whole_texts(q, k, v, scale, packing)
         v = v.transpose(1, 2)
-        if not fresh:
+        if cache is not None and cache.seen:
             k, v = cache.layers.update(k, v, index)
         rows, _, tokens, _ = q.shape
         grouped = self.heads != self.groups
@@ -188,8 +187,22 @@ class LeanDecoder:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and tokens > 1, scale=scale, enable_gqa=grouped
         )
-        out = out.reshape(rows, self.heads, tokens, self.width).transpose(1, 2).reshape(rows, tokens, -1)
-        return packing.pack(out) if packing else out
+        return out.reshape(rows, self.heads, tokens, self.width).transpose(1, 2).reshape(rows, tokens, -1)
+
+    def _whole_texts(self, q: Tensor, k: Tensor, v: Tensor, scale: float, packing: Packing) -> Tensor:
+        """The same for packed texts by PyTorch's own kernels, which want every text as a row of its own."""
+        rows, _, tokens, _ = q.shape
+        queries, keys = packing.queries(1), packing.keys(1)
+        q, k, v = Take.apply(q.transpose(1, 2), queries), Take.apply(k.transpose(1, 2), keys), Take.apply(v, keys)
+        found, at = [], 0
+        for look in packing.looks:
+            here = slice(at, at := at + look.texts * look.tokens)
+            own = (x[here].view(look.texts, look.tokens, -1, self.width).transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(
+                *own, is_causal=True, scale=scale, enable_gqa=self.heads != self.groups
+            )
+            found.append(out.transpose(1, 2).reshape(look.texts * look.tokens, -1))
+        return Give.apply(torch.cat(found), queries).view(rows, tokens, -1)
 
 
 @dataclass

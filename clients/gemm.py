@@ -20,11 +20,23 @@ import torch
 @contextmanager
 def fast_products() -> Iterator[None]:
     """While open, float32 products on the CPU take the faster of the exact libraries."""
-    if not onednn_is_exact():
+    with _products("bf16" if onednn_is_exact() else None):
         yield
-        return
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """While open, products go to MKL again. Many small products of ever new shapes (attention) run there as fast, and
+    oneDNN would compile each shape first, in half a millisecond.
+    """
+    with _products("ieee" if onednn_is_exact() else None):
+        yield
+
+
+@contextmanager
+def _products(precision: str | None) -> Iterator[None]:
     before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    torch.backends.mkldnn.matmul.fp32_precision = precision or before
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from clients.encoding import truncate_prompt
 from clients.gemm import fast_products
 from clients.lora_layers import Route
 from clients.memory import give_back, is_out_of_memory, keep_heap
-from clients.packing import Beginnings, Line, lay_out
+from clients.packing import Beginnings, Line, fill, pack
 from sim.seeding import generator
 
 BATCH_ROWS = {"cpu": 128, "cuda": 2048}
@@ -33,6 +33,8 @@ BATCH_TOKENS = {"cpu": 16384, "cuda": 262144}
 """Most tokens in the cache of a batch: long prompts come in smaller batches."""
 _LENGTH_RATIO = 1.25
 """Rows whose prompts differ by no more than this factor are padded to one length."""
+_ROW_RATIO = 1.5
+"""An adapter that has more prompt to read than so many times the mean of its batch reads it in several rows."""
 _COMPACT_BELOW = 0.75
 """Share of live rows below which finished rows are taken out of the batch (that copies the cache)."""
 
@@ -219,24 +221,29 @@ class _Prompts:
         """Logits after the prompts. They are read packed and right-padded, where causal order is mask enough, and kept
         left-padded, so that all go on in the same column.
         """
-        lines: list[Line] = []
-        worn: list[int] = []
+        groups: dict[int | None, list[Line]] = {}
         for adapter, group in itertools.groupby(range(len(prompts)), key=self.adapters.__getitem__):
             own = list(group)
             texts = [prompts[index].tolist() for index in own]
             found = Beginnings(texts, [len(text) - 1 for text in texts]).lines(range(len(own)))
-            lines += [dataclasses.replace(line, texts=tuple(own[place] for place in line.texts)) for line in found]
-            worn += [self.slots.index(adapter)] * len(found) if adapter is not None else []
-        order = [index for line in lines for index in line.texts]
-        ids, places, packing = lay_out(lines, [[prompts[index] for index in line.texts] for line in lines])
+            groups[adapter] = [dataclasses.replace(x, texts=tuple(own[k] for k in x.texts)) for x in found]
+        # A row an adapter makes the cheapest products, unless one has far more to read than the others.
+        totals = [sum(line.tokens for line in lines) for adapter, lines in groups.items() if adapter is not None]
+        usual = min(max(totals), int(_ROW_RATIO * sum(totals) / len(totals))) if totals else 0
+        width = max(usual, *(line.tokens for lines in groups.values() for line in lines), 0)
+        rows = {adapter: fill(lines, width) for adapter, lines in groups.items()}
+        worn = [adapter for adapter in rows if adapter is not None]
+        order = [[index for line in row for index in line.texts] for of_one in rows.values() for row in of_one]
+        texts = [[prompts[index] for index in of_row] for of_row in order]
+        split = self.base.lean.splits(longest)
+        ids, places, packing = pack(list(itertools.chain(*rows.values())), texts, self.base.device, split)
+        order = list(itertools.chain(*order))
         kept = torch.zeros(len(prompts), longest, dtype=torch.long)
         for index, place in zip(order, places, strict=True):
             kept[index, longest - len(place) :] = torch.from_numpy(place)
         last, device, route = torch.tensor([place[-1] for place in places]), self.base.device, None
         if worn:
-            counts = [1 if packing else len(line.texts) for line in lines[: len(worn)]]
-            flat = self._flat[torch.tensor(worn, device=device)]
-            route = self.stack.route([self.slots[slot] for slot in worn], counts, len(ids), flat)
+            route = self.stack.route(worn, [len(rows[adapter]) for adapter in worn], len(ids), self._flat)
         ids = torch.from_numpy(ids).to(device)
         logits = self._logits_at(last, ids, route, packing=packing, kept=kept.to(device))
         back = torch.empty(len(order), dtype=torch.long)

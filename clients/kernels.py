@@ -6,11 +6,14 @@ less and skip the gradients of frozen weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from clients.gemm import plain_products
+from clients.packing import Index, Packing
 
 
 class RMSNorm(torch.autograd.Function):
@@ -76,117 +79,108 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     out[..., half:].addcmul_(x[..., :half], sin[..., half:])
 
 
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., tokens, width], rotated; in order in memory."""
+    out = x.new_empty(x.shape)
+    _rotate_into(out, x, cos, sin)
+    return out
+
+
 class Rotary(torch.autograd.Function):
     """Rotary embedding (Su et al., arXiv 2104.09864): [rows, tokens, heads, width] -> [rows, heads, tokens, width]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.cos, ctx.sin = cos, sin
-        return _filled(x.transpose(1, 2), (cos, sin))
+        return _turned(x.transpose(1, 2), cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _filled(grad, (ctx.cos, -ctx.sin)).transpose(1, 2), None, None
+        return _turned(grad, ctx.cos, -ctx.sin).transpose(1, 2), None, None
 
 
-class ShortAttention(torch.autograd.Function):
-    """Rotary embedding and causal attention of short texts; keeps the probabilities for the backward pass.
+class Take(torch.autograd.Function):
+    """x [places, ...] -> [slots, width], as the index has it (`clients.packing`)."""
 
-    q [rows, tokens, heads, width], k and v [rows, tokens, groups, width]; cos, sin [1 or rows, 1, tokens, width];
-    returns [rows, tokens, heads * width]. A row is one text, or `prefix` tokens and `texts` texts that go on from there
-    (`clients.packing`). Below some 200 tokens, batched products beat PyTorch's CPU flash kernel, whose backward pass
-    computes the probabilities anew.
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Index) -> Tensor:
+        ctx.index, ctx.shape = index, x.shape
+        return index.take(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.index.give(grad).view(ctx.shape), None
+
+
+class Give(torch.autograd.Function):
+    """x [slots, width] -> [places, width]: the adjoint of `Take`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Index) -> Tensor:
+        ctx.index = index
+        return index.give(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.index.take(grad), None
+
+
+class PackedAttention(torch.autograd.Function):
+    """Rotary embedding and causal attention of short packed texts; keeps the probabilities for the backward pass.
+
+    q [rows, tokens, heads, width], k and v [rows, tokens, groups, width]; cos, sin [rows, 1, tokens, width]; returns
+    [rows, tokens, heads * width]. Below some 200 tokens, batched products beat PyTorch's CPU flash kernel, whose
+    backward pass computes the probabilities anew.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float, prefix=0, texts=1):
-        rows, tokens, heads, width = q.shape
-        groups = k.shape[2]
-        out = q.new_empty(rows, tokens, heads, width)
-        kept, past = [], None
-        for span in _spans(tokens, prefix, texts):
-            turn = span.turn(cos, sin)
-            own_q = _filled(span.view(q, groups), turn)
-            own_k = _filled(span.view(k, groups), turn, past and past[0])
-            own_v = _filled(span.view(v, groups), None, past and past[1])
-            flat_q, flat_k, flat_v = (x.flatten(0, 2).flatten(1, 2) for x in (own_q, own_k, own_v))
-            bars = _bars(span.tokens, flat_k.shape[1], q).repeat(heads // groups, 1).expand(len(flat_q), -1, -1)
-            p = torch.softmax(torch.baddbmm(bars, flat_q, flat_k.transpose(1, 2), alpha=scale), dim=-1)
-            span.view(out, groups).copy_(torch.bmm(p, flat_v).view(own_q.shape))
-            kept += [flat_q, flat_k, flat_v, p]
-            past = own_k, own_v
-        ctx.save_for_backward(cos, sin, *kept)
-        ctx.sizes = q.shape, groups, scale, prefix, texts
-        return out.view(rows, tokens, heads * width)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float, packing: Packing):
+        shape, groups = q.shape, k.shape[2]
+        queries, keys = packing.queries(shape[2]), packing.keys(groups)
+        cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
+        q, k, v = queries.take(_turned(q, cos, sin)), keys.take(_turned(k, cos, sin)), keys.take(v)
+        out = torch.empty_like(q)
+        kept = []
+        with plain_products():
+            for look, (own_q, own_out), (own_k, own_v) in _looks(packing, shape, groups, (q, out), (k, v)):
+                bars = packing.bars(look, groups, shape[2] // groups, q)
+                scores = torch.baddbmm(bars, own_q, own_k.transpose(1, 2), alpha=scale)
+                kept.append(torch.softmax(scores, dim=-1))
+                torch.bmm(kept[-1], own_v, out=own_out)
+        ctx.save_for_backward(q, k, v, cos, sin, *kept)
+        ctx.sizes = shape, groups, scale, packing
+        return queries.give(out).view(*shape[:2], -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        cos, sin, *kept = ctx.saved_tensors
-        (rows, tokens, heads, width), groups, scale, prefix, texts = ctx.sizes
-        grad = grad.view(rows, tokens, heads, width)
-        of_q = grad.new_empty(rows, tokens, heads, width)
-        of_k, of_v = (grad.new_empty(rows, tokens, groups, width) for _ in range(2))
-        later = None
-        for span in reversed(_spans(tokens, prefix, texts)):
-            q, k, v, p = kept[-4:]
-            del kept[-4:]
-            cos_here, sin_here = span.turn(cos, sin)
-            own = span.view(grad, groups)
-            flat = own.reshape(q.shape)
-            of_s = torch._softmax_backward_data(torch.bmm(flat, v.transpose(1, 2)), p, -1, p.dtype).mul_(scale)
-            _rotate_into(span.view(of_q, groups), torch.bmm(of_s, k).view(own.shape), cos_here, -sin_here)
-            keys = (rows, groups, span.texts, 1, -1, width)
-            grad_k = torch.bmm(of_s.transpose(1, 2), q).view(keys)
-            grad_v = torch.bmm(p.transpose(1, 2), flat).view(keys)
-            if later is not None:
-                grad_k, grad_v = grad_k.add_(later[0]), grad_v.add_(later[1])
-            seen = grad_k.shape[4] - span.tokens
-            if seen:
-                later = [x[..., :seen, :].sum(2, keepdim=True) for x in (grad_k, grad_v)]
-            _rotate_into(span.view(of_k, groups), grad_k[..., seen:, :], cos_here, -sin_here)
-            span.view(of_v, groups).copy_(grad_v[..., seen:, :])
-        return of_q, of_k, of_v, None, None, None, None, None
+        q, k, v, cos, sin, *kept = ctx.saved_tensors
+        shape, groups, scale, packing = ctx.sizes
+        queries, keys = packing.queries(shape[2]), packing.keys(groups)
+        grad = queries.take(grad)
+        of_q, of_k, of_v = (torch.empty_like(x) for x in (q, k, v))
+        pieces = _looks(packing, shape, groups, (q, grad, of_q), (k, v, of_k, of_v))
+        with plain_products():
+            for p, (_, (own_q, own, own_of_q), (own_k, own_v, own_of_k, own_of_v)) in zip(kept, pieces, strict=True):
+                of_p = torch.bmm(own, own_v.transpose(1, 2))
+                of_s = torch._softmax_backward_data(of_p, p, -1, p.dtype).mul_(scale)
+                torch.bmm(of_s, own_k, out=own_of_q)
+                torch.bmm(of_s.transpose(1, 2), own_q, out=own_of_k)
+                torch.bmm(p.transpose(1, 2), own, out=own_of_v)
+        of_q = _turned(queries.give(of_q).view(shape), cos, -sin)
+        of_k, of_v = (keys.give(x).view(*shape[:2], groups, -1) for x in (of_k, of_v))
+        return of_q, _turned(of_k, cos, -sin), of_v, None, None, None, None
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """A part of every row: from token `start`, `texts` texts of so many tokens."""
-
-    start: int
-    texts: int
-    tokens: int
-
-    def view(self, x: Tensor, groups: int) -> Tensor:
-        """That part of x [rows, tokens, heads, width] as [rows, groups, texts, heads a group, tokens, width]."""
-        part = x[:, self.start : self.start + self.texts * self.tokens].unflatten(1, (self.texts, self.tokens))
-        return part.unflatten(3, (groups, x.shape[2] // groups)).permute(0, 3, 1, 4, 2, 5)
-
-    def turn(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """The rotation of one text's tokens, to go with `view`."""
-        first, second = (x[:, :, None, None, self.start : self.start + self.tokens] for x in (cos, sin))
-        return first, second
-
-
-def _spans(tokens: int, prefix: int, texts: int) -> list[_Span]:
-    own = _Span(prefix, texts, (tokens - prefix) // texts)
-    return [_Span(0, 1, prefix), own] if prefix else [own]
-
-
-def _filled(x: Tensor, turn: tuple[Tensor, Tensor] | None, past: Tensor | None = None) -> Tensor:
-    """x [..., tokens, width], rotated if asked, in order in memory; behind `past`, which all its texts share."""
-    seen = 0 if past is None else past.shape[-2]
-    out = x.new_empty(*x.shape[:-2], seen + x.shape[-2], x.shape[-1])
-    if seen:
-        out[..., :seen, :] = past
-    own = out[..., seen:, :]
-    if turn is None:
-        own.copy_(x)
-    else:
-        _rotate_into(own, x, *turn)
-    return out
-
-
-def _bars(queries: int, keys: int, like: Tensor) -> Tensor:
-    """[queries, keys]: 0 where a query, one of the last so many tokens, may look; -inf where the key is later."""
-    seen = keys - queries
-    return torch.full((queries, keys), float("-inf"), dtype=like.dtype, device=like.device).triu_(seen + 1)
+def _looks(packing: Packing, shape: torch.Size, groups: int, of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]):
+    """Each look with its parts of the tensors, as [texts * groups, a group's slots, width]."""
+    at_query = at_key = 0
+    heads = shape[2] // groups
+    for look in packing.looks:
+        each = look.texts * groups
+        queries, keys = each * heads * look.tokens, each * (look.prefix + look.tokens)
+        yield (
+            look,
+            [x[at_query : at_query + queries].view(each, -1, x.shape[-1]) for x in of_queries],
+            [x[at_key : at_key + keys].view(each, -1, x.shape[-1]) for x in of_keys],
+        )
+        at_query, at_key = at_query + queries, at_key + keys

@@ -1,11 +1,11 @@
 """Training many private adapters together on one frozen base.
 
 Every job keeps its own batches, loss mean, clipping, learning rate, step count and optimizer history; what jobs share
-is the pass through the base. At each turn the jobs in memory take one step. A job's batch is cut into lines, texts that
-begin alike, whose beginning is computed once (`clients.packing`). The lines of all jobs, sorted by shape, are cut into
-passes of a bounded number of tokens (few enough for the processor's caches); each pass runs forward and backward once,
-and an adapter steps as soon as all lines of its batch are through. A finished job leaves and a waiting one takes its
-place. Only floating point rounding depends on who trains together.
+is the pass through the base. At each turn the jobs in memory take one step. A job's batch becomes a row of texts, what
+they begin with in common computed once (`clients.packing`). The rows of all jobs, sorted by width, are cut into passes
+of a bounded number of tokens (few enough for the processor's caches); each pass runs forward and backward once, and its
+adapters step. A finished job leaves and a waiting one takes its place. Only floating point rounding depends on who
+trains together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from clients.kernels import TokenLosses
 from clients.lora_layers import Route
 from clients.memory import activation_bytes_per_token, budget_bytes, give_back, is_out_of_memory, keep_heap
 from clients.optimizer import CohortAdamW, Update
-from clients.packing import Beginnings, Line, Shape, lay_out
+from clients.packing import Beginnings, Line, pack, pad
 from sim.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", "train"]
@@ -113,26 +113,41 @@ class _Run:
         """(input ids, target ids) of the next batch; the last target is never an input."""
         return [self.examples[index] for index in self.plan[self.step]]
 
-    def shares(self) -> list[_Share]:
+    def share(self) -> _Share:
         """The next batch, cut into lines."""
-        self.missing, self.loss, self.grad = len(self.plan[self.step]), None, None
+        chosen = self.plan[self.step]
+        self.missing, self.loss, self.grad = len(chosen), None, None
         if self.beginnings is not None:
-            return [_Share(self, line) for line in self.beginnings.lines(self.plan[self.step])]
-        longest = max(len(ids) for ids, _ in self.batch())
-        return [_Share(self, Line(tuple(range(self.missing)), 0, longest))]
+            return _Share(self, self.beginnings.lines(chosen))
+        return _Share(self, [Line((place,), 0, (len(ids),)) for place, (ids, _) in enumerate(self.batch())])
 
 
 @dataclass(eq=False, slots=True)
 class _Share:
-    """A line of a run's next batch."""
+    """Lines of a run's next batch: a row if the base can pack them, else a row each."""
 
     run: _Run
-    line: Line
+    lines: list[Line]
+
+    def places(self) -> list[int]:
+        """Which texts of the batch, in the order of the lines."""
+        return [place for line in self.lines for place in line.texts]
 
     def texts(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(input ids, target ids) of the line."""
+        """(input ids, target ids) of the lines' texts."""
         batch = self.run.batch()
-        return [batch[place] for place in self.line.texts]
+        return [batch[place] for place in self.places()]
+
+    def shape(self) -> tuple[int, int]:
+        """(rows, their width in tokens)"""
+        tokens = [line.tokens for line in self.lines]
+        return (1, sum(tokens)) if self.run.beginnings is not None else (len(tokens), max(tokens))
+
+    def halves(self) -> list[_Share]:
+        """The same texts in two shares; nothing if there is only one."""
+        lines = self.lines if len(self.lines) > 1 or len(self.lines[0].texts) == 1 else self.lines[0].halves()
+        middle = len(lines) // 2
+        return [_Share(self.run, list(part)) for part in (lines[:middle], lines[middle:])] if middle else []
 
 
 class _Engine:
@@ -182,7 +197,7 @@ class _Engine:
         free = list(range(min(self.capacity, len(self.waiting))))
         while free or self.runs:
             self.runs += [self._start(slot) for slot in free if self.waiting]
-            for shares in self._passes([share for run in self.runs for share in run.shares()]):
+            for shares in self._passes([run.share() for run in self.runs]):
                 self._advance(shares)
             ended = [run for run in self.runs if run.step == len(run.plan) or run.result.outcome != "ok"]
             for run in ended:
@@ -198,9 +213,10 @@ class _Engine:
         self.optimizer.reset(slot)
         rows = [_row(example, self.base.context_length) for example in job.examples]
         beginnings = None
-        # Dropout strikes each example's prompt on its own; a model with its own forward pass knows no packing.
-        if self.base.lean is not None and not job.spec.dropout:
-            beginnings = Beginnings([ids.tolist() for ids, _ in rows], [len(ids) - len(target) for ids, target in rows])
+        if self.base.lean is not None:  # a model with its own forward pass knows no packing
+            # Dropout strikes each text's beginning on its own.
+            shared = [len(ids) - len(target) if not job.spec.dropout else 0 for ids, target in rows]
+            beginnings = Beginnings([ids.tolist() for ids, _ in rows], shared)
         return _Run(job, rows, batch_plan(job), slot, beginnings, TrainResult({}))
 
     def _finish(self, run: _Run) -> None:
@@ -210,19 +226,19 @@ class _Engine:
         self.done += run.job.total_steps
 
     def _passes(self, shares: list[_Share]) -> list[list[_Share]]:
-        """Lines of similar shape together, as many as fit into a pass."""
+        """Shares of like width together, as many as fit into a pass."""
         overhead = _PASS_OVERHEAD.get(self.base.device.type, 4096)
         passes: list[list[_Share]] = []
-        shape: Shape | None = None
-        for share in sorted(shares, key=_order):
-            alone = Shape.of(share.line)
-            joint = shape + alone if shape else None
-            if joint and joint.tokens <= min(self.pass_tokens, shape.tokens + alone.tokens + overhead):
+        rows = width = 0
+        shapes = [(share.shape(), share) for share in shares]
+        for (more, wide), share in sorted(shapes, key=lambda pair: (pair[0][1], pair[1].run.slot)):
+            joint = (rows + more) * max(width, wide)
+            if passes and joint <= min(self.pass_tokens, rows * width + more * wide + overhead):
                 passes[-1].append(share)
-                shape = joint
+                rows, width = rows + more, max(width, wide)
             else:
                 passes.append([share])
-                shape = alone
+                rows, width = more, wide
         return passes
 
     def _advance(self, shares: list[_Share]) -> None:
@@ -245,20 +261,26 @@ class _Engine:
             self.pass_tokens = max(1, self.pass_tokens // 2)
             self._advance(shares[: len(shares) // 2])
             self._advance(shares[len(shares) // 2 :])
-        elif len(shares[0].line.texts) > 1:
-            for line in shares[0].line.halves():
-                self._advance([_Share(shares[0].run, line)])
+        elif halves := shares[0].halves():
+            for share in halves:
+                self._advance([share])
         else:
             shares[0].run.result.outcome = "out_of_memory"
 
     def _gradients(self, shares: list[_Share]) -> tuple[Tensor, Tensor]:
-        """What lines add to their batch's mean loss, [lines], and to its gradient, [lines, size]."""
+        """What shares add to their batch's mean loss, [shares], and to its gradient, [shares, size]."""
         device = self.base.device
-        lines, texts = [share.line for share in shares], [share.texts() for share in shares]
-        ids, tokens, packing = lay_out(lines, [[ids for ids, _ in line] for line in texts])
-        counts = [1 if packing else len(line) for line in texts]
-        owners = [index for index, line in enumerate(texts) for _, target in line for _ in target]
-        all_targets = [target for line in texts for _, target in line]
+        texts = [share.texts() for share in shares]
+        own_ids = [[ids for ids, _ in of_share] for of_share in texts]
+        if self.base.lean is not None:
+            split = self.base.lean.splits(max(len(ids) for of_share in own_ids for ids in of_share))
+            ids, tokens, packing = pack([share.lines for share in shares], own_ids, device, split)
+            counts, inputs = [1] * len(shares), {"packing": packing}
+        else:
+            ids, tokens = pad([ids for of_share in own_ids for ids in of_share])
+            counts, inputs = [len(of_share) for of_share in texts], {}
+        owners = [index for index, of_share in enumerate(texts) for _, target in of_share for _ in target]
+        all_targets = [target for of_share in texts for _, target in of_share]
         places = np.concatenate([own[-len(target) :] for own, target in zip(tokens, all_targets, strict=True)])
         targets = np.concatenate(all_targets)
         weights = [1.0 / sum(len(target) for _, target in share.run.batch()) for share in shares]
@@ -273,9 +295,8 @@ class _Engine:
         slots = [share.run.slot for share in shares]
         flat = self.stack.flat[torch.tensor(slots, device=device)]
         grads = torch.zeros_like(flat)
-        dropout = _Dropout(shares) if any(share.run.job.spec.dropout for share in shares) else None
+        dropout = _Dropout(shares, tokens) if any(share.run.job.spec.dropout for share in shares) else None
         route = self.stack.route(slots, counts, len(ids), flat, grads, dropout)
-        inputs = {"packing": packing} if packing else {}  # which only a lean base knows
         with self.stack.wearing(route):
             logits = self.base.logits_at(places, torch.from_numpy(ids).to(device), use_cache=False, **inputs)
             losses = TokenLosses.apply(logits, targets.to(device), weight_at)
@@ -298,17 +319,11 @@ class _Engine:
             run.step, run.grad = run.step + 1, None
 
 
-def _order(share: _Share) -> tuple[int, ...]:
-    """Lines of equal shape have equal keys; the beginning of a single text is as good as its own."""
-    line = share.line
-    return len(line.texts), line.prefix if len(line.texts) > 1 else 0, line.longest, share.run.slot
-
-
 def _complete(shares: list[_Share], losses: Tensor, grads: Tensor) -> list[_Run]:
-    """Hand lines' losses and gradients to their runs; the runs whose batch is complete with them."""
+    """Hand shares' losses and gradients to their runs; the runs whose batch is complete with them."""
     for share, loss, grad in zip(shares, losses.unbind(), grads.unbind(), strict=True):
         run = share.run
-        run.missing -= len(share.line.texts)
+        run.missing -= len(share.places())
         run.loss = loss if run.loss is None else run.loss + loss
         run.grad = grad if run.grad is None else run.grad.add_(grad)
     runs = list(dict.fromkeys(share.run for share in shares))
@@ -321,24 +336,28 @@ def _complete(shares: list[_Share], losses: Tensor, grads: Tensor) -> list[_Run]
 class _Dropout:
     """Inverted dropout masks that depend on (job, step, layer) and the job's own batch, not on who shares the pass."""
 
-    def __init__(self, shares: Sequence[_Share]):
-        self._shares = [(share, share.run.batch(), share.run.job.spec.dropout) for share in shares]
+    def __init__(self, shares: Sequence[_Share], tokens: Sequence[np.ndarray]):
+        """tokens: the flattened places of each text's tokens in the pass."""
+        self._shares, self._tokens = shares, tokens
 
     def __call__(self, name: str, route: Route, like: Tensor) -> Tensor:
-        """like: [texts, tokens, width] of the pass, or [targets, 1, width] where only those are left."""
-        mask = torch.ones_like(like)
-        start = 0
-        for (share, batch, rate), count in zip(self._shares, route.counts, strict=True):
+        """like: [rows, tokens, width] of the pass, or [targets, 1, width] where only those are left."""
+        mask = torch.ones_like(like).flatten(0, 1)
+        whole, at, tokens = like.shape[1] > 1, 0, iter(self._tokens)
+        for share in self._shares:
+            run, batch, rate = share.run, share.run.batch(), share.run.job.spec.dropout
+            longest = max(len(ids) for ids, _ in batch) if whole else 1
+            owner = np.repeat(np.arange(len(batch)), [1 if whole else len(target) for _, target in batch])
             if rate:
-                run, whole = share.run, like.shape[1] > 1
-                longest = max(len(ids) for ids, _ in batch) if whole else 1
-                rows = np.repeat(np.arange(len(batch)), [1 if whole else len(target) for _, target in batch])
                 draw = torch.Generator().manual_seed(derive(run.job.seed, "dropout", run.step, name))
-                kept = torch.rand(len(rows), longest, like.shape[-1], generator=draw) >= rate
-                kept = kept[torch.from_numpy(np.isin(rows, share.line.texts)), : like.shape[1]]
-                mask[start : start + len(kept), : kept.shape[1]] = kept.to(mask) / (1 - rate)
-            start += count
-        return mask
+                kept = (torch.rand(len(owner), longest, like.shape[-1], generator=draw) >= rate).to(mask) / (1 - rate)
+            for place in share.places():
+                own, count = next(tokens), int((owner == place).sum())
+                if rate:
+                    of_text = kept[torch.from_numpy(owner == place)].flatten(0, 1)
+                    mask[own if whole else slice(at, at + count)] = of_text[: len(own) if whole else count]
+                at += count
+        return mask.view(like.shape)
 
 
 def _row(example: Example, context: int) -> tuple[np.ndarray, np.ndarray]:

@@ -164,3 +164,15 @@ def peft_run(model: torch.nn.Module, job: TrainJob) -> tuple[dict[str, torch.Ten
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert set(a) == set(b)
     return max((a[key].to(torch.float64) - b[key].to(torch.float64)).abs().max().item() for key in a)
+
+
+def prefixes_of(module, monkeypatch) -> list[int]:
+    """How many tokens the lines that `module` packs from now on begin with in common; filled as it goes."""
+    found, plain = [], module.pack
+
+    def watched(rows, *inputs):
+        found.extend(line.prefix for lines in rows for line in lines)
+        return plain(rows, *inputs)
+
+    monkeypatch.setattr(module, "pack", watched)
+    return found

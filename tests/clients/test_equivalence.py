@@ -77,22 +77,14 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(kind, short, mo
         TrainJob(k, engine.random_examples(k, 6, shared), settings, spec, k, state=engine.random_state(base, spec, k))
         for k, shared in enumerate((24, 24, 9, 1))
     ]  # fmt: skip
-    packings = []
-    if base.lean is not None:
-        own = base.lean.hidden_at
-
-        def watched(*inputs, packing=None, **named):
-            packings.append(packing)
-            return own(*inputs, packing=packing, **named)
-
-        monkeypatch.setattr(base.lean, "hidden_at", watched)
+    prefixes = engine.prefixes_of(training, monkeypatch)
     results = train(base, jobs, pass_tokens=400)
     for job in jobs:
         state, losses = engine.peft_run(model, job)
         assert engine.largest_difference(state, results[job.key].state) < TOLERANCE
         assert results[job.key].losses == pytest.approx(losses, abs=TOLERANCE)
     if base.lean is not None:
-        assert {packing.prefix for packing in packings if packing} >= {9, 24}
+        assert set(prefixes) >= {9, 24}
 
 
 @pytest.mark.parametrize("short", [True, False], ids=["short", "long"])
@@ -106,16 +98,9 @@ def test_a_batch_of_several_tasks_changes_nothing(short, monkeypatch):
         tasks = [engine.random_examples(10 * k + task, 4, shared=12 + 12 * task) for task in range(3)]
         examples = [example for task in tasks for example in task]
         jobs.append(TrainJob(k, examples, settings, spec, k, state=engine.random_state(base, spec, k)))
-    prefixes, plain = [], training.lay_out
-
-    def watched(lines, texts):
-        *laid_out, packing = plain(lines, texts)
-        prefixes.append(packing.prefix if packing else 0)
-        return *laid_out, packing
-
-    monkeypatch.setattr(training, "lay_out", watched)
+    prefixes = engine.prefixes_of(training, monkeypatch)
     results = train(base, jobs, pass_tokens=300)
-    assert {12, 24, 36} <= set(prefixes) and len(prefixes) > settings.steps
+    assert {12, 24, 36} <= set(prefixes)
     for job in jobs:
         state, losses = engine.peft_run(model, job)
         assert engine.largest_difference(state, results[job.key].state) < TOLERANCE

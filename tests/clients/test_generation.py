@@ -131,18 +131,12 @@ def test_what_prompts_begin_with_is_read_once_and_changes_nothing(kind, short, m
     own_part = [draw.integers(3, engine.VOCABULARY, 2 + k % 5).tolist() for k in range(24)]
     rows = [GenerationRow(instructions[k % 2] + part, (0, None, 1)[k % 3]) for k, part in enumerate(own_part)]
     labels = [[[5, 6, 7], [8]]] * len(rows)
-    packings, own = [], base.lean.hidden_at
-
-    def watched(*inputs, packing=None, **named):
-        packings.append(packing)
-        return own(*inputs, packing=packing, **named)
-
-    monkeypatch.setattr(base.lean, "hidden_at", watched)
+    prefixes = engine.prefixes_of(generation, monkeypatch)
     together = generate(base, stack, rows, max_new_tokens=6)
     scores = label_scores(base, stack, rows, labels)
-    assert {packing.prefix for packing in packings if packing} == {40}
-    packings.clear()
+    assert set(prefixes) == {40}
+    prefixes.clear()
     assert together == [generate(base, stack, [row], max_new_tokens=6)[0] for row in rows]
     for row, of_row, found in zip(rows, labels, scores, strict=True):
         assert found == pytest.approx(label_scores(base, stack, [row], [of_row])[0], abs=1e-9)
-    assert not any(packings) and len({tuple(answer) for answer in together}) > 1
+    assert set(prefixes) == {0} and len({tuple(answer) for answer in together}) > 1

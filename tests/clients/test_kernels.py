@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from torch.autograd import gradcheck
 
 from clients.base import FrozenBase
-from clients.gemm import fast_products, onednn_is_exact
-from clients.kernels import RMSNorm, Rotary, ShortAttention, SwiGLU, TokenLosses
-from clients.packing import Packing
+from clients.gemm import fast_products, onednn_is_exact, plain_products
+from clients.kernels import PackedAttention, RMSNorm, Rotary, SwiGLU, TokenLosses
+from clients.packing import Line, pack
 from tests.clients import engine
 
 
@@ -27,24 +31,39 @@ def test_gradients_of_the_kernels_are_right():
     assert gradcheck(lambda x: RMSNorm.apply(x, random(8).detach(), 1e-6), (random(3, 4, 8),))
     assert gradcheck(SwiGLU.apply, (random(3, 8), random(3, 8) * 2))
     assert gradcheck(lambda x: Rotary.apply(x, cos, sin), (random(2, 5, 4, 8),))
-    for groups in (4, 2, 1):
-        q, k, v = random(2, 5, 4, 8), random(2, 5, groups, 8), random(2, 5, groups, 8)
-        assert gradcheck(lambda q, k, v: ShortAttention.apply(q, k, v, cos, sin, 0.3), (q, k, v))
 
 
-def test_attention_over_a_common_beginning_is_that_of_separate_texts():
-    packing = Packing(prefix=3, texts=2, tokens=4)
-    cos, sin = turn(7, 8)
-    packed_cos, packed_sin = (x[:, :, packing.positions(x.device)] for x in (cos, sin))
-    for groups in (4, 2, 1):
-        q, k, v = (random(2, packing.width, n, 8) for n in (4, groups, groups))
+@pytest.mark.parametrize("split", [True, False], ids=["beginnings apart", "whole texts"])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_packed_attention_is_that_of_every_text_alone(split, groups):
+    lines = [[Line((0, 1, 2), 3, (5, 4, 7)), Line((3,), 0, (6,))], [Line((0, 1), 2, (9, 3))]]
+    texts = [[np.zeros(length, int) for line in row for length in line.lengths] for row in lines]
+    ids, places, packing = pack(lines, texts, torch.device("cpu"), split)
+    angle = torch.rand(9, 4, dtype=torch.float64).repeat(1, 2)[packing.positions][:, None]
+    cos, sin = angle.cos(), angle.sin()
+    real = torch.from_numpy(np.unique(np.concatenate(places)))
+    q, k, v = (random(*ids.shape, n, 8) for n in (4, groups, groups))
 
-        def packed(q, k, v):
-            return ShortAttention.apply(q, k, v, packed_cos, packed_sin, 0.3, packing.prefix, packing.texts)
+    def packed(q, k, v):
+        if split:
+            out = PackedAttention.apply(q, k, v, cos, sin, 0.3, packing)
+        else:
+            base, _ = engine.tiny_base("llama")
+            decoder = copy.copy(base.lean)
+            decoder.heads, decoder.groups, decoder.width = 4, groups, 8
+            q, k = Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
+            out = decoder._whole_texts(q, k, v, 0.3, packing)
+        return out.flatten(0, 1)[real]  # what stands in the gaps is nobody's
 
-        texts = ShortAttention.apply(*map(packing.unpack, (q, k, v)), cos, sin, 0.3)
-        assert torch.allclose(packed(q, k, v), packing.pack(texts), atol=1e-12)
-        assert gradcheck(packed, (q, k, v))
+    found = torch.zeros(ids.size, 32, dtype=torch.float64)
+    found[real] = packed(q, k, v)
+    for place in places:
+        own = (Rotary.apply(x, cos, sin).transpose(1, 2).flatten(0, 1)[place].transpose(0, 1)[None] for x in (q, k))
+        alone = F.scaled_dot_product_attention(
+            *own, v.flatten(0, 1)[place].transpose(0, 1)[None], is_causal=True, scale=0.3, enable_gqa=True
+        )
+        assert torch.allclose(found[place], alone[0].transpose(0, 1).flatten(1), atol=1e-12)
+    assert gradcheck(packed, (q, k, v), fast_mode=True)
 
 
 def test_token_losses_are_weighted_cross_entropies():
@@ -96,6 +115,9 @@ def test_fast_products_stay_exact_and_leave_no_trace():
     plain = (torch.bmm(a, b) - exact).abs().max()
     with fast_products():
         fast = (torch.bmm(a, b) - exact).abs().max()
+        assert (torch.backends.mkldnn.matmul.fp32_precision == "bf16") == onednn_is_exact()
+        with plain_products():
+            assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
         assert (torch.backends.mkldnn.matmul.fp32_precision == "bf16") == onednn_is_exact()
     assert fast <= 4 * plain
     assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -107,7 +107,7 @@ class Scarce:
         plain = training._Engine._gradients
 
         def gradients(engine_, shares):
-            if sum(len(share.line.texts) for share in shares) > room:
+            if sum(len(share.places()) for share in shares) > room:
                 self.refused += 1
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
             return plain(engine_, shares)
