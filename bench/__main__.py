@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench import lifecycle, profile, training_135m
+from bench import lifecycle, mixed, profile, training_135m
 from bench.workload import Workload
 
 
@@ -38,6 +38,8 @@ def main() -> None:
         print(json.dumps(found["training_135m"][dtype], indent=1))
     found["profile_us_per_token"] = profile.measure()
     print(json.dumps(found["profile_us_per_token"], indent=1))
+    found["mixed"] = mixed.measure()
+    print(json.dumps(found["mixed"], indent=1))
     arguments.out.write_text(json.dumps(found, indent=2) + "\n")
 
 

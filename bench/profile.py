@@ -20,7 +20,7 @@ _GROUPS = {
     "adapters and attention products": ("aten::bmm", "aten::baddbmm"),
     "softmax": ("aten::_softmax",),
     "elementwise": ("aten::mul", "aten::add", "aten::silu", "aten::div", "aten::rsqrt", "aten::sum", "aten::pow"),
-    "copies": ("aten::copy_", "aten::index", "aten::cat", "aten::fill_", "aten::zero_"),
+    "copies": ("aten::copy_", "aten::index", "aten::_embedding_bag", "aten::cat", "aten::fill_", "aten::zero_"),
     "optimizer": ("aten::_fused_adamw_",),
 }
 

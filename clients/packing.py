@@ -39,6 +39,12 @@ class Line:
         """Tokens, the beginning counted once."""
         return sum(self.lengths) - (len(self.lengths) - 1) * self.prefix
 
+    def parts(self, most: int) -> list[Line]:
+        """The same texts in lines of at most so many tokens (or one text)."""
+        if self.tokens <= most or len(self.texts) == 1:
+            return [self]
+        return [part for half in self.halves() for part in half.parts(most)]
+
     def halves(self) -> tuple[Line, Line]:
         """The same texts in two lines."""
         middle = len(self.texts) // 2

@@ -26,7 +26,7 @@ from clients.kernels import TokenLosses
 from clients.lora_layers import Route
 from clients.memory import activation_bytes_per_token, budget_bytes, give_back, is_out_of_memory, keep_heap
 from clients.optimizer import CohortAdamW, Update
-from clients.packing import Beginnings, Line, pack, pad
+from clients.packing import Beginnings, Line, fill, pack, pad
 from sim.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", "train"]
@@ -34,7 +34,7 @@ __all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", 
 PASS_TOKENS = {"cpu": 3072, "cuda": 131072}
 """Padded tokens of one forward and backward pass: on a CPU its activations should stay near the caches."""
 _PASS_OVERHEAD = {"cpu": 256, "cuda": 65536}
-"""Tokens that could be trained in the time that a pass costs whatever its size: batches of different shapes share a
+"""Tokens that could be trained in the time that a pass costs whatever its size: batches of different widths share a
 pass only if that pads less."""
 _ROUND_TARGETS = 64
 """The places of a pass that the head sees are filled up to a multiple: a product of a new shape is compiled first."""
@@ -113,18 +113,20 @@ class _Run:
         """(input ids, target ids) of the next batch; the last target is never an input."""
         return [self.examples[index] for index in self.plan[self.step]]
 
-    def share(self) -> _Share:
-        """The next batch, cut into lines."""
+    def shares(self, most: int) -> list[_Share]:
+        """The next batch, in shares of at most so many tokens (or one text)."""
         chosen = self.plan[self.step]
         self.missing, self.loss, self.grad = len(chosen), None, None
         if self.beginnings is not None:
-            return _Share(self, self.beginnings.lines(chosen))
-        return _Share(self, [Line((place,), 0, (len(ids),)) for place, (ids, _) in enumerate(self.batch())])
+            lines = [part for line in self.beginnings.lines(chosen) for part in line.parts(most)]
+        else:
+            lines = [Line((place,), 0, (len(ids),)) for place, (ids, _) in enumerate(self.batch())]
+        return [_Share(self, row) for row in fill(lines, most)]
 
 
 @dataclass(eq=False, slots=True)
 class _Share:
-    """Lines of a run's next batch: a row if the base can pack them, else a row each."""
+    """Lines of a run's next batch, mostly all: a row if the base can pack them, else a row each."""
 
     run: _Run
     lines: list[Line]
@@ -197,7 +199,7 @@ class _Engine:
         free = list(range(min(self.capacity, len(self.waiting))))
         while free or self.runs:
             self.runs += [self._start(slot) for slot in free if self.waiting]
-            for shares in self._passes([run.share() for run in self.runs]):
+            for shares in self._passes([share for run in self.runs for share in run.shares(self.pass_tokens)]):
                 self._advance(shares)
             ended = [run for run in self.runs if run.step == len(run.plan) or run.result.outcome != "ok"]
             for run in ended:
@@ -242,7 +244,7 @@ class _Engine:
         return passes
 
     def _advance(self, shares: list[_Share]) -> None:
-        """Take lines through the base, and step the runs whose batch is complete; in halves if memory runs out."""
+        """Take shares through the base, and step the runs whose batch is complete; in halves if memory runs out."""
         shares = [share for share in shares if share.run.result.outcome == "ok"]
         if not shares:
             return

@@ -31,6 +31,14 @@ def test_fill_keeps_the_order_and_the_width():
     assert [[line.lengths[0] for line in row] for row in fill(lines, 7)] == [[3, 4], [9], [1, 1, 5]]
 
 
+def test_a_line_too_long_is_halved_until_its_parts_fit():
+    line = Line((3, 0, 4, 1), 10, (20, 15, 20, 30))
+    assert line.tokens == 55
+    assert line.parts(60) == [line]
+    assert line.parts(40) == [Line((3, 0), 10, (20, 15)), Line((4, 1), 10, (20, 30))]
+    assert [part.texts for part in line.parts(5)] == [(3,), (0,), (4,), (1,)]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_what_attention_takes_and_gives_back_is_what_the_texts_hold(data):
