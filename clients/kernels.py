@@ -71,18 +71,12 @@ class TokenLosses(torch.autograd.Function):
         return of_logits.to(ctx.dtype), None, None
 
 
-def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """out = x rotated by (cos, sin); all [..., tokens, width], any strides; halves as in Llama."""
-    half = x.shape[-1] // 2
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., tokens, width] rotated by (cos, sin), halves as in Llama; in order in memory."""
+    half, out = x.shape[-1] // 2, x.new_empty(x.shape)
     torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:])
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., tokens, width], rotated; in order in memory."""
-    out = x.new_empty(x.shape)
-    _rotate_into(out, x, cos, sin)
     return out
 
 
