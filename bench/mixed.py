@@ -19,7 +19,7 @@ from bench.workload import Workload
 from clients import training
 from clients.base import FrozenBase
 from clients.jobs import TrainJob
-from clients.packing import Beginnings
+from clients.lines import Beginnings
 from sim.population.world import TASKS
 
 REPEATS = 3

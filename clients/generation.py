@@ -23,9 +23,10 @@ from clients.base import FrozenBase
 from clients.cache import RoomyCache
 from clients.encoding import truncate_prompt
 from clients.gemm import fast_products
+from clients.lines import Beginnings, Line, fill
 from clients.lora_layers import Route
 from clients.memory import give_back, is_out_of_memory, keep_heap
-from clients.packing import Beginnings, Line, fill, pack
+from clients.packing import pack
 from sim.seeding import generator
 
 BATCH_ROWS = {"cpu": 128, "cuda": 2048}
@@ -221,17 +222,7 @@ class _Prompts:
         """Logits after the prompts. They are read packed and right-padded, where causal order is mask enough, and kept
         left-padded, so that all go on in the same column.
         """
-        groups: dict[int | None, list[Line]] = {}
-        for adapter, group in itertools.groupby(range(len(prompts)), key=self.adapters.__getitem__):
-            own = list(group)
-            texts = [prompts[index].tolist() for index in own]
-            found = Beginnings(texts, [len(text) - 1 for text in texts]).lines(range(len(own)))
-            groups[adapter] = [dataclasses.replace(x, texts=tuple(own[k] for k in x.texts)) for x in found]
-        # A row an adapter makes the cheapest products, unless one has far more to read than the others.
-        totals = [sum(line.tokens for line in lines) for adapter, lines in groups.items() if adapter is not None]
-        usual = min(max(totals), int(_ROW_RATIO * sum(totals) / len(totals))) if totals else 0
-        width = max(usual, *(line.tokens for lines in groups.values() for line in lines), 0)
-        rows = {adapter: fill(lines, width) for adapter, lines in groups.items()}
+        rows = self._rows(prompts)
         worn = [adapter for adapter in rows if adapter is not None]
         order = [[index for line in row for index in line.texts] for of_one in rows.values() for row in of_one]
         texts = [[prompts[index] for index in of_row] for of_row in order]
@@ -249,6 +240,20 @@ class _Prompts:
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
         return logits[back.to(device)]
+
+    def _rows(self, prompts: Sequence[np.ndarray]) -> dict[int | None, list[list[Line]]]:
+        """Each adapter's prompts in rows of lines; lines name prompts by their place in the batch."""
+        groups: dict[int | None, list[Line]] = {}
+        for adapter, group in itertools.groupby(range(len(prompts)), key=self.adapters.__getitem__):
+            own = list(group)
+            texts = [prompts[index].tolist() for index in own]
+            found = Beginnings(texts, [len(text) - 1 for text in texts]).lines(range(len(own)))
+            groups[adapter] = [dataclasses.replace(x, texts=tuple(own[k] for k in x.texts)) for x in found]
+        # A row an adapter makes the cheapest products, unless one has far more to read than the others.
+        totals = [sum(line.tokens for line in lines) for adapter, lines in groups.items() if adapter is not None]
+        usual = int(_ROW_RATIO * sum(totals) / len(totals)) if totals else sum(map(len, prompts))
+        width = max(usual, *map(len, prompts))
+        return {adapter: fill(lines, width) for adapter, lines in groups.items()}
 
     def read(self, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
         """Feed tokens [rows, n] and return the logits at flattened places `at`; the cache grows by n."""

@@ -1,92 +1,25 @@
-"""Texts laid out in rows without padding, what they begin with in common only once.
+"""Lines of texts laid out in rows without padding (`clients.lines`).
 
-All prompts of a task open with the same instruction: from a sixth of a sample's tokens (headlines) to more than half
-(tags). Under one adapter those tokens have the same activations in every text, and a layer need not see them twice. So
-a batch is cut into lines, texts that begin alike: the beginning, then what is each text's own. Lines follow each other
-in a row. Only attention knows where a text begins and ends: it takes queries and keys out of the rows, in groups of
-like size, and gives the results back.
+Texts follow each other in a row, what a line's texts begin with in common only once. Only attention knows where a text
+begins and ends: it takes queries and keys out of the rows, in groups of like size, and gives the results back.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_LINE_TOKENS = 2
-"""Tokens that could be trained in the time that one more line takes, whatever is in it."""
+from clients.lines import Line
+
 _ROUND_WIDTH = 16
 """Rows are as wide as a multiple of so many tokens: a product of a new shape is compiled first."""
 _LOOK_PAIRS = {"cpu": 4096, "cuda": 1 << 24}
 """Pairs of query and key that attention could do in the time that one more group takes, whatever is in it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Texts of a batch, by their places in it and of these lengths, that all begin with the same `prefix` tokens."""
-
-    texts: tuple[int, ...]
-    prefix: int
-    lengths: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens, the beginning counted once."""
-        return sum(self.lengths) - (len(self.lengths) - 1) * self.prefix
-
-    def parts(self, most: int) -> list[Line]:
-        """The same texts in lines of at most so many tokens (or one text)."""
-        if self.tokens <= most or len(self.texts) == 1:
-            return [self]
-        return [part for half in self.halves() for part in half.parts(most)]
-
-    def halves(self) -> tuple[Line, Line]:
-        """The same texts in two lines."""
-        middle = len(self.texts) // 2
-        first, second = slice(None, middle), slice(middle, None)
-        return tuple(Line(self.texts[part], self.prefix, self.lengths[part]) for part in (first, second))
-
-
-class Beginnings:
-    """How texts begin alike, to cut any batch of them into the lines that take the fewest tokens."""
-
-    def __init__(self, texts: Sequence[Sequence[int]], limits: Sequence[int]):
-        """limits: how much of each text may be shared at most (what predicts its targets has to be its own)."""
-        texts = [list(text) for text in texts]
-        order = sorted(range(len(texts)), key=texts.__getitem__)
-        self._lengths, self._limits = list(map(len, texts)), list(limits)
-        self._rank = {index: rank for rank, index in enumerate(order)}
-        # In this order, what two texts share is the least that two neighbours share between them.
-        self._shared = [len(os.path.commonprefix([texts[a], texts[b]])) for a, b in itertools.pairwise(order)]
-
-    def lines(self, batch: Sequence[int]) -> list[Line]:
-        """Lines for texts given by index; each text is in one of them."""
-        places = sorted(range(len(batch)), key=lambda place: self._rank[batch[place]])
-        indices = [batch[place] for place in places]
-        ranks = [self._rank[index] for index in indices]
-        best: list[tuple[int, int, int]] = [(0, 0, 0)] + [(1 << 62, 0, 0)] * len(places)
-        """By how many texts are laid out: (tokens, where the last line starts, its beginning)."""
-        for start in range(len(places)):
-            prefix, total = 1 << 62, 0
-            for end in range(start, len(places)):
-                between = self._shared[ranks[end - 1] : ranks[end]] if end > start else ()
-                prefix = min(prefix, self._limits[indices[end]], *between)
-                total += self._lengths[indices[end]]
-                tokens = best[start][0] + total - (end - start) * prefix + _LINE_TOKENS
-                if tokens < best[end + 1][0]:
-                    best[end + 1] = tokens, start, prefix
-        lines, end = [], len(places)
-        while end:
-            _, start, prefix = best[end]
-            lengths = tuple(self._lengths[index] for index in indices[start:end])
-            lines.append(Line(tuple(places[start:end]), prefix if end - start > 1 else 0, lengths))
-            end = start
-        return lines[::-1]
 
 
 @dataclass(frozen=True)
@@ -201,17 +134,14 @@ class _Slots:
         return Index(*(torch.from_numpy(x).to(device) for x in (source, slots, np.append(offsets, len(slots)))))
 
 
-def fill(lines: Sequence[Line], width: int) -> list[list[Line]]:
-    """Lines, in order, in rows of at most so many tokens (or one line)."""
-    rows: list[list[Line]] = []
-    left = 0
-    for line in lines:
-        if not rows or line.tokens > left:
-            rows.append([])
-            left = width
-        rows[-1].append(line)
-        left -= line.tokens
-    return rows
+class _Entry(NamedTuple):
+    """Who attends: where its beginning is and how long, where its own part, and whether it is the first of its line."""
+
+    begin: int
+    prefix: int
+    at: int
+    own: int
+    first: bool
 
 
 def pad(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -234,14 +164,13 @@ def pack(
     ids = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros_like(ids)
     places: list[np.ndarray] = []
-    entries: list[tuple[int, int, int, int, bool]] = []
-    """Who attends: (place of the beginning, its tokens, place of the own part, its tokens, whether it is the first)"""
+    entries: list[_Entry] = []
     for row, (lines, of_row) in enumerate(zip(rows, texts, strict=True)):
         at, left = 0, iter(of_row)
         for line in lines:
             begin, prefix = at, line.prefix
             if split and prefix:
-                entries.append((0, 0, row * width + begin, prefix, False))
+                entries.append(_Entry(0, 0, row * width + begin, prefix, False))
             for number, _ in enumerate(line.texts):
                 text = next(left)
                 at = at if number else begin + prefix
@@ -250,7 +179,7 @@ def pack(
                 ids[row, place] = text
                 positions[row, place] = np.arange(len(text))
                 places.append(place + row * width)
-                entries.append((row * width + begin, prefix, row * width + at, own, number == 0))
+                entries.append(_Entry(row * width + begin, prefix, row * width + at, own, number == 0))
                 at += own
     looks, queries, keys = [], [], []
     for group in _groups(entries, split, _LOOK_PAIRS.get(device.type, 4096)):
@@ -276,14 +205,13 @@ def pack(
     return ids, places, Packing(where, tuple(looks), split, _Slots.joined(queries), _Slots.joined(keys))
 
 
-def _groups(entries: Sequence[tuple], split: bool, overhead: int) -> list[list[tuple]]:
+def _groups(entries: Sequence[_Entry], split: bool, overhead: int) -> list[list[_Entry]]:
     """Entries of like size together, so that padding costs less than another group would."""
 
-    def size(entry: tuple) -> tuple[int, int]:
-        _, prefix, _, own, _ = entry
-        return (prefix, own) if split else (0, prefix + own)
+    def size(entry: _Entry) -> tuple[int, int]:
+        return (entry.prefix, entry.own) if split else (0, entry.prefix + entry.own)
 
-    groups: list[list[tuple]] = []
+    groups: list[list[_Entry]] = []
     before = most = pairs = 0
     for entry in sorted(entries, key=size):
         prefix, own = size(entry)

@@ -23,10 +23,11 @@ from clients.encoding import truncate_prompt
 from clients.gemm import fast_products
 from clients.jobs import Example, TrainJob, TrainSettings, batch_plan
 from clients.kernels import TokenLosses
+from clients.lines import Beginnings, Line, fill
 from clients.lora_layers import Route
 from clients.memory import activation_bytes_per_token, budget_bytes, give_back, is_out_of_memory, keep_heap
 from clients.optimizer import CohortAdamW, Update
-from clients.packing import Beginnings, Line, fill, pack, pad
+from clients.packing import pack, pad
 from sim.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", "train"]
@@ -118,7 +119,7 @@ class _Run:
         chosen = self.plan[self.step]
         self.missing, self.loss, self.grad = len(chosen), None, None
         if self.beginnings is not None:
-            lines = [part for line in self.beginnings.lines(chosen) for part in line.parts(most)]
+            lines = self.beginnings.lines(chosen)
         else:
             lines = [Line((place,), 0, (len(ids),)) for place, (ids, _) in enumerate(self.batch())]
         return [_Share(self, row) for row in fill(lines, most)]

@@ -140,3 +140,18 @@ def test_what_prompts_begin_with_is_read_once_and_changes_nothing(kind, short, m
     for row, of_row, found in zip(rows, labels, scores, strict=True):
         assert found == pytest.approx(label_scores(base, stack, [row], [of_row])[0], abs=1e-9)
     assert set(prefixes) == {0} and len({tuple(answer) for answer in together}) > 1
+
+
+def test_an_adapter_with_far_more_to_read_reads_in_several_rows(monkeypatch):
+    base, _ = engine.tiny_base("llama")
+    specs = [LoraSpec(2, 8), LoraSpec(4, 16)]
+    stack = AdapterStack.of_states(base, specs, [engine.random_state(base, s, k) for k, s in enumerate(specs)])
+    draw = np.random.default_rng(6)
+    wearers = [0] * 20 + [1] * 2 + [None] * 3
+    rows = [GenerationRow(draw.integers(3, engine.VOCABULARY, 12).tolist(), wearer) for wearer in wearers]
+    packed, plain = [], generation.pack
+    monkeypatch.setattr(generation, "pack", lambda rows, *inputs: packed.append(len(rows)) or plain(rows, *inputs))
+    together = generate(base, stack, rows, max_new_tokens=6)
+    assert packed[0] > 3
+    assert together == [generate(base, stack, [row], max_new_tokens=6)[0] for row in rows]
+    assert len({tuple(answer) for answer in together}) > 1

@@ -12,7 +12,8 @@ from torch.autograd import gradcheck
 from clients.base import FrozenBase
 from clients.gemm import fast_products, onednn_is_exact, plain_products
 from clients.kernels import PackedAttention, RMSNorm, Rotary, SwiGLU, TokenLosses
-from clients.packing import Line, pack
+from clients.lines import Line
+from clients.packing import pack
 from tests.clients import engine
 
 
