@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from sim.asking import traffic
 from sim.results import TABLES
+from sim.timeline import Schedule
 from tests.sim.timelines import HARD, SIZE, asks, run, timeline, trained, works
+
+
+def assert_alike(one: Schedule, other: Schedule) -> None:
+    """The same schedule, whatever the order of its rows."""
+    assert one.finals == other.finals
+    assert sorted(one.attempts, key=str) == sorted(other.attempts, key=str)
+    assert sorted(one.versions, key=str) == sorted(other.versions, key=str)
 
 
 def test_the_default_network_is_a_run_without_one():
@@ -47,9 +55,7 @@ def test_the_order_of_devices_changes_nothing(order, seed):
     ordered, shuffled = timeline(seed=seed, **HARD), timeline(seed=seed, **HARD)
     for round in range(2):
         one, other = run(ordered, round, range(14), each=2), run(shuffled, round, order, each=2)
-        assert one.finals == other.finals
-        assert sorted(one.attempts, key=str) == sorted(other.attempts, key=str)
-        assert sorted(one.versions, key=str) == sorted(other.versions, key=str)
+        assert_alike(one, other)
     assert ordered._state.bodies == shuffled._state.bodies
 
 
@@ -139,9 +145,7 @@ def test_in_any_world_every_request_ends_once_and_no_byte_is_lost(world, order, 
     whole, shuffled = timeline(seed=seed, **world), timeline(seed=seed, **world)
     for round in range(2):
         schedule, other = run(whole, round, range(6), each=2), run(shuffled, round, order, each=2)
-        assert schedule.finals == other.finals
-        assert sorted(schedule.attempts, key=str) == sorted(other.attempts, key=str)
-        assert sorted(schedule.versions, key=str) == sorted(other.versions, key=str)
+        assert_alike(schedule, other)
         shuffled = timeline(json.loads(json.dumps(shuffled.state())), seed=seed, **world)
         assert set(schedule.finals) == {ask.request_id for ask in schedule.plan.asks}
         last = {attempt.request_id: attempt for attempt in schedule.attempts}
