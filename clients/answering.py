@@ -105,7 +105,7 @@ def cloud_answers(
     """Prediction rows of the `cloud` arm, from what the fetch pass got: `no_answer` where nothing came back, or where
     what came never reached its device. When it came stands in the request's event.
     """
-    lost = {name for (name,) in table_rows(order, "lost", "request")}
+    lost = {name for (name,) in table_rows(order, "lost", "request")}  # of these very devices
     staged = worker.run.read_rows(order["answer_parts"], [device.device_id for device in devices])
     came = {(row["device_id"], row["query_id"]): row for row in staged if row["request_id"] not in lost}
     rows = []

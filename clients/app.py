@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from clients.executors import Executor, InProcess, RayExecutor
 from clients.host import call_again, guarded, run_pass
 from clients.worker import Endpoint, Post, WorkerProcess
+from sim.messages import Reply
 from sim.results import RunDirectory
 
 app = ClientApp()
@@ -45,6 +46,12 @@ def fetch(message: Message, context: Context) -> Message:
     return _pass("fetch", message, context)
 
 
+@app.query("filter")
+def filter_again(message: Message, context: Context) -> Message:
+    """Filters again what this host's devices hold, without the answers that never reached them."""
+    return _pass("filter", message, context)
+
+
 @app.train()
 def learn(message: Message, context: Context) -> Message:
     """Trains and answers for this host's devices."""
@@ -67,13 +74,10 @@ def _pass(method: str, message: Message, context: Context) -> Message:
 
 def _reply(message: Message, result: dict[str, Any]) -> Message:
     columns = result.pop("columns", {})
-    counts = {name: sum(values) for name, values in columns.items() if name not in ("device", "outcome", "errors")}
-    outcomes = columns.get("outcome", [])
-    counts |= {f"outcome.{name}": outcomes.count(name) for name in set(outcomes)}
     content = RecordDict({
         "result": ConfigRecord({name: json.dumps(value) for name, value in result.items()}),
         "devices": ConfigRecord({name: list(values) for name, values in columns.items() if values}),
-        "totals": MetricRecord(counts),
+        "totals": MetricRecord(Reply(columns).counts()),
     })
     return Message(content, reply_to=message)
 

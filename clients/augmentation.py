@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from clients.arms import NEED_SAMPLES
 from clients.cloud_records import CloudReply, CloudRequest
+from clients.device import Device, Shard
+from sim.experiment import Experiment
+from sim.population.tasks import get_task
 from sim.protocol import TaskLike, build_answer_request, build_samples_request
-from sim.records import Interaction, Sample
+from sim.records import Interaction, Query, Sample
 
 
 def samples_requests(
@@ -79,6 +83,44 @@ def answer_request(
         uploaded=prompt.uploaded,
         temperature=temperature,
     )
+
+
+def sample_orders(experiment: Experiment, shard: Shard, device: Device) -> list[CloudRequest]:
+    """All requests for synthetic samples that a device may make in a round: per task, from what it knows by then."""
+    cloud = experiment.cloud
+    if not cloud.samples or not NEED_SAMPLES.intersection(experiment.arms):
+        return []
+    items = device.real_items(experiment, shard.round)
+    return [
+        request
+        for task in device.user.tasks
+        for request in samples_requests(
+            get_task(task), [item for item in items if item.task == task], cloud.samples,
+            request_id=f"s{shard.seed}-r{shard.round}-{device.device_id}-{task}", device_id=device.device_id,
+            seed=shard.seed, round=shard.round, samples_per_request=cloud.samples_per_request,
+            show_items=cloud.show_items, show_chars=cloud.show_chars,
+        )
+    ]  # fmt: skip
+
+
+def questions(experiment: Experiment, shard: Shard, device: Device) -> list[tuple[CloudRequest, Query]]:
+    """The cloud arm's requests of a device: every query of the round with the history in its prompt."""
+    cloud = experiment.cloud
+    if "cloud" not in experiment.arms:
+        return []
+    items = device.real_items(experiment, shard.round)
+    return [
+        (
+            answer_request(
+                get_task(query.task), [item for item in items if item.task == query.task], query.input, query.query_id,
+                request_id=f"s{shard.seed}-r{shard.round}-{device.device_id}-{query.task}-q{number}",
+                device_id=device.device_id, seed=shard.seed, round=shard.round, show_items=cloud.show_items,
+                show_chars=cloud.show_chars,
+            ),
+            query,
+        )
+        for number, query in enumerate(device.queries(shard.round))
+    ]
 
 
 def samples_from(requests: Sequence[CloudRequest], replies: Sequence[CloudReply]) -> list[Sample]:

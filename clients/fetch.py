@@ -7,11 +7,10 @@ schedule to say, so the learn pass records them.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clients.arms import NEED_SAMPLES
-from clients.augmentation import answer_request, merge_outcomes, samples_from, samples_requests
+from clients.augmentation import merge_outcomes, questions, sample_orders, samples_from
 from clients.cloud_client import CloudClient
 from clients.cloud_records import CloudReply, CloudRequest
 from clients.device import Device, Shard
@@ -27,22 +26,37 @@ from sim.records import Interaction, JudgedSample, Query, Sample
 COHORT = 64
 """Devices whose samples are embedded and judged together."""
 
+LEAK = "rejected_by:leak"
+"""The verdict of the evaluator, who knows what is held out."""
+
+NOT_RECEIVED = "not_received"
+"""The verdict on a sample that the cloud wrote and that never reached its device."""
+
 ASKING = 0.4
 """Share of the pass that asking takes, for the progress display."""
 
 
 def fetch(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs the pass and stages its tables: samples with every filter's score, attempts, the privacy ledger, and the
-    cloud's answers to queries. Devices that are `due` ask for samples; requests that are `held` are not made. Returns
-    columns a device and the parts written.
+    """Runs the pass and stages its tables: samples with every filter's score, attempts, and the cloud's answers to
+    queries. Devices that are `due` ask for samples; requests that are `held` are not made. Returns columns a device and
+    the parts written.
     """
     due, held = set(order["due"]), {name for (name,) in table_rows(order, "held", "request")}
     devices = worker.devices(shard)
+    experiment = worker.experiment
     orders = {
-        device.index: _made(_orders(worker, shard, device), held) if device.index in due else [] for device in devices
+        device.index: [
+            request
+            for request in (sample_orders(experiment, shard, device) if device.index in due else ())
+            if request.request_id not in held
+        ]
+        for device in devices
     }
-    questions = {device.index: _questions(worker, shard, device, held) for device in devices}
-    requests = [r for index in orders for r in (*orders[index], *(request for request, _ in questions[index]))]
+    asked = {
+        device.index: [each for each in questions(experiment, shard, device) if each[0].request_id not in held]
+        for device in devices
+    }
+    requests = [r for index in orders for r in (*orders[index], *(request for request, _ in asked[index]))]
     replies = _ask(worker, shard, requests, len(devices)) if requests else []
     candidates = {device.index: samples_from(orders[device.index], replies) for device in devices}
     judged = _judge(worker, shard, devices, candidates)
@@ -50,69 +64,55 @@ def fetch(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, A
     tables = {
         "samples": [_sample_row(device, item) for device in devices for item in judged[device.index]],
         "events": [row for request in requests for row in _event_rows(shard, request, by_id[request.request_id])],
-        "ledger": [row for request in requests for row in _ledger_rows(shard, request, by_id[request.request_id])],
         "answers": [
             _answer_row(device, query, by_id[request.request_id])
-            for device in devices for request, query in questions[device.index]
+            for device in devices for request, query in asked[device.index]
         ],
     }  # fmt: skip
+    columns = _columns(devices, orders, by_id, judged)
+    models = {f"cloud {reply.model}": reply.fingerprint for reply in replies if reply.model}
+    return _reply(worker, shard, "fetch", tables, devices, judged, columns, models)
+
+
+def filter_again(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs the filters of devices that lost some answers on the others, as if those had never been written: a sample
+    that is not there makes no other one a duplicate. Those of the `lost` requests are `NOT_RECEIVED`.
+
+    `sample_parts` are what the fetch passes of this round wrote, of all shards. Returns as `fetch` does.
+    """
+    lost = {name for (name,) in table_rows(order, "lost", "request")}
+    devices = worker.devices(shard)
+    by_name = {device.device_id: device.index for device in devices}
+    came: dict[int, list[Sample]] = {device.index: [] for device in devices}
+    missed: dict[int, list[JudgedSample]] = {device.index: [] for device in devices}
+    for row in worker.run.read_rows(order["sample_parts"], list(by_name)):
+        sample, device = Sample(*(row[name] for name in Sample.__dataclass_fields__)), by_name[row["device_id"]]
+        if sample.request_id in lost:
+            missed[device].append(JudgedSample(sample, None, None, None, NOT_RECEIVED))
+        else:
+            came[device].append(sample)
+    judged = _judge(worker, shard, devices, came)
+    rows = [_sample_row(device, item) for device in devices for item in (*judged[device.index], *missed[device.index])]
+    columns = {"device": [device.index for device in devices], "outcome": ["ok"] * len(devices)}
+    return _reply(worker, shard, "filter", {"samples": rows}, devices, judged, columns, {})
+
+
+def _reply(
+    worker: Worker, shard: Shard, name: str, tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    devices: Sequence[Device], judged: Mapping[int, Sequence[JudgedSample]], columns: dict[str, list[Any]],
+    models: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """The pass's tables written, and what goes to the server: `columns`, with what each device could train on."""
     parts = {
-        table: [worker.run.write_part(table, shard.seed, shard.round, f"fetch-{shard.name}", found)]
+        table: [worker.run.write_part(table, shard.seed, shard.round, f"{name}-{shard.name}", found)]
         for table, found in tables.items()
     }
-    models = {f"cloud {reply.model}": reply.fingerprint for reply in replies if reply.model}
-    if judged and any(judged.values()):
+    if any(judged.values()):
         models[f"encoder {worker.experiment.filters.encoder}"] = f"{worker.encoder.fingerprint} {worker.encoder.dtype}"
-    columns = _columns(devices, orders, by_id, judged)
     for device in devices:
-        for name, count in _material(worker, shard, device, judged[device.index]).items():
-            columns.setdefault(name, []).append(count)
+        for kind, count in _material(worker, shard, device, judged[device.index]).items():
+            columns.setdefault(kind, []).append(count)
     return {"parts": parts, "columns": columns, "models": models}
-
-
-def _made(requests: Sequence[CloudRequest], held: Collection[str]) -> list[CloudRequest]:
-    return [request for request in requests if request.request_id not in held]
-
-
-def _orders(worker: Worker, shard: Shard, device: Device) -> list[CloudRequest]:
-    """The requests for synthetic samples of one device: per task, from what it knows by this round."""
-    experiment, cloud = worker.experiment, worker.experiment.cloud
-    if not cloud.samples or not NEED_SAMPLES.intersection(experiment.arms):
-        return []
-    items = device.real_items(experiment, shard.round)
-    return [
-        request
-        for task in device.user.tasks
-        for request in samples_requests(
-            get_task(task), [item for item in items if item.task == task], cloud.samples,
-            request_id=f"s{shard.seed}-r{shard.round}-{device.device_id}-{task}", device_id=device.device_id,
-            seed=shard.seed, round=shard.round, samples_per_request=cloud.samples_per_request,
-            show_items=cloud.show_items, show_chars=cloud.show_chars,
-        )
-    ]
-
-
-def _questions(
-    worker: Worker, shard: Shard, device: Device, held: Collection[str]
-) -> list[tuple[CloudRequest, Query]]:
-    """The cloud arm's requests: every query of the round with the history in its prompt."""
-    experiment, cloud = worker.experiment, worker.experiment.cloud
-    if "cloud" not in experiment.arms:
-        return []
-    items = device.real_items(experiment, shard.round)
-    asked = [
-        (
-            answer_request(
-                get_task(query.task), [item for item in items if item.task == query.task], query.input, query.query_id,
-                request_id=f"s{shard.seed}-r{shard.round}-{device.device_id}-{query.task}-q{number}",
-                device_id=device.device_id, seed=shard.seed, round=shard.round, show_items=cloud.show_items,
-                show_chars=cloud.show_chars,
-            ),
-            query,
-        )
-        for number, query in enumerate(device.queries(shard.round))
-    ]
-    return [(request, query) for request, query in asked if request.request_id not in held]
 
 
 def _ask(worker: Worker, shard: Shard, requests: Sequence[CloudRequest], devices: int) -> list[CloudReply]:
@@ -168,7 +168,7 @@ def _sample_row(device: Device, item: JudgedSample) -> dict[str, Any]:
         "sample_id": sample.sample_id, "request_id": sample.request_id, "device_id": device.device_id,
         "user_id": device.user.user_id, "task": sample.task, "form": sample.form, "input": sample.input,
         "output": sample.output, "semantic": item.semantic, "diversity": item.diversity,
-        "length_ratio": item.length_ratio, "verdict": "rejected_by:leak" if is_leak(item) else item.verdict,
+        "length_ratio": item.length_ratio, "verdict": LEAK if is_leak(item) else item.verdict,
     }
 
 
@@ -193,18 +193,6 @@ def _event_rows(shard: Shard, request: CloudRequest, reply: CloudReply) -> list[
             "tokens_out": attempt.tokens_out, "detail": " ".join(filter(None, details)),
         })
     return rows
-
-
-def _ledger_rows(shard: Shard, request: CloudRequest, reply: CloudReply) -> list[dict[str, Any]]:
-    """What the messages of a request carried, item by item; a retry uploads it again."""
-    times = max(1, sum(not attempt.cached for attempt in reply.attempts))
-    return [
-        {
-            "time_s": shard.round * DAY_S, "device_id": request.device_id, "request_id": request.request_id,
-            "item_id": item.item_id, "chars": item.chars * times, "tokens": -(-item.chars // 4) * times, "masked": 0,
-        }
-        for item in request.uploaded
-    ]
 
 
 def _columns(

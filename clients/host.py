@@ -38,13 +38,15 @@ def run_pass(
     progress: Path,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Runs one pass (`fetch` or `learn`) over the devices of an order, shard by shard.
+    """Runs one pass (`fetch`, `filter` or `learn`) over the devices of an order, shard by shard.
 
     A shard that a stopped run has finished is not run again. Returns {"parts": {table: [path]}, "columns": {name:
     [value a device]}, "models": {name: fingerprint}, "failures": [...]}. A mistake of the user and a stop raise; a dead
     worker does not (unless `strict`): it is an event, and a device that keeps killing is marked in all its answers.
     """
     seed, round, devices = order["seed"], order["round"], list(order["devices"])
+    with contextlib.suppress(OSError):
+        progress.parent.mkdir(parents=True, exist_ok=True)
     done = _Pass()
     queue = [tuple(devices[start : start + shard_size]) for start in range(0, len(devices), shard_size)][::-1]
     deaths: dict[tuple[int, ...], int] = dict.fromkeys(queue, -1)  # a whole shard may die once more than a half
@@ -81,7 +83,7 @@ def run_pass(
         with contextlib.suppress(OSError):
             progress.with_suffix(".shard").unlink(missing_ok=True)
         done.add(reply)
-    for table, rows in _told(run, seed, round, method, lost, done.failures).items():
+    for table, rows in _told(run, order, method, lost, done.failures).items():
         part = run.write_part(table, seed, round, f"{method}-host-{device_id(devices[0])}", rows)
         done.parts.setdefault(table, []).append(part)
     done.columns.setdefault("device", []).extend(lost)
@@ -122,10 +124,12 @@ def _failure(method: str, devices: Sequence[int], death: WorkerDied) -> dict[str
 
 
 def _told(
-    run: RunDirectory, seed: int, round: int, method: str, lost: dict[int, str], failures: Sequence[Mapping[str, Any]]
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows for what went wrong: an event a death and, in the learn pass, the answers that lost devices owed."""
-    tables = lost_rows(run.experiment, seed, round, lost) if lost and method == "learn" else {}
+    run: RunDirectory, order: Mapping[str, Any], method: str, lost: Mapping[int, str],
+    failures: Sequence[Mapping[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Rows for what went wrong: an event a death and, in the learn pass, what the tables hold of lost devices."""
+    seed, round = order["seed"], order["round"]
+    tables = lost_rows(run.experiment, order, lost) if lost and method == "learn" else {}
     if failures:
         tables["events"] = [_event(seed, round, number, failure) for number, failure in enumerate(failures)]
     return tables

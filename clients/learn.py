@@ -19,6 +19,7 @@ from clients.answering import SHARED, Adapter, Owner, answer, cloud_answers
 from clients.arms import Material, training_pairs
 from clients.device import Device, Shard
 from clients.encoding import encode_answer, encode_prompt
+from clients.ledger import ledger_rows
 from clients.materials import Materials
 from clients.scoring import error, metric_rows
 from clients.shared import shared_adapters
@@ -53,12 +54,14 @@ class Version:
 
 def learn(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
     """Runs the pass and stages its tables. The order's tables are those of `sim.rounds.Rounds.order`;
-    `sample_parts` and `answer_parts` are what the fetch passes wrote, of all shards.
+    `sample_parts` and `answer_parts` are what the passes before wrote, of all shards.
 
     Returns {"parts": {table: [path]}, "columns": {name: [value a device]}, "models": {name: fingerprint}}.
     """
     rows: dict[str, list[dict[str, Any]]] = {"predictions": [], "metrics": [], "training": [], "events": []}
     devices = worker.devices(shard)
+    strangers: dict[int, tuple[int, bool]] = {}
+    rows["ledger"] = ledger_rows(worker.experiment, shard, devices, order)
     versions = _versions(order)
     materials = Materials(worker, shard, order)
     store = worker.adapters(shard, order["settled"])
@@ -68,7 +71,7 @@ def learn(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, A
     for start in range(0, len(devices), size):
         block = devices[start : start + size]
         report = _reporter(worker, start, len(block))
-        jobs = list(_jobs(worker, shard, block, versions, materials, store))
+        jobs = list(_jobs(worker, shard, block, versions, materials, store, strangers))
         engine = worker.experiment.engine
         budget = int(engine.memory_gib * 2**30) or None
         results = train_once(
@@ -93,9 +96,13 @@ def learn(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, A
         "outcome": ["ok"] * len(devices),
         "trained_tokens": [trained_tokens[device.device_id] for device in devices],
         "queries": [len(device.queries(shard.round)) for device in devices],
+        "placebos": [int(device.index in strangers) for device in devices],
+        "placebos_of_two": [int(strangers.get(device.index, (0,))[0] > 1) for device in devices],
+        "placebos_short": [int(strangers.get(device.index, (0, False))[1]) for device in devices],
     }
     if worker.experiment.drift.policy == "on_drift":
-        columns["errors"] = _errors(devices, answers, watched(worker.experiment))
+        for on, arm in watched(worker.experiment).items():
+            columns[f"errors.{on}"] = _errors(devices, answers, arm)
     models = {f"base {worker.experiment.model.base}": f"{worker.base.fingerprint} {worker.base.dtype}"}
     return {"parts": parts, "columns": columns, "models": models}
 
@@ -123,10 +130,11 @@ def _reporter(worker: Worker, before: int, devices: int) -> Callable[[int, int],
 
 def _jobs(
     worker: Worker, shard: Shard, block: Sequence[Device], versions: Mapping[int, Sequence[Version]],
-    materials: Materials, store: AdapterStore,
+    materials: Materials, store: AdapterStore, strangers: dict[int, tuple[int, bool]],
 ) -> Iterator[TrainJob]:  # fmt: skip
     """A training job for every adapter of the block that the schedule has trained in this round. Arms share their
-    seeds: the same data gives the same adapter.
+    seeds: the same data gives the same adapter. `strangers` is told of how many other users a device's placebo is, and
+    whether these had too few samples.
     """
     experiment, tokenizer = worker.experiment, worker.base.tokenizer
     for device in block:
@@ -138,6 +146,9 @@ def _jobs(
             pairs = training_pairs(version.arm, material, *words, shard.round)
             if not pairs:
                 continue
+            if version.arm == "placebo" and material.accepted:
+                others = len(pairs) - len(material.real)
+                strangers[device.index] = material.strangers, others < len(material.accepted)
             lora, training = experiment.for_arm(version.arm)
             settings = TrainSettings.of(training)
             if version.arm == "local_matched":
@@ -187,7 +198,7 @@ def _adapters(
     return adapters
 
 
-def _errors(devices: Sequence[Device], answers: Sequence[Mapping[str, Any]], arm: str | None) -> list[str]:
+def _errors(devices: Sequence[Device], answers: Sequence[Mapping[str, Any]], arm: str) -> list[str]:
     """How wrong each device's answers by one arm were, as JSON: what its user's corrections told it."""
     found: dict[str, list[float]] = {device.device_id: [] for device in devices}
     for row in answers:
@@ -203,7 +214,7 @@ def _training_rows(results: Mapping[Any, TrainResult]) -> list[dict[str, Any]]:
         for step in sorted({*range(0, result.steps, stride), result.steps - 1} if result.steps else ()):
             rows.append({
                 "device_id": device_id(index), "arm": version.arm, "step": step, "loss": result.losses[step],
-                "lr": result.learning_rates[step], "tokens": sum(result.tokens_by_step[: step + 1]),
+                "lr": result.learning_rates[step], "tokens": result.tokens_by_step[step],
             })  # fmt: skip
     return rows
 
@@ -214,7 +225,7 @@ def _event_rows(shard: Shard, results: Mapping[Any, TrainResult]) -> list[dict[s
             "time_s": shard.round * DAY_S, "attempt": 0, "device_id": device_id(index), "arm": version.arm,
             "event_id": f"train-s{shard.seed}-r{shard.round}-{device_id(index)}-{version.arm}-{version.on}",
             "kind": "train", "outcome": result.outcome,
-            "tokens_in": result.tokens, "detail": f"{result.steps} steps",
+            "tokens_in": result.tokens, "steps": result.steps, "detail": f"{result.steps} steps",
         }
         for (index, version), result in results.items()
     ]  # fmt: skip

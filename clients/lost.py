@@ -1,29 +1,37 @@
-"""What the tables hold for a device that killed its worker: every answer it owed, empty, so that arms stay paired."""
+"""What the tables hold for a device that killed its worker: every answer it owed, empty, so that arms stay paired, and
+what it uploaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from clients.device import Device
+from clients.device import Device, Shard
+from clients.ledger import ledger_rows
 from clients.scoring import answered, metric_rows, prediction_row
 from sim.experiment import Experiment
 from sim.population.source import open_population
 from sim.population.tasks import get_task
 
 
-def lost_rows(experiment: Experiment, seed: int, round: int, lost: dict[int, str]) -> dict[str, list[dict[str, Any]]]:
-    """Predictions and metrics of devices that the learn pass could not finish; `lost` maps device to outcome.
+def lost_rows(
+    experiment: Experiment, order: Mapping[str, Any], lost: Mapping[int, str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Predictions, metrics and uploads of devices that the learn pass could not finish; `lost` maps device to outcome.
 
     Each answer is empty, scored as such, and carries the outcome (`crashed`, `out_of_memory`).
     """
-    population = open_population(experiment, seed)
+    shard = Shard(order["seed"], order["round"], tuple(sorted(lost)))
+    population = open_population(experiment, shard.seed)
+    devices = [Device(index, population.user(index)) for index in shard.devices]
     rows = [
-        answered(row, "", outcome)
-        for index, outcome in sorted(lost.items())
-        for row in _owed(Device(index, population.user(index)), round, experiment.arms)
+        answered(row, "", lost[device.index])
+        for device in devices
+        for row in _owed(device, shard.round, experiment.arms)
     ]
-    return {"predictions": rows, "metrics": metric_rows(rows)}
+    uploads = ledger_rows(experiment, shard, devices, order)
+    return {"predictions": rows, "metrics": metric_rows(rows), "ledger": uploads}
 
 
 def _owed(device: Device, round: int, arms: Sequence[str]) -> Iterator[dict[str, Any]]:

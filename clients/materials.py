@@ -5,12 +5,13 @@ placebo, those of others.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clients.arms import Material
 from clients.device import Device, Shard
+from clients.fetch import LEAK, NOT_RECEIVED
 from clients.worker import Worker
 from sim.leaks import LeakChecker
 from sim.orders import rows as table_rows
@@ -18,29 +19,30 @@ from sim.population.source import device_id
 from sim.records import Sample
 from sim.timeline_state import REAL
 
-DONORS = 3
-"""How many other devices a placebo is drawn from: the next ones that were due in the same round."""
+DONORS = 2
+"""How many other devices a placebo may be drawn from: the next ones that were due in the same round. The second only
+gives what the first has too little of."""
 
 
 class Materials:
     """Reads the samples of a shard once; `of` says what a device trains an adapter `on`.
 
-    The order's table `samples` names the rounds whose samples each device uses, `lost` the requests whose answers never
-    reached it; `due` are the devices that asked in this round.
+    The order's table `samples` names the rounds whose samples each device uses; `due` are the devices that asked in
+    this round. What never reached a device is not among its samples.
     """
 
     def __init__(self, worker: Worker, shard: Shard, order: Mapping[str, Any]):
         self.experiment, self.shard = worker.experiment, shard
-        self._rounds: dict[tuple[int, str], set[int]] = defaultdict(set)
-        for device, round, on in table_rows(order, "samples", "device", "round", "on"):
-            self._rounds[device, on].add(round)
+        self._rounds = {
+            (device, on): range(first, last + 1)
+            for device, first, last, on in table_rows(order, "samples", "device", "first", "last", "on")
+        }
         self._donors = self._draw(shard, order["due"]) if "placebo" in self.experiment.arms else {}
         wanted = {*shard.devices, *(donor for donors in self._donors.values() for donor in donors)}
         names = [device_id(index) for index in sorted(wanted)]
-        lost = {name for (name,) in table_rows(order, "lost", "request")}
         self._samples: dict[tuple[str, int], list[tuple[Sample, str]]] = defaultdict(list)
         for row in worker.run.read_rows(order["sample_parts"], names) if self._rounds else ():
-            if row["request_id"] not in lost and row["verdict"] != "rejected_by:leak":
+            if row["verdict"] not in (NOT_RECEIVED, LEAK):
                 sample = Sample(*(row[name] for name in Sample.__dataclass_fields__))
                 self._samples[row["device_id"], row["round"]].append((sample, row["verdict"]))
 
@@ -49,18 +51,37 @@ class Materials:
         real = device.real_items(self.experiment, self.shard.round)
         if on == REAL:
             return Material(real)
-        rounds = sorted(self._rounds[device.index, on])
-        donated = [s for donor in self._donors.get(device.index, ()) for s in self._accepted(device_id(donor), rounds)]
+        name = device.device_id
+        rounds = [round for round in self._rounds.get((device.index, on), ()) if (name, round) in self._samples]
+        accepted = self._accepted(name, rounds)
+        foreign, strangers = self._foreign(device, rounds, accepted)
         return Material(
             real=real,
-            accepted=tuple(self._accepted(device.device_id, rounds)),
-            unfiltered=tuple(sample for round in rounds for sample, _ in self._samples[device.device_id, round]),
-            foreign=tuple(self._harmless(device, donated)),
+            accepted=tuple(accepted),
+            unfiltered=tuple(sample for round in rounds for sample, _ in self._samples[name, round]),
+            foreign=tuple(foreign),
+            strangers=strangers,
         )
 
     def _accepted(self, name: str, rounds: Sequence[int]) -> list[Sample]:
         found = (self._samples.get((name, round), ()) for round in rounds)
         return [sample for samples in found for sample, verdict in samples if verdict == "accepted"]
+
+    def _foreign(self, device: Device, rounds: Sequence[int], like: Sequence[Sample]) -> tuple[list[Sample], int]:
+        """What the placebo is drawn from, and of how many other users that is: all that one has, and of a task that one
+        has too little of as much of the next one's as is missing.
+        """
+        missing, found, strangers = Counter(sample.task for sample in like), [], 0
+        for donor in self._donors.get(device.index, ()):
+            theirs = self._harmless(device, self._accepted(device_id(donor), rounds))
+            most = missing if strangers else {}
+            given = [sample for task in missing for sample in _first(theirs, task, most.get(task))]
+            missing = Counter({t: n for t in missing if (n := missing[t] - sum(s.task == t for s in given)) > 0})
+            strangers += bool(given)
+            found += given
+            if not missing:
+                break
+        return found, strangers
 
     def _harmless(self, device: Device, samples: Sequence[Sample]) -> list[Sample]:
         """Foreign samples without leaks of this device's own queries (they were checked against their owner's)."""
@@ -76,3 +97,7 @@ class Materials:
             after = [circle[(place + k) % len(circle)] for k in range(min(DONORS, len(circle)))]
             drawn[device] = [donor for donor in dict.fromkeys(after) if donor != device]
         return drawn
+
+
+def _first(samples: Sequence[Sample], task: str, most: int | None) -> list[Sample]:
+    return [sample for sample in samples if sample.task == task][:most]

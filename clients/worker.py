@@ -175,6 +175,12 @@ class Worker:
 
         return fetch(self, shard, order)
 
+    def filter(self, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Filters again what reached this shard's devices (see `clients.fetch`)."""
+        from clients.fetch import filter_again
+
+        return filter_again(self, shard, order)
+
     def learn(self, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
         """Trains, answers and scores this shard's devices (see `clients.learn`)."""
         from clients.learn import learn

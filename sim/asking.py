@@ -22,13 +22,16 @@ from sim.virtual_sections import CloudCapacity
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What a request moves and costs. `outcome` is what the answer turned out to be (`ok`, `refused`, ...)."""
+    """What a request moves and costs. `outcome` is what the answer turned out to be (`ok`, `refused`, ...); `bodies`:
+    how often its message is in `bytes_up` (once more for each answer that was drawn again).
+    """
 
     bytes_up: int
     bytes_down: int
     tokens_in: int
     tokens_out: int
     outcome: str = "ok"
+    bodies: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ class Ask:
 class Attempt:
     """One try. Bytes are those that left their sender; tokens those the cloud spent.
 
-    `queued_s`: how long it waited for a place (None: it was not admitted). `radio_s`: how long its radio worked.
+    `queued_s`: how long it waited for a place (None: it was not admitted); `arrived_s`: since when; `place_s`: when it
+    began and ended there (None: it had none). `radio_s`: how long its radio worked.
     """
 
     request_id: str
@@ -64,6 +68,8 @@ class Attempt:
     tokens_in: int = 0
     tokens_out: int = 0
     queued_s: float | None = None
+    arrived_s: float = 0.0
+    place_s: tuple[float, float] | None = None
     radio_s: float = 0.0
     retry_after_s: float = 0.0
     detail: str = ""
@@ -139,16 +145,20 @@ class Rules:
 def ask_all(
     asks: Sequence[Ask], link_of: Callable[[int], Link], rules: Rules, cloud_state: Mapping[str, Any] | None = None,
     spent: Mapping[int, float] | None = None, sizes: Mapping[str, Size] | None = None,
+    as_planned: Mapping[str, Sequence[Attempt]] | None = None,
 ) -> Asked:  # fmt: skip
     """Simulates one lane of one round. The order of `asks` matters only within a device: it asks one after another.
 
-    `sizes` are those that differ from what the requests themselves say.
+    `sizes` are those that differ from what the requests themselves say. Requests `as_planned` failed in an earlier
+    simulation of the same round, in these attempts, and are not made again: each keeps its device busy, takes of the
+    cloud and costs what it did there, neither more nor less, and has neither attempts nor an end in the result.
     """
     cloud, asked = Cloud(rules.capacity, cloud_state), Asked(spent=dict(spent or {}))
     by_device: dict[int, list[Ask]] = defaultdict(list)
     for ask in asks:
         by_device[ask.device].append(ask)
-    askers = {device: _Asker(device, cloud, rules, link_of(device), asked, sizes or {}) for device in sorted(by_device)}
+    known = (sizes or {}, as_planned or {})
+    askers = {device: _Asker(device, cloud, rules, link_of(device), asked, *known) for device in sorted(by_device)}
     running = ((device, asker.run(by_device[device])) for device, asker in askers.items())
     arrivals = [(first_s, device, run) for device, run in running if (first_s := next(run, None)) is not None]
     heapify(arrivals)
@@ -170,10 +180,11 @@ class _Asker:
     """
 
     def __init__(
-        self, device: int, cloud: Cloud, rules: Rules, link: Link, asked: Asked, sizes: Mapping[str, Size]
-    ):
+        self, device: int, cloud: Cloud, rules: Rules, link: Link, asked: Asked, sizes: Mapping[str, Size],
+        as_planned: Mapping[str, Sequence[Attempt]],
+    ):  # fmt: skip
         self.device, self.cloud, self.rules, self.link, self.asked = device, cloud, rules, link, asked
-        self.sizes, self.now_s = sizes, rules.start_s
+        self.sizes, self.as_planned, self.now_s = sizes, as_planned, rules.start_s
 
     def run(self, asks: Sequence[Ask]) -> Iterator[float]:
         rules = self.rules
@@ -182,7 +193,24 @@ class _Asker:
             moment_s += rules.unit(self.device, "ask") * rules.ask_within_s
         for ask in asks:
             self.now_s = max(self.now_s, moment_s if ask.at_s is None else ask.at_s)
-            yield from self._request(ask, self.sizes.get(ask.request_id, ask.size))
+            if (planned := self.as_planned.get(ask.request_id)) is not None:
+                yield from self._repeat(ask, planned)
+            else:
+                yield from self._request(ask, self.sizes.get(ask.request_id, ask.size))
+
+    def _repeat(self, ask: Ask, attempts: Sequence[Attempt]) -> Iterator[float]:
+        for attempt in attempts:
+            if attempt.queued_s is not None:
+                yield attempt.arrived_s
+                tokens = ask.size.tokens_in + ask.size.tokens_out
+                self.cloud.repeat(attempt.arrived_s, tokens, attempt.place_s, attempt.end_s)
+            self._pay(attempt)
+            self.now_s = max(self.now_s, attempt.end_s)
+
+    def _pay(self, attempt: Attempt) -> None:
+        if attempt.tokens_in or attempt.tokens_out:
+            paid = price(self.rules.capacity, attempt.tokens_in, attempt.tokens_out)
+            self.asked.spent[self.device] = self.asked.spent.get(self.device, 0.0) + paid
 
     def _request(self, ask: Ask, size: Size) -> Iterator[float]:
         rules, capacity, spent = self.rules, self.rules.capacity, self.asked.spent
@@ -206,9 +234,7 @@ class _Asker:
             last = yield from self._attempt(ask, size, number)
             self.asked.attempts.append(last)
             self.now_s = last.end_s
-            if last.tokens_in or last.tokens_out:
-                paid = price(capacity, last.tokens_in, last.tokens_out)
-                spent[self.device] = spent.get(self.device, 0.0) + paid
+            self._pay(last)
             if last.outcome == "ok":
                 break
             failed_s = self.now_s if failed_s is None else failed_s
@@ -261,18 +287,18 @@ class _Asker:
             found |= {"retry_after_s": verdict.retry_after_s, "detail": verdict.detail}
             return ended(told_s, verdict.outcome)
         served = cloud.serve(arrives_s, limit_s, size.tokens_in, size.tokens_out)
-        found["queued_s"] = served.queued_s
+        found |= {"queued_s": served.queued_s, "arrived_s": arrives_s}
         if not served.begun:
             found["detail"] = "in the cloud's queue"
             return ended(served.end_s)
-        found["tokens_in"] = size.tokens_in
+        found["place_s"] = (arrives_s + served.queued_s, served.end_s)
+        found |= {"tokens_in": size.tokens_in, "tokens_out": served.tokens_out}
         if served.outcome == "gone":
             found["detail"] = "while the cloud wrote"
             return ended(served.end_s)
         if served.outcome != "ok":
             found["detail"] = "outage of the cloud"
             return ended(served.end_s, served.outcome)
-        found["tokens_out"] = size.tokens_out
 
         coming_s = served.end_s + link.rtt_s / 2
         if coming_s >= limit_s:

@@ -36,14 +36,15 @@ class TokenBucket:
         self.level = per_minute if level is None else level
 
     def wait_s(self, now_s: float, amount: float) -> float:
-        """How long until `amount` could be taken; 0: now."""
-        self.level = min(self.capacity, self.level + (now_s - self.time_s) * self.capacity / 60)
-        self.time_s = now_s
-        missing = min(amount, self.capacity) - self.level
+        """How long until `amount` could be taken; 0: now. Asking changes nothing."""
+        missing = min(amount, self.capacity) - self._level(now_s)
         return missing * 60 / self.capacity if missing > 1e-9 * self.capacity else 0.0
 
-    def take(self, amount: float) -> None:
-        self.level -= min(amount, self.capacity)
+    def take(self, now_s: float, amount: float) -> None:
+        self.level, self.time_s = self._level(now_s) - min(amount, self.capacity), now_s
+
+    def _level(self, now_s: float) -> float:
+        return min(self.capacity, self.level + (now_s - self.time_s) * self.capacity / 60)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +52,14 @@ class Served:
     """What a request got of the cloud: `queued_s` in the queue, then a place until `end_s`.
 
     `outcome`: `ok`; `server_error` (an outage cut it short); `gone`, where the asker had left (`begun`: from a place).
+    `tokens_out`: written until then, and to be paid for (by whoever left, too, but not in an outage).
     """
 
     end_s: float
     outcome: str
     queued_s: float = 0.0
     begun: bool = True
+    tokens_out: int = 0
 
 
 class Cloud:
@@ -95,7 +98,7 @@ class Cloud:
             name = max(waits, key=waits.__getitem__)
             return Verdict("rate_limited", waits[name], f"{name} a minute")
         for name, bucket in self.buckets.items():
-            bucket.take(amounts[name])
+            bucket.take(now_s, amounts[name])
         return ADMITTED
 
     def waiting(self, now_s: float) -> int:
@@ -116,10 +119,32 @@ class Cloud:
         closes_s = math.inf if self.open is ALWAYS else up_until(self.open, begins_s, end_s)
         if closes_s < end_s:
             end_s, outcome = closes_s, "server_error"
+        self._take_place(end_s)
+        written = {"ok": tokens_out, "gone": self._written(end_s - begins_s, tokens_in, tokens_out)}.get(outcome, 0)
+        return Served(end_s, outcome, begins_s - now_s, tokens_out=written)
+
+    def repeat(self, now_s: float, tokens: int, place_s: tuple[float, float] | None, left_s: float) -> None:
+        """Takes for a request what it is known to have taken when it arrived: of the rate limits, of the queue until it
+        left that, and of the first free place for what is left of its time at one. Nobody is served.
+        """
+        for name, bucket in self.buckets.items():
+            bucket.take(now_s, {"requests": 1, "tokens": tokens}[name])
+        until_s = left_s if place_s is None else place_s[0]
+        if until_s > now_s:
+            heappush(self._leave_s, until_s)
+        if place_s is not None and self._place_s(place_s[0]) < place_s[1]:
+            self._take_place(place_s[1])
+
+    def _take_place(self, end_s: float) -> None:
         if self.capacity.concurrency:
             place = heappush if len(self._free_s) < self.capacity.concurrency else heapreplace
             place(self._free_s, end_s)
-        return Served(end_s, outcome, begins_s - now_s)
+
+    def _written(self, seconds: float, tokens_in: int, tokens_out: int) -> int:
+        """Whole tokens of an answer that are written within so many seconds at a place."""
+        writing_s = seconds - self.service_s(tokens_in, 0)
+        rate = self.capacity.output_tokens_per_s
+        return min(tokens_out, max(0, math.floor(writing_s * rate))) if rate else 0
 
     def service_s(self, tokens_in: int, tokens_out: int) -> float:
         """Seconds at a place: reading the prompt, then writing."""

@@ -15,6 +15,8 @@ from sim.usage import Usage
 
 COMPARED = ("seed", "round", "device_id", "user_id", "arm", "task", "query_id", "prediction", "gold")
 """Columns of `predictions` that the statistics need."""
+TRAINED = ("kind", "arm", "steps", "tokens_in")
+"""Columns of `events` that they need."""
 
 
 def finish(
@@ -24,7 +26,7 @@ def finish(
     experiment = run.experiment
     run.merge(experiment, truth)
     rows = summarize(
-        run.read("predictions", COMPARED), run.read("training"), margin=experiment.evaluation.margin,
+        run.read("predictions", COMPARED), run.read("events", TRAINED), margin=experiment.evaluation.margin,
         resamples=experiment.evaluation.resamples, seed=experiment.seeds[0],
     )
     exclusions: Counter[str] = Counter()

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from sim.prompts import (
@@ -49,6 +49,10 @@ __all__ = [
 ]
 
 
+CHARS_PER_TOKEN = 4
+"""About, of English text; where no tokenizer is known."""
+
+
 class TaskLike(Protocol):
     """What this module needs to know of a task (`sim.population.tasks` has the tasks)."""
 
@@ -62,11 +66,26 @@ class TaskLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """One item that a request carries: `chars` of its content that leave the device, `cut` if it was shortened."""
+    """One item that a request carries: `chars` of its content that leave the device, `cut` if it was shortened.
+
+    `kind`: `history`, or `question` for the query to answer. `begins`, `ends`: where it stands in the messages, as
+    shares of their characters.
+    """
 
     item_id: str
     chars: int
     cut: bool = False
+    kind: str = "history"
+    begins: float = 0.0
+    ends: float = 1.0
+
+    def sent(self, copies: float) -> int:
+        """How many of its characters so many copies of the messages carry; of the last one perhaps only a part, from
+        its beginning on.
+        """
+        whole = math.floor(copies + 1e-9)
+        part = (copies - whole - self.begins) / (self.ends - self.begins)
+        return whole * self.chars + math.floor(min(1.0, max(0.0, part)) * self.chars)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +166,7 @@ def build_answer_request(
     shown, uploaded = _choose(items, max_items, max_chars, max_item_chars)
     query = clean(query)
     user = ANSWER_USER.format(query=_dumps({"input": query}), **_frame(task, shown))
-    return _prompt(ANSWER_SYSTEM, user, (*uploaded, Uploaded(query_id, len(query))), task)
+    return _prompt(ANSWER_SYSTEM, user, (*uploaded, Uploaded(query_id, len(query), kind="question")), task)
 
 
 _HEAD = re.compile(r"\ATask: (?P<name>\S+) \(")
@@ -234,7 +253,7 @@ def parse_samples(text: str) -> ParsedSamples:
 
 def estimate_tokens(text: str) -> int:
     """Tokens of a text where no tokenizer is known: one for every four characters begun (common for English text)."""
-    return -(-len(text) // 4)
+    return -(-len(text) // CHARS_PER_TOKEN)
 
 
 def clean(text: str) -> str:
@@ -349,4 +368,16 @@ def _frame(task: TaskLike, shown: Sequence[Interaction]) -> dict[str, str]:
 
 def _prompt(system: str, user: str, uploaded: tuple[Uploaded, ...], task: TaskLike) -> Prompt:
     messages = ({"role": "system", "content": system}, {"role": "user", "content": user})
-    return Prompt(messages, uploaded, tuple(getattr(task, "labels", None) or ()))
+    return Prompt(messages, _placed(system, user, uploaded), tuple(getattr(task, "labels", None) or ()))
+
+
+def _placed(system: str, user: str, uploaded: Sequence[Uploaded]) -> tuple[Uploaded, ...]:
+    """The items with their places in the messages: each is a line of its own, and they come in this order."""
+    lines, at, whole = [], len(system), len(system) + len(user)
+    for line in user.split("\n"):
+        if line.startswith("{"):
+            lines.append((at / whole, (at + len(line)) / whole))
+        at += len(line) + 1
+    return tuple(
+        replace(item, begins=begins, ends=ends) for item, (begins, ends) in zip(uploaded, lines, strict=False)
+    )

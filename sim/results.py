@@ -21,10 +21,12 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sim.errors import ResumableStop, UserError, disk_is_full
 from sim.experiment import Experiment
+from sim.population.source import device_id
 
 SCHEMA_VERSION = "1"
 
@@ -51,7 +53,7 @@ TABLES: dict[str, pa.Schema] = {
     ),
     "events": _schema(
         "seed:i round:i time_s:f event_id:s request_id:s attempt:i device_id:s arm:s kind:s outcome:s duration_s:f "
-        "bytes_up:i bytes_down:i tokens_in:i tokens_out:i energy_j:f queued_s:f detail:s"
+        "bytes_up:i bytes_down:i tokens_in:i tokens_out:i energy_j:f queued_s:f steps:i detail:s"
     ),
     "samples": _schema(
         "seed:i round:i sample_id:s request_id:s device_id:s user_id:s task:s form:s input:s output:s semantic:f "
@@ -62,7 +64,7 @@ TABLES: dict[str, pa.Schema] = {
         "prediction:s gold:s score:f outcome:s answered_by:s adapter_version:s adapter_time_s:f data_until_s:f"
     ),
     "ledger": _schema(
-        "seed:i round:i time_s:f device_id:s request_id:s item_id:s chars:i tokens:i masked:i"
+        "seed:i round:i time_s:f device_id:s request_id:s attempt:i kind:s item_id:s chars:i tokens:i masked:i"
     ),
     "training": _schema("seed:i round:i device_id:s arm:s step:i loss:f lr:f tokens:i"),
 }
@@ -188,6 +190,18 @@ class RunDirectory:
         """The rows of staged or committed parts, of all devices or of some."""
         only = None if devices is None else [("device_id", "in", list(devices))]
         return [row for part in sorted(parts) for row in pq.read_table(self.path / part, filters=only).to_pylist()]
+
+    def replace_rows(self, parts: Sequence[str], devices: Collection[int], by: Sequence[str]) -> list[str]:
+        """Staged parts without the rows of some devices, and the parts `by` that hold those instead."""
+        gone, kept = pa.array([device_id(device) for device in devices]), []
+        for part in parts:
+            table = pq.read_table(self.path / part)
+            rest = table.filter(pc.invert(pc.is_in(table.column("device_id"), gone)))
+            if len(rest) < len(table):
+                part = part.removesuffix(".parquet") + ".rest.parquet"
+                self._write_table(rest, self.path / part)
+            kept.append(part)
+        return [*kept, *by]
 
     def sample_parts(self, seed: int, round: int, parts: Mapping[str, Sequence[str]]) -> list[str]:
         """The parts that hold what devices may train on in `round`, itself staged as `parts`: those of earlier rounds

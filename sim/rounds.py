@@ -6,19 +6,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sim.asking import Ask, Size
 from sim.clock import DAY_S
+from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.orders import columns
 from sim.policies import Policies
 from sim.population.source import Population, device_id
 from sim.sections import Training
-from sim.timeline import Plan, Schedule, Timeline
-from sim.timeline_state import SAMPLES, STALE, Work
+from sim.timeline import Delivery, Plan, Schedule, Timeline
+from sim.timeline_state import REAL, SAMPLES, STALE, Work
 
 LEARNS_FROM = {
     "local": "real", "local_matched": "real", "synthetic_only": "accepted", "unfiltered": "real received",
@@ -31,6 +33,9 @@ AUGMENT, CLOUD = "augment", "cloud"
 
 KINDS = ("augment", "answer")
 """Of the events that are requests."""
+
+ALONE = "local"
+"""The trained arm that needs no cloud."""
 
 FIRST = ".first"
 """Behind the arm's name: where the first of two adapters of one round is kept."""
@@ -63,14 +68,17 @@ _SAMPLES = tuple(field.name for field in fields(Material))[2:6]
 
 @dataclass(frozen=True, slots=True)
 class Agenda:
-    """A round as planned. `due`: the devices that ask and train; `asking`: those that have any request to make."""
+    """A round as planned. `due`: the devices that ask for samples and train on them; `alone`: those that train on their
+    own data, for which they need nobody; `asking`: those that the fetch pass is about.
+    """
 
     plan: Plan
     due: tuple[int, ...]
+    alone: tuple[int, ...]
 
     @property
     def asking(self) -> list[int]:
-        return sorted({*self.due, *(ask.device for ask in self.plan.asks)})
+        return sorted({*self.due, *self.alone, *(ask.device for ask in self.plan.asks)})
 
     def order(self) -> dict[str, Any]:
         """For the fetch pass: who is due, and the requests that are not to be made."""
@@ -80,18 +88,42 @@ class Agenda:
 
 
 @dataclass(frozen=True, slots=True)
-class Day:
-    """A round as it came out. `served`: cloud tokens that a due device spent, and whether it has what it asked for.
-
-    `came`: of the devices whose samples came, how many (see `Material.plus`). `lost`: (device, request) of answers that
-    never reached their device.
+class Post:
+    """What became of a round's requests. `sizes`: the real ones; `lost`: (device, request) of answers that were written
+    and never reached their device, of each lane.
     """
 
     agenda: Agenda
+    delivery: Delivery
+    sizes: Mapping[str, Size]
+    lost: Mapping[str, tuple[tuple[int, str], ...]]
+
+    @property
+    def short(self) -> list[int]:
+        """The devices that lost answers with samples: what the others hold is to be filtered without those."""
+        return sorted({device for device, _ in self.lost[AUGMENT]})
+
+    def order(self) -> dict[str, Any]:
+        """For the filter pass: the answers that the devices do not have."""
+        return columns("lost", ("device", "request"), self.lost[AUGMENT])
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """A round as it came out. `served`: cloud tokens that a due device spent, and whether it has what it asked for.
+
+    `came`: of the devices whose samples came, how many (see `Material.plus`). `trained`: those with data of their own.
+    """
+
+    post: Post
     schedule: Schedule
     served: Mapping[int, tuple[int, bool]]
     came: Mapping[int, tuple[int, ...]]
-    lost: tuple[tuple[int, str], ...]
+    trained: frozenset[int]
+
+    @property
+    def agenda(self) -> Agenda:
+        return self.post.agenda
 
 
 def request_names(experiment: Experiment, seed: int, round: int, device: int, tasks: Sequence[str]) -> list[str]:
@@ -117,8 +149,12 @@ def optimizer_steps(training: Training, examples: int) -> int:
 class Rounds:
     """The virtual time of one seed, as the round loop uses it.
 
-    1. `plan(round, devices)`; 2. fetch, by `Agenda.order`; 3. `schedule(agenda, sizes, materials)`; 4. learn, by
-    `order(day)`; write `event_rows`; 5. `advance(day, errors)`, and commit with `state()`.
+    1. `plan(round, devices)`; 2. fetch, by `Agenda.order`; 3. `deliver(agenda, sizes)`, filter again what is `short`,
+    `schedule(post, materials)`; 4. learn, by `order(day)`; write `event_rows`; 5. `advance(day, errors)`, and commit
+    with `state()`.
+
+    Whether a device is due is decided apart for the arms that learn from samples and for `local`, which needs none:
+    neither the cloud's failures nor another arm's errors reach it. Raises UserError where that cannot be decided.
     """
 
     def __init__(
@@ -127,33 +163,49 @@ class Rounds:
         state = state or {}
         self.experiment, self.seed, self.population = experiment, seed, population
         self.timeline = Timeline(experiment, seed, device_id, state.get("timeline"))
-        self.policies = Policies(experiment.drift, state.get("policies"))
+        kept = state.get("policies", {})
+        self.policies = {on: Policies(experiment.drift, kept.get(on)) for on in (SAMPLES, REAL)}
         self._samples: dict[int, dict[int, tuple[int, ...]]] = {
             int(device): {int(round): tuple(counts) for round, counts in found.items()}
             for device, found in state.get("samples", {}).items()
         }
-        self._lost: list[tuple[int, str]] = [(device, name) for device, name in state.get("lost", ())]
         self._asked: dict[int, tuple[tuple[str, ...], Sequence[tuple[str, int | None]]]] = {}
         self.arms = trained(experiment)
-        self.asks_samples = bool(experiment.cloud.samples) and any(arm != "local" for arm in self.arms)
+        self.learning = {
+            SAMPLES: [arm for arm in self.arms if arm != ALONE], REAL: [arm for arm in self.arms if arm == ALONE]
+        }  # fmt: skip
+        self.asks_samples = bool(experiment.cloud.samples and self.learning[SAMPLES])
+        if experiment.drift.policy == "on_drift" and self.learning[SAMPLES] and "collaborative" not in self.arms:
+            raise UserError(
+                f'drift.policy = "on_drift" watches the answers of the arm collaborative, which is not among arms = '
+                f"{list(experiment.arms)}. Add it: all arms that learn from samples ask when that one needs it"
+            )
 
     # --- 1. plan ----------------------------------------------------------------------------------------------
 
     def plan(self, round: int, devices: Sequence[int]) -> Agenda:
         """Who asks and trains in a round, and which of all requests get through."""
-        due = tuple(device for device in devices if self._due(round, device))
+        due, alone = (
+            tuple(device for device in devices if self._due(round, device, on)) for on in (SAMPLES, REAL)
+        )  # fmt: skip
         owing = set(due) if self.asks_samples else set()
         asks = [ask for device in devices for ask in self._asks(round, device, device in owing)]
-        return Agenda(self.timeline.plan(round, asks), due)
+        return Agenda(self.timeline.plan(round, asks), due, alone)
 
-    def _due(self, round: int, device: int) -> bool:
+    def _due(self, round: int, device: int, on: str) -> bool:
+        if not self.learning[on]:
+            return False
         link, start_s = self.timeline.link(device), round * DAY_S
         expected = 0
-        if self.asks_samples:
+        if self.asks_samples and on == SAMPLES:
             size = self.timeline.expected(AUGMENT)
             parts = math.ceil(self.experiment.cloud.samples / self.experiment.cloud.samples_per_request)
             expected = (size.tokens_in + size.tokens_out) * parts * len(self._tasks(round, device)[0])
-        return self.policies.due(round, device, expected, lambda: link.next_up(start_s, start_s + DAY_S) is not None)
+
+        def online() -> bool:
+            return link.next_up(start_s, start_s + DAY_S) is not None
+
+        return self.policies[on].due(round, device, expected, online)
 
     def _asks(self, round: int, device: int, for_samples: bool) -> Iterator[Ask]:
         tasks, of_queries = self._tasks(round, device)
@@ -180,43 +232,58 @@ class Rounds:
 
     # --- 3. schedule ------------------------------------------------------------------------------------------
 
-    def schedule(self, agenda: Agenda, sizes: Mapping[str, Size], materials: Mapping[int, Material]) -> Day:
-        """When everything ends. `sizes` of the requests that were made; `materials` of the devices that are due."""
-        plan = agenda.plan
+    def deliver(self, agenda: Agenda, sizes: Mapping[str, Size]) -> Post:
+        """Whose answer reaches its device, and when. `sizes` of the requests that were made."""
+        delivery = self.timeline.deliver(agenda.plan, sizes)
+        finals = [delivery.finals[name] for name in sorted(agenda.plan.granted) if name in sizes]
+        lost = {
+            lane: tuple((each.device, each.request_id) for each in finals if each.lane == lane and not each.answered)
+            for lane in (AUGMENT, CLOUD)
+        }
+        return Post(agenda, delivery, sizes, lost)
+
+    def schedule(self, post: Post, materials: Mapping[int, Material]) -> Day:
+        """When everything ends. `materials`: what the devices that are due can train on, of what reached them."""
+        agenda, plan, finals = post.agenda, post.agenda.plan, post.delivery.finals
         wanted: dict[int, list[str]] = {device: [] for device in agenda.due}
         for ask in plan.asks:
             if ask.lane == AUGMENT:
                 wanted[ask.device].append(ask.request_id)
         works = [
-            self._work(plan.round, device, arm, materials[device], wanted[device])
-            for device in agenda.due if device in materials
-            for arm in self.arms
+            self._work(plan.round, device, arm, materials[device], wanted.get(device, ()))
+            for on, devices in ((REAL, agenda.alone), (SAMPLES, agenda.due))
+            for device in devices if device in materials
+            for arm in self.learning[on]
         ]  # fmt: skip
-        schedule = self.timeline.schedule(plan, sizes, works)
-        finals, granted = schedule.finals, plan.granted
+        schedule = self.timeline.train(post.delivery, works)
+        tokens: dict[int, int] = defaultdict(int)
+        for attempt in schedule.attempts:
+            if attempt.lane == AUGMENT:
+                tokens[attempt.device] += attempt.tokens_in + attempt.tokens_out
         served, came = {}, {}
         for device, names in wanted.items():
             done = any(finals[name].outcome == "ok" for name in names)
-            served[device] = (sum(_tokens(sizes[name]) for name in names if name in sizes), done or not names)
+            served[device] = (tokens[device], done or not names)
             if done and device in materials:
                 came[device] = tuple(getattr(materials[device], name) for name in _SAMPLES)
-        lost = [(finals[name].device, name) for name in granted if not finals[name].answered]
-        return Day(agenda, schedule, served, came, tuple(sorted(lost)))
+        own = frozenset(device for device in agenda.alone if device in materials and materials[device].real)
+        return Day(post, schedule, served, came, own)
 
     def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> Work:
         _, training = self.experiment.for_arm(arm)
         counted = LEARNS_FROM[arm].split()
+        if arm == "local_matched":
+            _, training = self.experiment.for_arm("collaborative")
         material = own.plus(self._samples[device][past] for past in self._earlier(round, device))
         items, tokens = _total(material, counted)
         steps = optimizer_steps(training, items)
-        if arm == "local_matched" and not training.steps:
-            _, like = self.experiment.for_arm("collaborative")
-            steps = optimizer_steps(like, material.real + material.accepted)
+        if arm == "local_matched":
+            steps = optimizer_steps(training, material.real + material.accepted)
         nothing = replace(own, **dict.fromkeys(_SAMPLES, 0))
         had = nothing.plus(self._samples[device][past] for past in self._stale(device))
         return Work(
             device, arm, steps, _trained_tokens(training, steps, items, tokens),
-            () if arm == "local" else tuple(requests), *_fallback(training, *_total(had, counted)),
+            () if arm == ALONE else tuple(requests), *_fallback(training, *_total(had, counted)),
             row_tokens=material.longest_real if counted == ["real"] else material.longest,
         )
 
@@ -237,9 +304,10 @@ class Rounds:
         """For the learn pass, tables by device.
 
         `versions`: every adapter that may answer in this round, those to be trained now (of this `round`) among them;
-        `as` is where it is kept. `samples`: the rounds whose samples a device trains on, `on` what. `lost`: requests
-        whose answers never came. `settled`: every adapter up to that round is live. `measured`: for the worker's own
-        timeline.
+        `as` is where it is kept. `samples`: the rounds, `first` to `last`, whose samples a device trains `on`. `lost`:
+        answers to the cloud arm's questions that never came. `uploads`: what a device sent, a row an attempt, in copies
+        of its request's message. `settled`: every adapter up to that round is live. `measured`: for the worker's own
+        timeline. A row of a table is for the device that it names; nobody else needs it.
         """
         round, start_s = day.schedule.plan.round, day.schedule.plan.start_s
         by_day, settled = self.experiment.hardware.queries == "day", round - 1
@@ -253,19 +321,20 @@ class Rounds:
                 if by_day and version.live_s > start_s and version.round < round:
                     settled = min(settled, version.round - 1)
         samples = [
-            (device, past, on)
+            (device, rounds[0], rounds[-1], on)
             for device in day.agenda.due
             for on, rounds in (
                 (SAMPLES, [*self._earlier(round, device), *([round] if device in day.came else [])]),
                 (STALE, self._stale(device)),
             )
-            for past in rounds
+            if rounds
         ]
         return {
             "settled": settled, "due": list(day.agenda.due), "measured": json.dumps(self.timeline.measured()),
             **columns("versions", ("device", "arm", "round", "on", "live_s", "as"), versions),
-            **columns("samples", ("device", "round", "on"), samples),
-            **columns("lost", ("device", "request"), [*self._lost, *day.lost]),
+            **columns("samples", ("device", "first", "last", "on"), samples),
+            **columns("lost", ("device", "request"), day.post.lost[CLOUD]),
+            **columns("uploads", ("device", "request", "attempt", "time_s", "copies"), _uploads(day)),
         }
 
     def event_rows(
@@ -282,7 +351,7 @@ class Rounds:
             if row["kind"] == "train":
                 real = training.get(row["event_id"])
                 if real is not None and row["outcome"] == "ok":
-                    row |= {"tokens_in": real["tokens_in"], "outcome": real["outcome"]}
+                    row |= {name: real[name] for name in ("tokens_in", "steps", "outcome")}
                     row["detail"] = f"{row['detail']}, {real['detail']}"
             elif row["attempt"] == schedule.finals[row["request_id"]].attempts - 1:
                 row["detail"] = " ".join(filter(None, [row["detail"], details.get(row["request_id"])]))
@@ -291,24 +360,30 @@ class Rounds:
 
     # --- 5. commit --------------------------------------------------------------------------------------------
 
-    def advance(self, day: Day, errors: Mapping[int, Sequence[float]] | None = None) -> None:
-        """Makes a round the past. `errors`: how wrong each device's answers were (see `Policies.observe`)."""
+    def advance(self, day: Day, errors: Mapping[str, Mapping[int, Sequence[float]]] | None = None) -> None:
+        """Makes a round the past. `errors`: how wrong each device's answers were (see `Policies.observe`), of the arm
+        that is `watched` for those that learn from samples or from real data alone.
+        """
         round = day.schedule.plan.round
         self.timeline.advance(day.schedule)
         for device, (tokens, done) in day.served.items():
-            self.policies.served(round, device, tokens, done)
-        for device, found in (errors or {}).items():
-            self.policies.observe(device, found)
+            self.policies[SAMPLES].served(round, device, tokens, done)
+        for device in day.agenda.alone:
+            self.policies[REAL].served(round, device, 0, device in day.trained)
+        for on, found in (errors or {}).items():
+            for device, of_device in found.items():
+                self.policies[on].observe(device, of_device)
         for device, counts in day.came.items():
             kept = {past: self._samples[device][past] for past in self._earlier(round + 1, device)}
+            if self.experiment.drift.samples == "keep" and len(kept) > 1:  # one sum, however many rounds it is of
+                kept = {min(kept): tuple(map(sum, zip(*kept.values(), strict=True)))}
             self._samples[device] = {**kept, round: counts}
-        self._lost += day.lost
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs (JSON)."""
         return {
-            "timeline": self.timeline.state(), "policies": self.policies.state(), "samples": self._samples,
-            "lost": self._lost,
+            "timeline": self.timeline.state(), "samples": self._samples,
+            "policies": {on: policies.state() for on, policies in self.policies.items()},
         }
 
 
@@ -318,14 +393,22 @@ def trained(experiment: Experiment) -> list[str]:
     return [arm for arm in LEARNS_FROM if arm in arms]
 
 
-def watched(experiment: Experiment) -> str | None:
-    """The arm whose answers a device's detector of drift sees: `collaborative`, else the first that is trained."""
+def watched(experiment: Experiment) -> dict[str, str]:
+    """The arms whose answers a device's detector of drift sees, by what those learn from that it decides for: the arms
+    that need samples, or `local`. Never the arms that happen to be compared: adding one must change no other.
+    """
     arms = trained(experiment)
-    return "collaborative" if "collaborative" in arms else next(iter(arms), None)
+    return {on: arm for on, arm in ((SAMPLES, "collaborative"), (REAL, ALONE)) if arm in arms}
 
 
-def _tokens(size: Size) -> int:
-    return size.tokens_in + size.tokens_out
+def _uploads(day: Day) -> Iterator[tuple[int, str, int, float, float]]:
+    """(device, request, attempt, time_s, copies): what each attempt that sent anything sent."""
+    sizes = {ask.request_id: ask.size for ask in day.agenda.plan.asks} | dict(day.post.sizes)
+    for attempt in day.schedule.attempts:
+        if attempt.bytes_up > 0:
+            size = sizes[attempt.request_id]
+            copies = attempt.bytes_up / size.bytes_up * size.bodies
+            yield attempt.device, attempt.request_id, attempt.number, attempt.start_s, copies
 
 
 def _total(material: Material, counted: Sequence[str]) -> tuple[int, int]:
@@ -350,9 +433,10 @@ def sizes_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Size]:
     """
     sizes: dict[str, Size] = {}
     for row in sorted((row for row in answers if row["kind"] in KINDS), key=lambda row: row["attempt"]):
-        before = sizes.get(row["request_id"], Size(0, 0, 0, 0))
+        before = sizes.get(row["request_id"], Size(0, 0, 0, 0, bodies=0))
         sizes[row["request_id"]] = Size(
             before.bytes_up + (row["bytes_up"] or 0), before.bytes_down + (row["bytes_down"] or 0),
             before.tokens_in + (row["tokens_in"] or 0), before.tokens_out + (row["tokens_out"] or 0), row["outcome"],
+            before.bodies + bool(row["bytes_up"]),
         )
     return sizes

@@ -39,13 +39,13 @@ Contrast = tuple[str, str]
 
 def summarize(
     predictions: pd.DataFrame,
-    training: pd.DataFrame | None = None,
+    events: pd.DataFrame | None = None,
     contrasts: Sequence[Contrast] | None = None,
     margin: float = 0.02,
     seed: int = 0,
     resamples: int = 10_000,
 ) -> list[Row]:
-    """The rows of `summary.json`, from the tables `predictions` and `training` of a run directory.
+    """The rows of `summary.json`, from the tables `predictions` and `events` of a run directory.
 
     For each task, arm and metric a row with `reference` None: `mean` over users (macro-F1 and RMSE: over all answers)
     with its interval. For each task, contrast and metric a row with the reference: `mean` is the arm's on the shared
@@ -59,7 +59,7 @@ def summarize(
     The same tables, seed and resamples give the same rows, in whatever order the tables are.
     """
     rows: list[Row] = []
-    costs = training_costs(training, predictions)
+    costs = training_costs(events, predictions)
     for name in sorted(predictions["task"].unique()):
         comparison = _Comparison(get_task(name), predictions[predictions["task"] == name], seed, resamples)
         chosen = default_contrasts(comparison.arms) if contrasts is None else contrasts
@@ -82,25 +82,23 @@ def default_contrasts(arms: Sequence[str]) -> list[Contrast]:
     return [(arm, reference) for arm, reference in pairs if arm in arms and reference in arms]
 
 
-def training_costs(training: pd.DataFrame | None, predictions: pd.DataFrame) -> dict[str, tuple[float, float]]:
+def training_costs(events: pd.DataFrame | None, predictions: pd.DataFrame) -> dict[str, tuple[float, float]]:
     """Arm -> (optimizer steps, trained tokens) of a device, summed over rounds, mean over the devices that answered.
 
-    Of a thinned table the last step is always there, so steps are exact; tokens are the mean of the steps kept, times
-    steps. Arms that train nothing are not in the result; `rag_adapter` uses collaborative's adapter.
+    From the events, which have what the engine counted. Arms that train nothing are not in the result; `rag_adapter`
+    uses collaborative's adapter.
     """
-    if training is None or training.empty:
+    if events is None or events.empty:
         return {}
-    one = training.groupby(["seed", "round", "device_id", "arm"]).agg(last=("step", "max"), tokens=("tokens", "mean"))
-    one["steps"] = one["last"] + 1
-    one["tokens"] = one["tokens"] * one["steps"]
-    totals = one.groupby("arm")[["steps", "tokens"]].sum()
+    done = events[(events["kind"] == "train") & events["steps"].notna()]
+    totals = done.groupby("arm")[["steps", "tokens_in"]].sum()
     devices = predictions.groupby("arm")[["seed", "device_id"]].apply(lambda rows: len(rows.drop_duplicates()))
-    found = {
-        arm: (float(totals.at[arm, "steps"] / devices[arm]), float(totals.at[arm, "tokens"] / devices[arm]))
-        for arm in totals.index
-        if arm in devices
+    owner = {arm: _ADAPTER_OF.get(arm, arm) for arm in devices.index}
+    return {
+        arm: tuple(float(total) / int(devices[arm]) for total in totals.loc[own])
+        for arm, own in owner.items()
+        if own in totals.index
     }
-    return found | {arm: found[used] for arm, used in _ADAPTER_OF.items() if arm in devices and used in found}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Who can do what and when: each round in virtual time, from links, hardware and the cloud's capacity.
 
-The round loop calls it twice. `plan` says, from expected sizes, whose request gets through: exactly those are asked for
-real. `schedule` then lets the same requests run with the sizes they really had, and says when each thing ends: answers,
-training, adapters that go live. `advance` makes a schedule the past. Nothing here learns or waits.
+`plan` says, from expected sizes, whose request gets through: exactly those are asked for real. `deliver` then lets the
+same requests run with the sizes they really had, and says when each answer comes; `train`, when the adapters that are
+made of them go live. `advance` makes a schedule the past. Nothing here learns or waits.
 
 Every arm lives in a world of its own (its battery, its warmth, its share of the cloud) with the same luck: links,
 habits and jitter come from (seed, device, round, purpose). Adding an arm or a device with an unlimited cloud changes no
@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from sim.asking import Ask, Asked, Attempt, Final, Rules, Size, ask_all
@@ -68,8 +69,8 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """What became of a round: every attempt, one final outcome a request, every version of every adapter.
+class Delivery:
+    """What became of a round's requests: every attempt, and one final outcome a request.
 
     `received`: the requests whose answer reached its device (an answer that was asked for and did not is wasted).
     """
@@ -77,12 +78,18 @@ class Schedule:
     plan: Plan
     attempts: tuple[Attempt, ...]
     finals: Mapping[str, Final]
-    versions: tuple[Version, ...]
     state: State = field(repr=False)
 
     @property
     def received(self) -> frozenset[str]:
         return frozenset(name for name, final in self.finals.items() if final.outcome == "ok")
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule(Delivery):
+    """A whole round: what became of its requests, and every version of every adapter."""
+
+    versions: tuple[Version, ...] = ()
 
 
 class Timeline:
@@ -163,32 +170,45 @@ class Timeline:
         finals = {ask.request_id: lanes[ask.lane].finals[ask.request_id] for ask in asks}
         return Plan(round, start_s, end_s, tuple(asks), attempts, finals)
 
-    @_uncollected()
     def schedule(self, plan: Plan, sizes: Mapping[str, Size], works: Iterable[Work] = ()) -> Schedule:
-        """When each thing ends, from the real sizes of the granted requests and the steps of each adapter.
+        """`deliver`, then `train`."""
+        return self.train(self.deliver(plan, sizes), works)
+
+    @_uncollected()
+    def deliver(self, plan: Plan, sizes: Mapping[str, Size]) -> Delivery:
+        """When each request ends, from the real sizes of the granted ones.
 
         A granted request without a size was never answered: its outcome is `crashed`. Requests that were not granted
-        load the cloud as expected and end as planned.
+        are over as planned: they are not made again, but keep the places at the cloud that they took.
         """
         granted = plan.granted
         unknown = set(sizes) - granted
         if unknown:
             raise ValueError(f"sizes of requests that were not granted: {sorted(unknown)[:3]}")
-        lanes = self._ask(plan.round, plan.asks, sizes)
         attempts = [attempt for attempt in plan.attempts if attempt.request_id not in granted]
-        finals = {name: final for name, final in plan.finals.items() if name not in granted}
+        as_planned: dict[str, list[Attempt]] = {name: [] for name in plan.finals if name not in granted}
+        for attempt in sorted(attempts, key=attrgetter("number")):
+            as_planned[attempt.request_id].append(attempt)
+        lanes = self._ask(plan.round, plan.asks, sizes, as_planned)
+        finals = {name: plan.finals[name] for name in as_planned}
         for asked in lanes.values():
-            attempts += [attempt for attempt in asked.attempts if attempt.request_id in granted]
+            attempts += asked.attempts
             for name, final in asked.finals.items():
-                if name in granted:
-                    answer = sizes[name].outcome if name in sizes else "crashed"
-                    if final.answered and answer != "ok":
-                        final = replace(final, outcome=answer, answered=answer != "crashed")
-                    finals[name] = final
+                answer = sizes[name].outcome if name in sizes else "crashed"
+                if final.answered and answer != "ok":
+                    final = replace(final, outcome=answer, answered=answer != "crashed")
+                finals[name] = final
         finals = {ask.request_id: finals[ask.request_id] for ask in plan.asks}
         state = self._state.after(plan.round, plan.start_s, plan.asks, lanes, sizes, finals)
+        return Delivery(plan, tuple(attempts), finals, state)
+
+    @_uncollected()
+    def train(self, delivery: Delivery, works: Iterable[Work] = ()) -> Schedule:
+        """When each adapter is trained, from what was delivered and the steps that each takes."""
+        plan, finals = delivery.plan, delivery.finals
+        state = delivery.state.copy()
         versions = tuple(version for each in works for version in self._train(plan, each, finals, state))
-        return Schedule(plan, tuple(attempts), finals, versions, state)
+        return Schedule(plan, delivery.attempts, finals, state, versions)
 
     def advance(self, schedule: Schedule) -> None:
         """Makes a schedule the past: the next round begins from it."""
@@ -204,8 +224,9 @@ class Timeline:
         return {"this_machine": {**asdict(found[0]), "sources": dict(found[0].sources)}} if found else {}
 
     def _ask(
-        self, round: int, asks: Sequence[Ask], sizes: Mapping[str, Size] | None = None
-    ) -> dict[str, Asked]:
+        self, round: int, asks: Sequence[Ask], sizes: Mapping[str, Size] | None = None,
+        as_planned: Mapping[str, Sequence[Attempt]] | None = None,
+    ) -> dict[str, Asked]:  # fmt: skip
         experiment, lanes = self.experiment, defaultdict(list)
         for ask in asks:
             lanes[ask.lane].append(ask)
@@ -215,7 +236,8 @@ class Timeline:
         )
         return {
             lane: ask_all(
-                lanes[lane], self.link, rules, self._state.clouds.get(lane), self._state.spent.get(lane), sizes
+                lanes[lane], self.link, rules, self._state.clouds.get(lane), self._state.spent.get(lane), sizes,
+                as_planned,
             )
             for lane in sorted(lanes)
         }

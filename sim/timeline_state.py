@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sim.asking import Ask, Asked, Final, Size
@@ -85,6 +85,11 @@ class State:
             if finals[ask.request_id].outcome == "ok" and ask.lane == "augment":
                 new.had_samples[ask.device] = round
         return new
+
+    def copy(self) -> State:
+        """Another one, whose bodies and live adapters may change."""
+        live = defaultdict(list, {key: list(versions) for key, versions in self.live.items()})
+        return replace(self, bodies=dict(self.bodies), live=live)
 
     def _learn_size(self, lane: str, size: Size) -> None:
         """A running mean: count, then bytes up and down, tokens in and out."""

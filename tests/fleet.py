@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
 
 from clients.executors import InProcess
-from clients.host import run_pass
+from clients.in_process import InProcessBackend
 from clients.worker import Endpoint, Worker
 from sim.experiment import Experiment
-from sim.orders import cut
-from sim.population.source import open_population
+from sim.loop import run_rounds
 from sim.results import RunDirectory
-from sim.rounds import Material, Rounds, sizes_of
 
-COUNTS = [field.name for field in fields(Material)]
 KEYS = ["seed", "round", "device_id", "arm", "task", "query_id"]
 
 
@@ -35,59 +30,28 @@ def tiny(**changes) -> Experiment:
 def run_in_process(
     path: Path, experiment: Experiment, endpoint: Endpoint, hosts: int = 1, worker=None, backwards: bool = False
 ) -> RunDirectory:
-    """The rounds of an experiment without Flower and Ray: the same passes on one worker, host after host.
+    """The rounds of an experiment without Flower and Ray: the same loop and passes on one worker, host after host.
 
     `worker` is one that has loaded its models already, to be used again on this run directory. `backwards` names the
-    devices to the round loop from the last to the first.
+    devices, to every host, from the last to the first, and the hosts too.
     """
     run = RunDirectory.create(path, experiment)
     fresh = Worker(str(run.path), endpoint, threads=1, models=worker.models if worker is not None else None)
-    executor = InProcess(lambda: fresh)
-    devices = list(range(experiment.population.users))[:: -1 if backwards else 1]
-    for seed in experiment.seeds:
-        virtual = Rounds(experiment, seed, open_population(experiment, seed))
-        if "shared" in experiment.arms:
-            fresh.share(seed)
-        for round in range(experiment.rounds):
-            agenda = virtual.plan(round, devices)
-            parts, replies = _pass(run, executor, "fetch", seed, round, agenda.order(), agenda.asking, hosts)
-            events = run.read_rows(parts.pop("events", []))
-            columns = [reply["columns"] for reply in replies]
-            materials = {
-                device: Material(*counts)
-                for found in columns for device, *counts in zip(*(found[n] for n in ("device", *COUNTS)), strict=True)
-            }  # fmt: skip
-            day = virtual.schedule(agenda, sizes_of(events), materials)
-            staged = {"sample_parts": run.sample_parts(seed, round, parts), "answer_parts": parts.pop("answers", [])}
-            learned, replies = _pass(
-                run, executor, "learn", seed, round, {**virtual.order(day), **staged}, devices, hosts
-            )
-            for table, paths in learned.items():
-                parts.setdefault(table, []).extend(paths)
-            rows = virtual.event_rows(day, events, run.read_rows(parts.pop("events", [])))
-            parts["events"] = [run.write_part("events", seed, round, "round", rows)]
-            errors = {
-                device: json.loads(found)
-                for reply in replies
-                for device, found in zip(reply["columns"]["device"], reply["columns"].get("errors", []), strict=False)
-            }
-            virtual.advance(day, errors)
-            run.commit(seed, round, parts, {"failures": [], "models": {}}, virtual.state())
+    run_rounds(run, InProcessBackend(run, InProcess(lambda: fresh), hosts, backwards), endpoint, Silent())
     run.merge(experiment)
     return run
 
 
-def _pass(run, executor, name, seed, round, order, devices, hosts):
-    parts: dict[str, list[str]] = {}
-    replies = []
-    for host in range(hosts):
-        if own := [device for device in devices if device % hosts == host]:
-            told = {**cut(order, own), "devices": own, "seed": seed, "round": round}
-            shard, progress = run.experiment.engine.shard, run.path / "progress"
-            replies.append(run_pass(executor, name, run, told, shard, 600.0, progress))
-            for table, paths in replies[-1]["parts"].items():
-                parts.setdefault(table, []).extend(paths)
-    return parts, replies
+class Silent:
+    """Nobody watches."""
+
+    def start(self, *_): ...
+
+    def begin(self, *_): ...
+
+    def update(self, *_): ...
+
+    def end(self): ...
 
 
 def answers(run: RunDirectory) -> pd.DataFrame:

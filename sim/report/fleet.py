@@ -74,9 +74,10 @@ def _activities(events: pd.DataFrame) -> list[Activity]:
 def _uploads(ledger: pd.DataFrame, events: pd.DataFrame) -> list[Uploads]:
     if not len(ledger):
         return []
-    kinds = events.dropna(subset=["request_id"]).drop_duplicates(["seed", "request_id"])[["seed", "request_id", "kind"]]
+    asked = events.dropna(subset=["request_id"]).drop_duplicates(["seed", "request_id"])
+    asked = asked[["seed", "request_id", "kind"]].rename(columns={"kind": "request_kind"})
     found = []
-    for kind, rows in ledger.merge(kinds, on=["seed", "request_id"], how="left").groupby("kind", dropna=False):
+    for kind, rows in ledger.merge(asked, on=["seed", "request_id"], how="left").groupby("request_kind", dropna=False):
         chars = rows.groupby(["seed", "device_id"])["chars"].sum()
         found.append(Uploads(
             _text(kind), len(chars), rows[["seed", "request_id"]].drop_duplicates().shape[0], len(rows),

@@ -13,7 +13,6 @@ import pandas as pd
 from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.results import RunDirectory
-from sim.rounds import watched
 from sim.section import Section
 from sim.studies import drift_figures
 from sim.studies.answer import save_figure, write_findings, write_table
@@ -34,6 +33,7 @@ from sim.studies.drift_measures import (
     read_costs,
     read_trained,
     read_two_golds,
+    studied,
 )
 from sim.studies.drift_prose import sentences
 from sim.studies.frames import Runs, each_cell
@@ -79,7 +79,7 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
     """The analysis `drift`: writes `table.csv`, figures and `findings.md` (see docs/drift.md for the measures)."""
     cases = [_case(cell.words, cell.name, run) for cell, run in each_cell(study, runs)]
     for case in cases:
-        if watched(case.experiment) is None or "frozen" not in case.experiment.arms:
+        if studied(case.experiment) is None or "frozen" not in case.experiment.arms:
             raise UserError(f"{study.spec.name}: arms = {list(case.experiment.arms)}: give `frozen` and a trained arm")
         if case.adapters.empty:
             raise UserError(f"{study.spec.name}: no adapter answered in {case.run.path.name}. Give more rounds")

@@ -18,7 +18,7 @@ from sim.population.source import FromWorld
 from sim.population.tasks import get_task
 from sim.population.world.truth import answers as both_answers
 from sim.results import RunDirectory
-from sim.rounds import watched
+from sim.rounds import trained
 from sim.seeding import generator
 from sim.studies.frames import mean_interval
 
@@ -32,6 +32,12 @@ COSTS = ("refreshes", "bytes", "tokens", "energy_j", "minutes")
 """Of one user: times trained, bytes up and down, cloud tokens, joules of radio and training, minutes of training."""
 
 
+def studied(experiment: Experiment) -> str | None:
+    """The arm that the study is about: `collaborative`, else the first that is trained."""
+    arms = trained(experiment)
+    return "collaborative" if "collaborative" in arms else next(iter(arms), None)
+
+
 # --- reading a run -------------------------------------------------------------------------------------------------
 
 
@@ -41,7 +47,7 @@ def read_answers(run: RunDirectory) -> pd.DataFrame:
     """
     experiment = run.experiment
     told = run.read("predictions")
-    told = told[told["arm"].isin(["frozen", watched(experiment)])]
+    told = told[told["arm"].isin(["frozen", studied(experiment)])]
     told = told[[*KEYS, "arm", "input", "prediction", "score", "answered_by"]]
     told["good"] = told["score"] * told["task"].map(lambda task: 1.0 if get_task(task).higher_is_better else -1.0)
     told = with_age(told, read_trained(run))
@@ -56,7 +62,7 @@ def read_answers(run: RunDirectory) -> pd.DataFrame:
 def read_trained(run: RunDirectory) -> pd.DataFrame:
     """When the watched arm's adapters were trained: `USER` and `round`, once a round."""
     events = run.read("events")
-    done = (events["kind"] == "train") & (events["outcome"] == "ok") & (events["arm"] == watched(run.experiment))
+    done = (events["kind"] == "train") & (events["outcome"] == "ok") & (events["arm"] == studied(run.experiment))
     return events.loc[done, [*USER, "round"]].drop_duplicates().sort_values("round", ignore_index=True)
 
 
@@ -70,7 +76,7 @@ def read_changes(run: RunDirectory) -> pd.DataFrame:
 
 def read_costs(run: RunDirectory) -> pd.DataFrame:
     """What the whole run cost each device: `COSTS`, by `USER`. Only what the watched arm needed."""
-    events, arm = run.read("events"), watched(run.experiment)
+    events, arm = run.read("events"), studied(run.experiment)
     users = run.read("predictions")[USER].drop_duplicates()
     return costs(events[(events["kind"] == "augment") | (events["arm"] == arm)], pd.MultiIndex.from_frame(users))
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clients.augmentation import questions, sample_orders
 from clients.device import Device, Shard
-from clients.fetch import _orders, _questions
 from clients.jobs import TrainSettings
 from sim.asking import Size
 from sim.experiment import Experiment
@@ -33,7 +32,7 @@ def rounds(**sections) -> Rounds:
 def run(virtual: Rounds, round: int = 0, devices=range(4), material=MATERIAL):
     agenda = virtual.plan(round, devices)
     sizes = {name: SIZE for name in agenda.plan.granted}
-    return agenda, virtual.schedule(agenda, sizes, dict.fromkeys(agenda.due, material))
+    return agenda, virtual.schedule(virtual.deliver(agenda, sizes), dict.fromkeys(agenda.asking, material))
 
 
 def to_train(virtual: Rounds, day, round: int = 0) -> dict[str, str]:
@@ -45,13 +44,13 @@ def to_train(virtual: Rounds, day, round: int = 0) -> dict[str, str]:
 def test_requests_are_named_as_the_fetch_pass_names_them():
     experiment = Experiment(population={"users": 4}, cloud={"samples": 20, "samples_per_request": 8})
     virtual = rounds(cloud={"samples": 20, "samples_per_request": 8})
-    worker, shard = SimpleNamespace(experiment=experiment), Shard(1, 2, tuple(range(4)))
+    shard = Shard(1, 2, tuple(range(4)))
     named = [ask.request_id for ask in virtual.plan(2, range(4)).plan.asks]
     made = []
     for index in range(4):
         device = Device(index, virtual.population.user(index))
-        made += [request.request_id for request in _orders(worker, shard, device)]
-        made += [request.request_id for request, _ in _questions(worker, shard, device, ())]
+        made += [request.request_id for request in sample_orders(experiment, shard, device)]
+        made += [request.request_id for request, _ in questions(experiment, shard, device)]
     assert named == made and len(named) > 20
 
 
@@ -70,7 +69,7 @@ def test_by_default_everything_is_asked_and_trained_once():
     names = [f"{device}/{arm}" for device in range(4) for arm in virtual.arms]
     assert to_train(virtual, day) == {name: REAL if name.endswith("/local") else SAMPLES for name in names}
     assert told["versions.as"] == told["versions.arm"] and told["lost.request"] == [] and told["settled"] == -1
-    assert list(rows(told, "samples", "device", "round", "on")) == [(device, 0, SAMPLES) for device in range(4)]
+    assert list(rows(told, "samples", "device", "first", "last", "on")) == [(d, 0, 0, SAMPLES) for d in range(4)]
     by_arm = {v.arm: v for v in day.schedule.versions if v.device == 0}
     # local: 6 items are 1 step a pass, 6 passes; the others 18 items, 3 a pass; matched: as many steps on 6 items
     assert by_arm["local"].load_s < by_arm["local_matched"].load_s
@@ -120,8 +119,8 @@ def test_samples_of_earlier_rounds():
         for round in range(3):
             virtual.advance(run(virtual, round)[1])
         _, day = run(virtual, 3)
-        used = list(rows(virtual.order(day), "samples", "device", "round", "on"))
-        assert [past for device, past, _ in used if device == 0] == [*earlier, 3]
+        used = list(rows(virtual.order(day), "samples", "device", "first", "last", "on"))
+        assert [row[1:] for row in used if row[0] == 0] == [(min([*earlier, 3]), 3, SAMPLES)]
         items = MATERIAL.real + (1 + len(earlier)) * MATERIAL.accepted
         (version,) = (version for version in day.schedule.versions if version.device == 0)
         (alike, *_) = run(rounds(arms=("collaborative",)), material=Material(items, 100 * items))[1].schedule.versions
@@ -134,8 +133,8 @@ def test_stale_samples_are_the_last_that_came():
         virtual.advance(run(virtual, round)[1])
     _, day = run(virtual, 2)
     assert to_train(virtual, day, 2) == {f"{device}/collaborative": STALE for device in range(4)}
-    told = set(rows(virtual.order(day), "samples", "device", "round", "on"))
-    assert {(device, 1, STALE) for device in range(4)} <= told and not [row for row in told if row[2] == SAMPLES]
+    told = set(rows(virtual.order(day), "samples", "device", "first", "last", "on"))
+    assert told == {(device, 1, 1, STALE) for device in range(4)}
 
 
 def test_devices_that_are_not_due_neither_ask_nor_train():
@@ -156,7 +155,7 @@ def test_devices_that_are_not_due_neither_ask_nor_train():
 def test_sizes_are_summed_over_draws():
     row = {"kind": "augment", "request_id": "a", "bytes_up": 10, "bytes_down": 5, "tokens_in": 3, "tokens_out": None}
     rows = [{**row, "attempt": 1, "outcome": "ok"}, {**row, "attempt": 0, "outcome": "malformed"}]
-    assert sizes_of([*rows, {"kind": "worker_died", "attempt": 0}]) == {"a": Size(20, 10, 6, 0, "ok")}
+    assert sizes_of([*rows, {"kind": "worker_died", "attempt": 0}]) == {"a": Size(20, 10, 6, 0, "ok", bodies=2)}
 
 
 def test_rows_are_those_of_both_worlds():
@@ -167,8 +166,8 @@ def test_rows_are_those_of_both_worlds():
         {"kind": "augment", "request_id": answered, "attempt": 0, "detail": "a-model", "outcome": "ok"},
         {"kind": "worker_died", "request_id": None, "attempt": 0, "detail": "killed", "outcome": "crashed"},
     ]
-    learned = [{"kind": "train", "event_id": f"train-s1-r0-{device_id(0)}-local-real", "tokens_in": 77, "outcome": "ok",
-                "detail": "6 steps"}]  # fmt: skip
+    learned = [{"kind": "train", "event_id": f"train-s1-r0-{device_id(0)}-local-real", "tokens_in": 77, "steps": 6,
+                "outcome": "ok", "detail": "6 steps"}]  # fmt: skip
     found = virtual.event_rows(day, answers, learned)
     assert all(set(row) <= set(TABLES["events"].names) for row in found)
     assert [row["detail"] for row in found if row["kind"] == "worker_died"] == ["killed"]
@@ -183,7 +182,7 @@ def test_a_resumed_seed_goes_on():
     sections = {"drift": {"policy": "on_drift", "samples": "keep"}, "rounds": 3, "network": {"availability": 0.5}}
     virtual = rounds(**sections)
     _, day = run(virtual)
-    virtual.advance(day, {0: [0.0] * 40 + [1.0] * 60})
+    virtual.advance(day, {SAMPLES: {0: [0.0] * 40 + [1.0] * 60}})
     again = Rounds(virtual.experiment, 1, virtual.population, json.loads(json.dumps(virtual.state())))
     agenda, day = run(again, 1)
     assert 0 in agenda.due and agenda == run(virtual, 1)[0]

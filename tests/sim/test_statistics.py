@@ -235,17 +235,16 @@ def test_which_comparisons_are_made():
 
 
 def test_steps_and_tokens_of_a_device():
-    """d-a: 3 steps of 10 tokens in round 0, 1 step of 8 in round 1; d-b: 9 steps, thinned to steps 0, 4, 8. In all 13
-    steps and 30 + 8 + 9 x 20 tokens, over two devices."""
-    columns = ["seed", "round", "device_id", "arm", "step", "tokens"]
-    kept = [("d-a", 0, 0, 10), ("d-a", 0, 1, 10), ("d-a", 0, 2, 10), ("d-a", 1, 0, 8),
-            ("d-b", 0, 0, 10), ("d-b", 0, 4, 30), ("d-b", 0, 8, 20)]  # fmt: skip
-    training = pd.DataFrame([(1, r, d, "collaborative", s, t) for d, r, s, t in kept], columns=columns)
+    """d-a: 3 steps and 30 tokens in round 0, 1 and 8 in round 1; d-b: 9 and 180, and one that was given up: in all
+    13 steps and 218 tokens, over two devices. Where numbers come from is for tests/test_columns.py to say."""
+    done = [("train", 3, 30), ("train", 1, 8), ("train", 9, 180), ("train", None, None), ("augment", None, 1000)]
+    events = pd.DataFrame([(kind, "collaborative", s, t) for kind, s, t in done],
+                          columns=["kind", "arm", "steps", "tokens_in"])  # fmt: skip
     frame = pd.DataFrame(
         [row for arm in ("collaborative", "frozen", "rag_adapter") for row in answers(arm, marks({"a": [1], "b": [0]}))]
     )
-    assert training_costs(training, frame) == {"collaborative": (6.5, 109.0), "rag_adapter": (6.5, 109.0)}
-    rows = summarize(frame, training)
+    assert training_costs(events, frame) == {"collaborative": (6.5, 109.0), "rag_adapter": (6.5, 109.0)}
+    rows = summarize(frame, events)
     assert {(row["arm"], row["steps"], row["tokens"]) for row in rows} == {
         ("collaborative", 6.5, 109.0), ("rag_adapter", 6.5, 109.0), ("frozen", 0.0, 0.0),
     }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Backends: how the round loop's orders reach hosts."""
