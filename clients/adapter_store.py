@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sim.durable import make_folder, settle
 from sim.errors import ResumableStop
 from sim.results import cannot_write
 from sim.rounds import FIRST
@@ -125,9 +126,9 @@ class AdapterStore:
     def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
+            settle(temporary, path)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)

@@ -73,11 +73,11 @@ class AnswerCache:
             database.execute(f"PRAGMA user_version = {_VERSION}")
         database.commit()
 
-    def first(self, keys: Sequence[str]) -> dict[str, Any] | None:
-        """The value of the first key that is there."""
+    def several(self, keys: Sequence[str]) -> list[dict[str, Any] | None]:
+        """The values of the keys, None for those that are not there."""
         marks = ",".join("?" * len(keys))
         found = dict(self._database.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", list(keys)))
-        return next((json.loads(found[key]) for key in keys if key in found), None)
+        return [json.loads(found[key]) if key in found else None for key in keys]
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
         """Keep a value; the first one kept under a key stays. Raises ResumableStop where the disk does not take it."""

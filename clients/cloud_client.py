@@ -12,8 +12,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +23,7 @@ import openai
 
 from clients.answer_cache import AnswerCache, cache_key
 from clients.cloud_faults import Fault, classify
-from clients.cloud_records import Attempt, CloudReply, CloudRequest, CloudSettings
+from clients.cloud_records import TRANSPORT_OUTCOMES, Attempt, CloudReply, CloudRequest, CloudSettings
 from sim.errors import ResumableStop, UserError
 from sim.protocol import ParsedSamples, estimate_tokens, parse_samples, response_format
 from sim.seeding import derive
@@ -132,11 +133,16 @@ class CloudClient:
             return runner.run(self.ask(requests, on_done, stop))
 
     async def _one(self, client: openai.AsyncOpenAI, request: CloudRequest) -> CloudReply:
-        found = self._look_up(request)
-        if found is not None:
-            return found
         attempts: list[Attempt] = []
         draw = 0
+        for kept in self._kept(request):  # draws that were paid for before, in their order
+            reply = self._judge(request, kept["answer"])
+            paid = Attempt(**kept["attempt"])
+            attempts.append(replace(paid, attempt=len(attempts), draw=draw, cached=True, duration_s=0.0))
+            reply = replace(reply, attempts=tuple(attempts))
+            if reply.outcome != "malformed" or draw >= self.config.max_retries:
+                return reply
+            draw += 1
         while True:
             await self._wait_for_gate()
             parameters = self._parameters(request, draw)
@@ -152,6 +158,8 @@ class CloudClient:
                     self.left_out.add(fault.without)
                     continue
                 if fault.outcome == "refused":
+                    answer = {"text": "", "refusal": attempts[-1].detail or "refused", "finish_reason": ""}
+                    self._keep(request, draw, answer, attempts[-1])
                     return CloudReply(request.request_id, "refused", attempts=tuple(attempts))
                 if not await self._survive(fault, request, attempts):
                     return CloudReply(request.request_id, fault.outcome, attempts=tuple(attempts))
@@ -160,9 +168,8 @@ class CloudClient:
             sizes = len(raw.http_request.content), len(raw.content)
             attempts.append(_answered(len(attempts), draw, reply, answer, parameters, begun, sizes))
             reply = replace(reply, attempts=tuple(attempts))
-            if reply.ok:
-                self._keep(request, draw, reply)
-            if reply.outcome != "malformed" or self._spent(attempts):
+            self._keep(request, draw, answer, attempts[-1])
+            if reply.outcome != "malformed" or draw >= self.config.max_retries:
                 return reply
             draw += 1
 
@@ -245,13 +252,14 @@ class CloudClient:
             await asyncio.sleep(left_s)
 
     def _spent(self, attempts: Sequence[Attempt]) -> bool:
-        return sum(attempt.outcome != "rejected" for attempt in attempts) > self.config.max_retries
+        """Whether the wire has failed too often. Answers do not count: what is drawn must not depend on the wire."""
+        return sum(attempt.outcome in TRANSPORT_OUTCOMES for attempt in attempts) > self.config.max_retries
 
     def _redact(self, text: str) -> str:
         return text.replace(self._key, "***") if len(self._key) >= 4 else text
 
     def _cache_keys(self, request: CloudRequest) -> list[str]:
-        """The keys of all draws a request may come to: what was kept under any of them is its answer."""
+        """The keys of all draws a request may come to, in their order."""
         config = self.config
         temperature = config.temperature if request.temperature is None else request.temperature
         content = {
@@ -263,26 +271,18 @@ class CloudClient:
             "kind": request.kind,
             "draw_of": [request.seed, request.device_id, request.round, request.purpose],
         }
-        return [cache_key(**content, draw=draw) for draw in range(config.max_retries + 1)]
+        return [cache_key(**content, one_draw=draw) for draw in range(config.max_retries + 1)]
 
-    def _look_up(self, request: CloudRequest) -> CloudReply | None:
-        if self._cache is None:
-            return None
-        kept = self._cache.first(self._cache_keys(request))
-        if kept is None:
-            return None
-        reply = self._judge(request, {"text": kept["text"], "refusal": None, "finish_reason": "stop"})
-        attempts = tuple(replace(Attempt(**attempt), cached=True, duration_s=0.0) for attempt in kept["attempts"])
-        return replace(reply, attempts=attempts)
+    def _kept(self, request: CloudRequest) -> list[dict[str, Any]]:
+        """What the first draws of a request were answered, good or bad, as far as they are known without a gap."""
+        found = self._cache.several(self._cache_keys(request)) if self._cache is not None else []
+        return list(takewhile(lambda kept: kept is not None, found))
 
-    def _keep(self, request: CloudRequest, draw: int, reply: CloudReply) -> None:
-        """Keep a good answer with the draws that led to it (not the transport's faults: they are not its history)."""
+    def _keep(self, request: CloudRequest, draw: int, answer: Mapping[str, Any], attempt: Attempt) -> None:
+        """Keep an answer, good or bad: it was paid for. (Faults of the wire are not its history.)"""
         if self._cache is not None:
-            drawn = [
-                asdict(attempt) for attempt in reply.attempts if attempt.answered and attempt.outcome != "rejected"
-            ]
-            kept = [{**attempt, "attempt": number} for number, attempt in enumerate(drawn)]
-            self._cache.put(self._cache_keys(request)[draw], {"text": reply.text, "attempts": kept})
+            said = {name: answer[name] for name in ("text", "refusal", "finish_reason")}
+            self._cache.put(self._cache_keys(request)[draw], {"answer": said, "attempt": asdict(attempt)})
 
 
 def _read_answer(body: bytes) -> dict[str, Any]:

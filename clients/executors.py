@@ -12,14 +12,19 @@ from typing import Any, Protocol
 from clients.carrier import bring_home, digests, needed
 from clients.worker import Post, Worker, WorkerProcess
 from sim.clock import WallClock
+from sim.errors import ResumableStop
 from sim.results import write_atomically
 
 POLL_S = 2.0
 """How often a host looks whether its worker still gets on with its shard."""
 
 SLOT, REPLACEMENT = 0.99, 0.001
-"""What a worker takes of a node's resource `worker`, of which one is offered a worker. A replacement takes next to
-nothing: where a node was lost, it moves in beside another worker instead of waiting for ever."""
+"""What a worker takes of a node's resource `worker`, of which one is offered a worker. One that is beyond what is
+offered, and a replacement, take next to nothing: they move in beside another worker instead of waiting for ever."""
+
+PLACED_S = 25.0
+"""How long a worker may take to be there before it is placed anew, beside another one; as long again, and it is given
+up."""
 
 _ACTORS: dict[str, Any] = {}
 """Those that this process made: Ray ends an actor, and the models in it, with the last handle of its maker."""
@@ -85,7 +90,7 @@ class RayExecutor:
         from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
         killed_before = _oom_kills()
-        actor = self._actor()
+        actor = self._placed()
         try:
             if self._wait(actor.sees.remote(*self._mark()), deadline_s):
                 return self._wait(actor.call.remote(self.post, method, *arguments), deadline_s)
@@ -182,6 +187,26 @@ class RayExecutor:
                 return
             clock.sleep(0.05)
 
+    def _placed(self) -> Any:
+        """The actor, once it runs (or has died, which its call tells). Raises ResumableStop where no node takes it."""
+        import ray
+
+        for _ in range(2):
+            actor = self._actor()
+            there = actor.look.options(concurrency_group=LOOKING).remote()  # answered by one that works, too
+            if ray.wait([there], timeout=PLACED_S)[0]:
+                return actor
+            free = ray.available_resources().get("worker", 0.0)
+            if self._replacing and free >= REPLACEMENT:
+                return actor  # there is room: this machine is slow
+            self._kill(actor)
+        offered = ray.cluster_resources().get("worker", 0.0)
+        raise ResumableStop(
+            f"worker {self.post.number} was placed on no node within {2 * PLACED_S:.0f} s: {offered:g} of the resource "
+            f"`worker` are offered and {free:g} are free. Offer more when a node starts, or take fewer hosts "
+            "(engine.hosts); then resume the run"
+        )
+
     def _actor(self) -> Any:
         """The actor, made where there is none. Ray ends it with the run that made it, however that run ends."""
         import ray
@@ -191,7 +216,8 @@ class RayExecutor:
         except ValueError:
             pass
         offered = ray.cluster_resources().get("worker", 0)
-        share = REPLACEMENT if self._replacing or ray.available_resources().get("worker", 0) < SLOT else SLOT
+        # By its number, not by what is free: what others have just taken is told late, and nothing else may take it.
+        share = REPLACEMENT if self._replacing or self.post.number >= int(offered) else SLOT
         _ACTORS[self.name] = ray.remote(concurrency_groups={LOOKING: 1})(WorkerProcess).options(
             name=self.name, namespace=self.NAMESPACE, get_if_exists=True, num_cpus=0, num_gpus=0, max_restarts=0,
             max_concurrency=1, resources={"worker": share} if offered else None, scheduling_strategy="SPREAD",

@@ -73,6 +73,12 @@ class Experiment(Section):
         for arm in by_arm:
             if arm not in ARMS:
                 raise ValueError(unknown("arm", arm, ARMS))
+        for name in ("steps", "epochs"):
+            if name in by_arm.get("local_matched", ArmSettings()).training:
+                raise ValueError(
+                    f"local_matched.training.{name}: this arm takes as many steps as collaborative. Set "
+                    f"by_arm.collaborative.training.{name}, or leave it out"
+                )
         return by_arm
 
     @field_validator("seeds")

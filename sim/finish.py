@@ -45,6 +45,10 @@ def finish(
             "order": "time" if orders == {"time"} else "unknown",
             "cloud": dict(cloud),
             "failures": [failure for commit in commits if commit for failure in commit["facts"]["failures"]],
+            "placebos": {
+                name: int(sum(commit["facts"]["totals"].get(name, 0) for commit in commits if commit))
+                for name in ("placebos", "placebos_of_two", "placebos_short")
+            },
         },
     })
     environment = run.read_json("environment.json") or {}

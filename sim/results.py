@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sim.durable import make_folder, settle
 from sim.errors import ResumableStop, UserError, disk_is_full
 from sim.experiment import Experiment
 from sim.population.source import device_id
@@ -90,12 +91,9 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     """As `write_atomically`. Raises ResumableStop where the disk does not take it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing(temporary, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        make_folder(path.parent)
+        temporary.write_bytes(content)
+        settle(temporary, path)
 
 
 class RunDirectory:
@@ -282,7 +280,7 @@ class RunDirectory:
                             rows = rows.set_column(schema.get_field_index("truth"), "truth", known)
                         order = [(name, "ascending") for name in _ORDER if name in schema.names]
                         writer.write_table(rows.cast(schema).sort_by(order))
-            os.replace(temporary, target)
+            settle(temporary, target)
 
     def write_truth(self, batches: Iterable[Sequence[Mapping[str, Any]]]) -> None:
         """Writes `truth.parquet`, a batch of rows at a time."""
@@ -291,7 +289,7 @@ class RunDirectory:
         with _writing(temporary, target), pq.ParquetWriter(temporary, TRUTH, compression="zstd") as writer:
             for rows in batches:
                 writer.write_table(pa.Table.from_pylist(list(rows), schema=TRUTH))
-        os.replace(temporary, target)
+        settle(temporary, target)
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """A finished table, or some of its columns, as a pandas frame. Texts are most of what a large fleet's take."""
@@ -315,9 +313,9 @@ class RunDirectory:
     def _write_table(self, table: pa.Table, path: Path) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with _writing(temporary, path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             pq.write_table(table, temporary, compression="zstd")
-            os.replace(temporary, path)
+            settle(temporary, path)
 
 
 @contextlib.contextmanager

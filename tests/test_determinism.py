@@ -33,7 +33,7 @@ def fleet(tmp_path_factory):
         warm.base, warm.encoder  # noqa: B018  (loads them once for all)
 
         def run(name, hosts=1, **changes):
-            return run_in_process(folder / name, tiny(rounds=2, **changes), endpoint, hosts, warm)
+            return run_in_process(folder / name, tiny(**{"rounds": 2, **changes}), endpoint, hosts, warm)
 
         yield run, run("reference")
 
@@ -53,6 +53,31 @@ def test_results_do_not_depend_on_how_the_fleet_is_split(fleet, split):
     run, reference = fleet
     other = run(split.replace(" ", "-").replace(",", ""), **SPLITS[split])
     assert_same_results(other, reference)
+
+
+FINITE = {
+    "rounds": 3, "population__users": 8, "cloud__capacity__concurrency": 1, "cloud__capacity__output_tokens_per_s": 20,
+    "cloud__capacity__retries": 0, "cloud__timeout_s": 100, "network__ask_within_h": 0.02,
+}  # fmt: skip
+"""One place in the cloud and no second try: some answers turn out longer than expected and are written in vain."""
+
+
+def test_answers_that_are_lost_are_lost_to_all(fleet):
+    """The one placebo that a lost answer would have gone to lives on another host."""
+    run, _ = fleet
+    reference, other = run("finite", **FINITE), run("finite-split", hosts=5, engine__shard=2, **FINITE)
+    events = reference.read("events")
+    late = set(events[(events["kind"] == "augment") & (events["outcome"] == "timeout")]["request_id"])
+    lost = verdicts(reference).query("verdict == 'not_received'")
+    of_lost = lost["sample_id"].str.partition("/")[0]
+    assert len(lost) and set(of_lost) <= late, "written for real, and never there"
+    owners = {(row.round, int(row.device_id[1:])) for row in lost.itertuples()}
+    placebos = events[(events["kind"] == "train") & (events["arm"] == "placebo") & (events["outcome"] == "ok")]
+    fed = {(row.round, int(row.device_id[1:])) for row in placebos.itertuples() if row.detail.startswith("on samples")}
+    assert any((round, (owner - 1) % 8) in fed for round, owner in owners), "otherwise nobody would have drawn them"
+    assert_same_results(other, reference)
+    # What was accepted is what was trained on: a lost sample is in no filter, no count and no training time.
+    assert not verdicts(reference).query("verdict == 'accepted'")["sample_id"].str.partition("/")[0].isin(late).any()
 
 
 def assert_same_results(run, reference):

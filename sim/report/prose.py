@@ -167,6 +167,7 @@ def notes(summary: Summary, experiment: Experiment, environment: Mapping[str, An
     if facts.get("order") == "unknown":
         found.append("Order unknown: the data carry no dates, so it is asserted that no scored item was trained on, "
                      "not that queries are later than what was.")  # fmt: skip
+    found += _placebos(facts.get("placebos") or {})
     few = [task for task in summary.tasks if (summary.users(task) or 0) < _FEW_USERS]
     if few:
         found.append(f"Few users (under {_FEW_USERS}) on {_list(few)}: intervals are wide and a missing difference "
@@ -177,6 +178,19 @@ def notes(summary: Summary, experiment: Experiment, environment: Mapping[str, An
     if len(experiment.seeds) == 1:
         found.append("One seed: the spread between draws of users is not measured.")
     return found + [str(note) for note in facts.get("notes") or []]
+
+
+def _placebos(counted: Mapping[str, int]) -> list[str]:
+    """Of how many other users the placebo's samples were."""
+    made, of_two, short = (int(counted.get(name, 0)) for name in ("placebos", "placebos_of_two", "placebos_short"))
+    if not made:
+        return []
+    text = f"A placebo's samples were written for one other user in {made - of_two} of {_several(made, 'training')}"
+    if of_two:
+        text += f"; in {of_two} that user had too few and a second one's were taken as well"
+    if short:
+        text += f"; in {short} both together had fewer than the device itself"
+    return [text + "."]
 
 
 def captions(summary: Summary, margin: float) -> dict[str, str]:

@@ -41,7 +41,8 @@ def test_the_cache_knows_the_variant_but_not_the_port(cloud, tmp_path):
     assert not other.cached
 
 
-def test_only_good_answers_are_cached_and_a_stopped_run_keeps_them(cloud, tmp_path):
+def test_every_answer_is_paid_for_once_and_a_stopped_run_keeps_it(cloud, tmp_path):
+    """A refusal and a malformed answer, too; only what the wire broke is asked again."""
     cache = str(tmp_path / "c")
     cloud.script = [good, good, says(None, refusal="no"), fails(500)]
     with pytest.raises(ResumableStop):
@@ -49,8 +50,24 @@ def test_only_good_answers_are_cached_and_a_stopped_run_keeps_them(cloud, tmp_pa
     asked = len(cloud.bodies)
     cloud.script = [good]
     replies = client(cloud, cache=cache, concurrency=1).ask_sync(orders(5))
-    assert [reply.cached for reply in replies] == [True, True, False, False, False]
-    assert all(reply.ok for reply in replies) and len(cloud.bodies) == asked + 3
+    assert [reply.cached for reply in replies] == [True, True, True, False, False]
+    assert [reply.outcome for reply in replies] == ["ok", "ok", "refused", "ok", "ok"]
+    assert len(cloud.bodies) == asked + 2
+
+
+def test_a_run_that_stopped_between_two_draws_goes_on_with_the_next(cloud, tmp_path):
+    cache = str(tmp_path / "c")
+    cloud.script = [says("not json"), fails(500)]
+    with pytest.raises(ResumableStop):
+        client(cloud, cache=cache, max_retries=1).ask_sync(orders())
+    cloud.script = [says("nor this")]
+    [reply] = client(cloud, cache=cache, max_retries=1).ask_sync(orders())
+    assert reply.outcome == "malformed" and [(a.draw, a.cached) for a in reply.attempts] == [(0, True), (1, False)]
+    asked = len(cloud.bodies)
+    [again] = client(cloud, cache=cache, max_retries=1).ask_sync(orders())
+    assert again.cached and again.outcome == "malformed" and len(cloud.bodies) == asked
+    [more] = client(cloud, cache=cache, max_retries=2).ask_sync(orders())
+    assert [(a.draw, a.cached) for a in more.attempts] == [(0, True), (1, True), (2, False)]
 
 
 def test_a_file_that_is_no_cache_is_refused(cloud, tmp_path):
@@ -89,5 +106,5 @@ def test_several_processes_may_share_a_cache_from_its_first_moment(tmp_path):
             list(pool.map(_fill, [path] * 6, [0, 0, 30, 100, 200, 300]))
             cache = AnswerCache(path)
             assert len(cache) == 90 + 3 * 60
-            assert cache.first(["nothing", "key-250"]) == {"by": 200}
+            assert cache.several(["nothing", "key-250"]) == [None, {"by": 200}]
             cache.close()

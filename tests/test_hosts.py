@@ -1,0 +1,47 @@
+"""Hosts below, at and above the workers that a machine has room for, on the real runtime: all of them run, alike."""
+
+import pytest
+from fleet import answers, losses, run_in_process, tiny
+from pandas.testing import assert_frame_equal
+from survival import Untether
+
+import clients.executors
+from clients.executors import RayExecutor
+from clients.worker import Endpoint, Post, WorkerProcess
+from server.background import start_background
+from sim.cluster import start_here
+from sim.errors import ResumableStop
+from sim.results import RunDirectory
+
+
+@pytest.mark.timeout(600)
+def test_more_hosts_than_workers_learn_the_same(tmp_path):
+    """(As many hosts as workers, or fewer, is what the other real runs of the tests have.)"""
+    experiment = tiny(engine__workers=2, engine__hosts=3, engine__deadline_s=120)
+    (tmp_path / "three.toml").write_text(experiment.to_toml())
+    with Untether(str(tmp_path / "three.toml"), "--out", str(tmp_path / "three")) as started:
+        code, printed = started.end()
+    assert code == 0, printed
+    with start_background("world", {}) as gateway:
+        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
+        one, three = run_in_process(tmp_path / "one", experiment, endpoint), RunDirectory.open(tmp_path / "three")
+    assert len(answers(one)) > 40
+    assert_frame_equal(answers(three), answers(one))
+    assert_frame_equal(losses(three), losses(one), check_exact=False, atol=1e-4, rtol=0)
+
+
+def test_a_worker_that_no_node_takes_says_so(tmp_path, monkeypatch):
+    """All that is offered is taken, by an actor that does not go away."""
+    import ray
+
+    monkeypatch.setattr(clients.executors, "PLACED_S", 4.0)
+    start_here(2, 0, 1)
+    try:
+        run = RunDirectory.create(tmp_path / "run", tiny())
+        holder = ray.remote(WorkerProcess).options(num_cpus=0, resources={"worker": 1}).remote()
+        ray.get(holder.pid.remote())
+        executor = RayExecutor("worker-of-nobody", Post(str(run.path), Endpoint("http://127.0.0.1:9/v1", "none")))
+        with pytest.raises(ResumableStop, match=r"worker 0 was placed on no node .* 1 of the resource `worker`"):
+            executor.call("share", 1, deadline_s=60.0)
+    finally:
+        ray.shutdown()
