@@ -18,7 +18,8 @@ WORST_RATING = 4.0
 def prediction_row(device: Device, query: Query, arm: str, answered_by: str) -> dict[str, Any]:
     """A row of `predictions` before it is answered. `answered_by`: base, adapter, shared, majority or cloud."""
     return {
-        "device_id": device.device_id, "user_id": device.user.user_id, "arm": arm, "task": query.task,
+        "device_id": device.device_id, "user_id": device.user.user_id,
+        "cluster": device.user.cluster or device.user.user_id, "arm": arm, "task": query.task,
         "query_id": query.query_id, "query_time_s": query.time_s, "input": query.input, "gold": query.gold,
         "prediction": "", "outcome": "ok", "answered_by": answered_by,
     }  # fmt: skip

@@ -83,7 +83,7 @@ def run(
         except Failure as failure:
             raise Failure(f"{failure}\nThe whole log: {log}") from None
         console = make_console(terminal)
-        console.print(arms_table(directory.read_json("summary.json"), directory.experiment.evaluation.margin))
+        console.print(arms_table(directory.read_json("summary.json")))
         console.print(f"run directory: {directory.path}", soft_wrap=True)
         console.print(f"report:        {directory.path / 'report.html'}", soft_wrap=True)
 
@@ -100,7 +100,7 @@ def report(directory: Annotated[Path, typer.Argument(metavar="RUN", help="A fini
     if summary is None:
         raise UserError(f"{directory} has no summary.json: the run is not finished. untether run --resume {directory}")
     write_report(run_directory)
-    make_console().print(arms_table(summary, run_directory.experiment.evaluation.margin))
+    make_console().print(arms_table(summary))
 
 
 @app.command()

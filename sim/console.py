@@ -21,19 +21,19 @@ __all__ = ["LiveProgress", "Results", "arms_table", "make_console"]
 _HERO = "collaborative"
 
 
-def arms_table(summary: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Summary, margin: float = 0.02) -> Results:
+def arms_table(summary: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Summary) -> Results:
     """What a run found, as a rich renderable: arms by task on the primary metric, then the contrasts.
 
-    `summary` is the content of summary.json, or its rows. `margin` is `evaluation.margin`.
+    `summary` is the content of summary.json, or its rows.
     """
-    return Results(summary if isinstance(summary, Summary) else Summary(summary), margin)
+    return Results(summary if isinstance(summary, Summary) else Summary(summary))
 
 
 class Results:
     """Arms by task, then contrasts. Breaks into blocks of tasks where the terminal is narrow."""
 
-    def __init__(self, summary: Summary, margin: float):
-        self._summary, self._margin = summary, margin
+    def __init__(self, summary: Summary):
+        self._summary = summary
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         summary, plain = self._summary, not console.is_terminal
@@ -114,7 +114,7 @@ class Results:
                 cells.append("/".join(map(str, counts)) if None not in counts else "\N{EN DASH}")
             if intervals:
                 cells.append(p_value(contrast.p_holm))
-            verdict = contrast.verdict(self._margin)
+            verdict = contrast.verdict()
             table.add_row(*cells, Text(verdict, style=_colour(verdict)))
         yield table
         words = ["W/T/L: users better, tied, worse."] if everything else []

@@ -13,7 +13,10 @@ from sim.results import RunDirectory
 from sim.statistics import summarize
 from sim.usage import Usage
 
-COMPARED = ("seed", "round", "device_id", "user_id", "arm", "task", "query_id", "prediction", "gold")
+COMPARED = (
+    "seed", "round", "device_id", "user_id", "arm", "task", "query_id", "prediction", "gold",
+    "cluster",
+)  # fmt: skip
 """Columns of `predictions` that the statistics need."""
 TRAINED = ("kind", "arm", "steps", "tokens_in")
 """Columns of `events` that they need."""
@@ -26,7 +29,8 @@ def finish(
     experiment = run.experiment
     run.merge(experiment, truth)
     rows = summarize(
-        run.read("predictions", COMPARED), run.read("events", TRAINED), margin=experiment.evaluation.margin,
+        run.read("predictions", COMPARED), run.read("events", TRAINED),
+        margin=experiment.evaluation.margin, margin_stars=experiment.evaluation.margin_stars,
         resamples=experiment.evaluation.resamples, seed=experiment.seeds[0],
     )
     exclusions: Counter[str] = Counter()

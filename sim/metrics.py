@@ -3,8 +3,10 @@
 They follow the benchmark's public evaluation script (github.com/LaMP-Benchmark/LaMP, `eval/evaluation.py`):
 
 - both sides are stripped, nothing else is cleaned: "Sports" is not "sports";
-- accuracy, and macro-F1 over the task's full label list, where a label that neither occurs nor is predicted counts 0
-  and a prediction that is no label is wrong;
+- accuracy, and macro-F1 over the task's labels, where a prediction that is no label is wrong. The script divides by the
+  full label list, so a label that is nobody's right answer counts 0 and even a perfect classifier stays below 1. Here
+  the labels averaged over are those that occur among the golds, whatever is predicted: the same ones for every arm. The
+  script's value is this one times the share of the label list that occurs; the two are equal where all of it does;
 - MAE and RMSE, where a prediction that is no number counts as whichever of 1 and 5 is further from the gold;
 - F-measure of ROUGE-1 and ROUGE-L from `rouge-score`, without stemming (the default of the script's `evaluate`).
   The script reports the median of a random bootstrap of the mean; here it is the mean itself.
@@ -87,10 +89,14 @@ def f1_counts(task: str, prediction: str | None, gold: str) -> np.ndarray:
 
 
 def macro_f1(counts: np.ndarray) -> np.ndarray:
-    """Macro-F1 of summed counts [..., labels, 3]: the labels' mean of 2 TP / (2 TP + FP + FN), 0 where undefined."""
+    """Macro-F1 of summed counts [..., labels, 3]: the mean of 2 TP / (2 TP + FP + FN) over the labels with a gold.
+
+    0 where no label has one.
+    """
     hits = 2.0 * counts[..., 0]
-    total = hits + counts[..., 1] + counts[..., 2]
-    return np.divide(hits, total, out=np.zeros_like(hits), where=total > 0).mean(axis=-1)
+    occurs = counts[..., 0] + counts[..., 2] > 0
+    values = np.divide(hits, hits + counts[..., 1] + counts[..., 2], out=np.zeros_like(hits), where=occurs)
+    return values.sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1)
 
 
 @lru_cache(maxsize=65_536)

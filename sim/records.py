@@ -49,11 +49,16 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user: history in time order (all tasks together) and queries. Histories are per task via `of_task`."""
+    """A user: history in time order (all tasks together) and queries. Histories are per task via `of_task`.
+
+    `cluster` names what makes some users alike, such as the archetype that they share: the statistics do not take them
+    for independent, in whatever seed they are. Empty: nothing does, and the user is a cluster alone.
+    """
 
     user_id: str
     history: tuple[Interaction, ...]
     queries: tuple[Query, ...]
+    cluster: str = ""
 
     def of_task(self, task: str) -> tuple[Interaction, ...]:
         """The history's items of one task, in history order."""

@@ -29,7 +29,7 @@ from sim.errors import ResumableStop, UserError, disk_is_full
 from sim.experiment import Experiment
 from sim.population.source import device_id
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 
 def versions() -> dict[str, str]:
@@ -62,7 +62,8 @@ TABLES: dict[str, pa.Schema] = {
     ),
     "predictions": _schema(
         "seed:i round:i device_id:s user_id:s arm:s task:s query_id:s query_time_s:f answered_time_s:f input:s "
-        "prediction:s gold:s score:f outcome:s answered_by:s adapter_version:s adapter_time_s:f data_until_s:f"
+        "prediction:s gold:s score:f outcome:s answered_by:s adapter_version:s adapter_time_s:f data_until_s:f "
+        "cluster:s"
     ),
     "ledger": _schema(
         "seed:i round:i time_s:f device_id:s request_id:s attempt:i kind:s item_id:s chars:i tokens:i masked:i"
@@ -292,9 +293,16 @@ class RunDirectory:
         settle(temporary, target)
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """A finished table, or some of its columns, as a pandas frame. Texts are most of what a large fleet's take."""
-        names = list(columns) if columns is not None else None
-        return pq.read_table(self.path / f"{table}.parquet", columns=names).to_pandas()
+        """A finished table, or some of its columns, as a pandas frame. Texts are most of what a large fleet's take.
+
+        A column that an earlier version of the program did not write is null.
+        """
+        path = self.path / f"{table}.parquet"
+        names = list(columns) if columns is not None else TABLES[table].names if table in TABLES else None
+        if names is None:
+            return pq.read_table(path).to_pandas()
+        there = set(pq.read_schema(path).names)
+        return pq.read_table(path, columns=[name for name in names if name in there]).to_pandas().reindex(columns=names)
 
     def drop_parts(self) -> None:
         """Deletes the staged parts once the tables hold their rows (the commits stay: the run is finished)."""

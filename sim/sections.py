@@ -218,10 +218,15 @@ class Engine(Section):
 
 
 class Evaluation(Section):
-    """How arms are compared (paired, over users)."""
+    """How arms are compared (paired, over clusters of users)."""
 
-    margin: float = Field(0.02, ge=0, description="non-inferiority margin on the primary metric")
-    resamples: int = Field(10_000, ge=100, description="bootstrap and permutation resamples")
+    margin: float = Field(
+        0.02, ge=0, le=1, description="non-inferiority margin where the primary metric is a share (accuracy, ROUGE)"
+    )
+    margin_stars: float = Field(
+        0.1, ge=0, le=4, description="non-inferiority margin where it is an error in stars (MAE)"
+    )
+    resamples: int = Field(10_000, ge=100, description="permutations, where there are too many to try them all")
 
 
 class ArmSettings(Section):

@@ -2,7 +2,8 @@
 
 Answers are averaged to a user, then users are compared in pairs. A query counts in a comparison only where both arms
 answered it (an outcome other than `ok` is an answer: an empty one, scored as such). Several seeds are pooled: a user is
-(seed, user_id), and seeds draw disjoint users.
+(seed, user_id), and seeds draw disjoint users. Users are not taken for independent: intervals and p-values are over
+clusters of users (`clustered`), such as the archetypes of the world, which all seeds share.
 
 `diff` is always arm minus reference, in the metric's own direction; `wins` are users with the better score, so for MAE
 a negative `diff` goes with wins.
@@ -18,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from sim.metrics import macro_f1, score
-from sim.population.tasks import Task, get_task, higher_is_better
-from sim.resampling import bootstrap_totals, holm, interval, permutation_p, swap_totals
+from sim.population.tasks import Task, get_task, higher_is_better, unit
+from sim.resampling import AMOUNT, ANY, SHARE, holm, jackknife_interval, permutation_p, swap_totals, without_each
 from sim.sections import ARMS
 from sim.seeding import generator
 
@@ -42,6 +43,7 @@ def summarize(
     events: pd.DataFrame | None = None,
     contrasts: Sequence[Contrast] | None = None,
     margin: float = 0.02,
+    margin_stars: float = 0.1,
     seed: int = 0,
     resamples: int = 10_000,
 ) -> list[Row]:
@@ -49,31 +51,41 @@ def summarize(
 
     For each task, arm and metric a row with `reference` None: `mean` over users (macro-F1 and RMSE: over all answers)
     with its interval. For each task, contrast and metric a row with the reference: `mean` is the arm's on the shared
-    queries, `diff` the paired difference with its interval, and a two-sided p by swapping the arms within users
-    (for a mean that is the sign-flip test; exact for few users). Intervals are 95% percentile bootstraps over users,
-    None for fewer than two users. `p_holm` only for `PRIMARY` on the primary metric; `margin` and `non_inferior` only
-    for `NON_INFERIORITY` on it; wins, ties and losses only where a single user has a score. `steps` and `tokens` are
-    what a device trained on average over all rounds.
+    queries, `diff` the paired difference with its interval, and a two-sided p by swapping the arms within clusters of
+    users (for a mean that is the sign-flip test; exact for few clusters). Intervals are 95% by the jackknife over
+    clusters (`jackknife_interval`), None for fewer than two. `p_holm` only for `PRIMARY` on the primary metric;
+    `margin` (`margin_stars` where the metric is in stars) and `non_inferior` only for `NON_INFERIORITY` on it; wins,
+    ties and losses only where a single user has a score. `steps` and `tokens` are what a device trained on average over
+    all rounds.
 
     `contrasts` defaults to `CONTRASTS` and every other arm against `frozen`; those with an absent arm are left out.
     The same tables, seed and resamples give the same rows, in whatever order the tables are.
     """
     rows: list[Row] = []
     costs = training_costs(events, predictions)
+    predictions = clustered(predictions)
     for name in sorted(predictions["task"].unique()):
-        comparison = _Comparison(get_task(name), predictions[predictions["task"] == name], seed, resamples)
+        task = get_task(name)
+        limit = margin_stars if unit(task.primary) == "stars" else margin
+        comparison = _Comparison(task, predictions[predictions["task"] == name], seed, resamples)
         chosen = default_contrasts(comparison.arms) if contrasts is None else contrasts
         for arm in comparison.arms:
             rows += comparison.arm_rows(arm)
         for arm, reference in chosen:
             if arm in comparison.arms and reference in comparison.arms:
-                rows += comparison.contrast_rows(arm, reference, margin)
+                rows += comparison.contrast_rows(arm, reference, limit)
     family = [row for row in rows if _is_primary(row) and row["p"] is not None]
     for row, adjusted in zip(family, holm([row["p"] for row in family]), strict=True):
         row["p_holm"] = adjusted
     for row in rows:
         row["steps"], row["tokens"] = costs.get(row["arm"], (0.0, 0.0))
     return rows
+
+
+def clustered(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The table with `cluster` filled: a user of whom it says nothing is a cluster, in all seeds the same one."""
+    named = predictions["cluster"] if "cluster" in predictions else pd.Series(None, predictions.index, dtype=object)
+    return predictions.assign(cluster=named.where(named.notna(), predictions["user_id"]))
 
 
 def default_contrasts(arms: Sequence[str]) -> list[Contrast]:
@@ -103,15 +115,27 @@ def training_costs(events: pd.DataFrame | None, predictions: pd.DataFrame) -> di
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """One metric of one arm: per-user sums [users, columns] and the score of their total [..., columns] -> [...]."""
+    """One metric of one arm: sums [clusters, columns] and the score of their total [..., columns] -> [...].
 
-    per_user: np.ndarray
+    `of_user` are the users' own scores, where a single user has one.
+    """
+
+    per_cluster: np.ndarray
     score: Callable[[np.ndarray], np.ndarray]
     of_user: np.ndarray | None
 
+    @property
+    def value(self) -> float:
+        return float(self.score(self.per_cluster.sum(0)))
+
+    @property
+    def without(self) -> np.ndarray:
+        """The score without each cluster, [clusters]."""
+        return without_each(self.per_cluster, self.score)
+
 
 class _Comparison:
-    """One task's answers, by arm and user."""
+    """One task's answers, by arm, user and cluster."""
 
     def __init__(self, task: Task, frame: pd.DataFrame, seed: int, resamples: int) -> None:
         self.task, self.seed, self.resamples = task, seed, resamples
@@ -120,37 +144,34 @@ class _Comparison:
         self.arms = sorted(
             frame["arm"].unique(), key=lambda arm: (list(ARMS).index(arm) if arm in ARMS else len(ARMS), arm)
         )
+        self._cluster = frame.groupby("cluster").ngroup().to_numpy()
         self._user = frame.groupby(["seed", "user_id"]).ngroup().to_numpy()
         self._query = frame.groupby(["seed", "user_id", "query_id"]).ngroup().to_numpy()
         self._asked = frame.groupby(order[:-1]).ngroup().to_numpy()
         self._pairs = list(zip(frame["prediction"].fillna(""), frame["gold"], strict=True))
-        self._known: dict[tuple[str, bytes], tuple[list[_Sums], list[np.ndarray | None]]] = {}
         self._rows = {arm: np.flatnonzero(frame["arm"] == arm) for arm in self.arms}
-        self._score([(arm, self._rows[arm]) for arm in self.arms])
 
     def arm_rows(self, arm: str) -> list[Row]:
         """The arm's own rows, one a metric."""
         answers = self._rows[arm]
-        every = zip(self.task.metrics, *self._scored(arm, answers), strict=True)
-        return [self._row(arm, metric, None, answers, sums, boot) for metric, sums, boot in every]
+        return [self._row(arm, metric, None, answers, self._sums(metric, answers)) for metric in self.task.metrics]
 
     def contrast_rows(self, arm: str, reference: str, margin: float) -> list[Row]:
         """The comparison's rows, one a metric, over the queries that both arms answered."""
         answers, others = self._rows[arm], self._rows[reference]
         shared = np.intersect1d(self._asked[answers], self._asked[others])
         answers, others = (rows[np.isin(self._asked[rows], shared)] for rows in (answers, others))
-        mine, boots = self._scored(arm, answers)
-        theirs, other_boots = self._scored(reference, others)
+        mine = [self._sums(metric, answers) for metric in self.task.metrics]
+        theirs = [self._sums(metric, others) for metric in self.task.metrics]
         p_values = self._permute(mine, theirs)
         rows = []
-        for place, metric in enumerate(self.task.metrics):
-            own, other, boot = mine[place], theirs[place], boots[place]
-            row = self._row(arm, metric, reference, answers, own, boot)
+        for metric, own, other, p in zip(self.task.metrics, mine, theirs, p_values, strict=True):
+            row = self._row(arm, metric, reference, answers, own)
             if len(shared):
-                row["diff"] = float(own.score(own.per_user.sum(0)) - other.score(other.per_user.sum(0)))
-                row["p"] = p_values[place]
-            if boot is not None:
-                row["diff_ci_low"], row["diff_ci_high"] = interval(boot - other_boots[place])
+                row["diff"], row["p"] = own.value - other.value, p
+            if len(own.per_cluster) > 1:
+                ends = jackknife_interval(own.value - other.value, own.without - other.without, ANY)
+                row["diff_ci_low"], row["diff_ci_high"] = ends
             if own.of_user is not None:
                 better = (own.of_user - other.of_user) * (1 if higher_is_better(metric) else -1)
                 row["wins"] = int(np.count_nonzero(better > _TIE))
@@ -161,28 +182,10 @@ class _Comparison:
             rows.append(row)
         return rows
 
-    def _scored(self, arm: str, answers: np.ndarray) -> tuple[list[_Sums], list[np.ndarray | None]]:
-        """Each metric of some of an arm's answers, with its bootstrap; most contrasts ask for all of them again."""
-        if (arm, answers.tobytes()) not in self._known:
-            self._score([(arm, answers)])
-        return self._known[arm, answers.tobytes()]
-
-    def _score(self, several: Sequence[tuple[str, np.ndarray]]) -> None:
-        """Scores several arms' answers; those of equally many users are resampled together: drawing is what costs."""
-        sums = [[self._sums(metric, answers) for metric in self.task.metrics] for _, answers in several]
-        alike: dict[int, list[int]] = {}
-        for place, own in enumerate(sums):
-            alike.setdefault(len(own[0].per_user), []).append(place)
-        for places in alike.values():
-            boots = iter(self._bootstrap([one for place in places for one in sums[place]]))
-            for place in places:
-                arm, answers = several[place]
-                self._known[arm, answers.tobytes()] = sums[place], [next(boots) for _ in sums[place]]
-
-    def _row(
-        self, arm: str, metric: str, reference: str | None, answers: np.ndarray, own: _Sums, boot: np.ndarray | None
-    ) -> Row:
-        low, high = (None, None) if boot is None else interval(boot)
+    def _row(self, arm: str, metric: str, reference: str | None, answers: np.ndarray, own: _Sums) -> Row:
+        low, high = None, None
+        if len(own.per_cluster) > 1:
+            low, high = jackknife_interval(own.value, own.without, SHARE if higher_is_better(metric) else AMOUNT)
         empty = (
             "diff",
             "diff_ci_low",
@@ -200,61 +203,54 @@ class _Comparison:
             "arm": arm,
             "metric": metric,
             "reference": reference,
-            "mean": float(own.score(own.per_user.sum(0))) if len(answers) else None,
+            "mean": own.value if len(answers) else None,
             "ci_low": low,
             "ci_high": high,
             **dict.fromkeys(empty),
-            "n_users": len(own.per_user),
+            "n_users": len(np.unique(self._user[answers])),
+            "n_clusters": len(own.per_cluster),
             "n_queries": len(np.unique(self._query[answers])),
         }
 
-    def _bootstrap(self, sums: list[_Sums]) -> list[np.ndarray | None]:
-        """Each score on the same resampled users, [resamples]; None for fewer than two users.
-
-        The draw depends on the seed and the number of users alone: arms and metrics share it (common random numbers).
-        """
-        if len(sums[0].per_user) < 2:
-            return [None] * len(sums)
-        totals = bootstrap_totals(np.hstack([one.per_user for one in sums]), self._rng("bootstrap"), self.resamples)
-        return [one.score(part) for one, part in zip(sums, _split(totals, sums), strict=True)]
-
     def _permute(self, mine: list[_Sums], theirs: list[_Sums]) -> list[float | None]:
-        """Two-sided p of each metric's difference, by swapping the two arms within users."""
-        if not len(mine[0].per_user):
+        """Two-sided p of each metric's difference, by swapping the two arms within clusters.
+
+        The swaps depend on the seed and the number of clusters alone: all contrasts share them.
+        """
+        if not len(mine[0].per_cluster):
             return [None] * len(mine)
-        apart = [own.per_user - other.per_user for own, other in zip(mine, theirs, strict=True)]
-        moved, exact = swap_totals(np.hstack(apart), self._rng("swap"), self.resamples)
+        apart = [own.per_cluster - other.per_cluster for own, other in zip(mine, theirs, strict=True)]
+        rng = generator(self.seed, "statistics", self.task.name, "swap")
+        moved, exact = swap_totals(np.hstack(apart), rng, self.resamples)
         p_values = []
         for own, other, part in zip(mine, theirs, _split(moved, mine), strict=True):
-            one, two = own.per_user.sum(0), other.per_user.sum(0)
-            observed = float(own.score(one) - own.score(two))
-            p_values.append(permutation_p(own.score(one - part) - own.score(two + part), observed, exact))
+            one, two = own.per_cluster.sum(0), other.per_cluster.sum(0)
+            permuted = own.score(one - part) - own.score(two + part)
+            p_values.append(permutation_p(permuted, own.value - other.value, exact))
         return p_values
 
-    def _rng(self, purpose: str) -> np.random.Generator:
-        return generator(self.seed, "statistics", self.task.name, purpose)
-
     def _sums(self, metric: str, answers: np.ndarray) -> _Sums:
-        user = np.unique(self._user[answers], return_inverse=True)[1]
-        users = int(user.max()) + 1 if len(user) else 0
-        count = np.bincount(user, minlength=users).astype(float)
+        cluster = np.unique(self._cluster[answers], return_inverse=True)[1]
+        clusters = int(cluster.max()) + 1 if len(cluster) else 0
         if metric == "macro_f1":
             labels = len(self.task.labels or ())
-            shape = (users, labels, 3)
-            counts = np.zeros(shape)
+            counts = np.zeros((clusters, labels, 3))
             for kind, label in enumerate(self._f1_labels):
                 known = label[answers] >= 0
-                np.add.at(counts, (user[known], label[answers][known], kind), 1)
+                np.add.at(counts, (cluster[known], label[answers][known], kind), 1)
             return _Sums(
-                counts.reshape(users, labels * 3),
+                counts.reshape(clusters, labels * 3),
                 lambda total: macro_f1(total.reshape(*total.shape[:-1], labels, 3)),
                 None,
             )
         if metric == "rmse":
-            squares = np.bincount(user, self._values["mae"][answers] ** 2, users)
+            squares = np.bincount(cluster, self._values["mae"][answers] ** 2, clusters)
+            count = np.bincount(cluster, minlength=clusters)
             return _Sums(np.stack([squares, count], 1), lambda total: np.sqrt(_ratio(total)), None)
-        means = np.bincount(user, self._values[metric][answers], users) / count
-        return _Sums(np.stack([means, np.ones(users)], 1), _ratio, means)
+        _, first, user = np.unique(self._user[answers], return_index=True, return_inverse=True)
+        means = np.bincount(user, self._values[metric][answers]) / np.maximum(np.bincount(user), 1)
+        count = np.bincount(cluster[first], minlength=clusters)
+        return _Sums(np.stack([np.bincount(cluster[first], means, clusters), count], 1), _ratio, means)
 
     @cached_property
     def _values(self) -> dict[str, np.ndarray]:
@@ -273,11 +269,12 @@ class _Comparison:
 
 
 def _ratio(total: np.ndarray) -> np.ndarray:
-    return np.divide(total[..., 0], total[..., 1])
+    zero = np.zeros_like(total[..., 0])
+    return np.divide(total[..., 0], total[..., 1], out=zero, where=total[..., 1] > 0)
 
 
 def _split(totals: np.ndarray, sums: list[_Sums]) -> list[np.ndarray]:
-    return np.split(totals, np.cumsum([one.per_user.shape[1] for one in sums])[:-1], axis=1)
+    return np.split(totals, np.cumsum([one.per_cluster.shape[1] for one in sums])[:-1], axis=1)
 
 
 def _is_primary(row: Row) -> bool:

@@ -142,10 +142,10 @@ def assemble(
 
 
 def _without(user: User, task: str) -> User:
-    return User(
-        user.user_id,
-        tuple(item for item in user.history if item.task != task),
-        tuple(query for query in user.queries if query.task != task),
+    return replace(
+        user,
+        history=tuple(item for item in user.history if item.task != task),
+        queries=tuple(query for query in user.queries if query.task != task),
     )
 
 

@@ -25,11 +25,17 @@ NEWS_CATEGORIES = (
 )  # fmt: skip
 
 _LOWER_IS_BETTER = frozenset({"mae", "rmse"})
+_IN_STARS = _LOWER_IS_BETTER
 
 
 def higher_is_better(metric: str) -> bool:
     """Whether a larger value of a metric is the better one (not so for `mae` and `rmse`)."""
     return metric not in _LOWER_IS_BETTER
+
+
+def unit(metric: str) -> str:
+    """What a metric's values count: `stars`, or nothing for a share (0 to 1)."""
+    return "stars" if metric in _IN_STARS else ""
 
 
 @dataclass(frozen=True, slots=True)

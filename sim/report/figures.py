@@ -62,7 +62,7 @@ def save(figure: Figure, folder: Path, name: str, title: str = "") -> str:
     return text.getvalue()
 
 
-def forest(summary: Summary, margin: float) -> Figure | None:
+def forest(summary: Summary) -> Figure | None:
     """The contrasts by task, gain and 95% interval, a panel a contrast; None where the run compared nothing.
 
     Filled: significant after Holm (primary contrasts) or not worse than the margin (against the cloud). A task whose
@@ -79,7 +79,7 @@ def forest(summary: Summary, margin: float) -> Figure | None:
                                     sharey=True, squeeze=False, layout="constrained")  # fmt: skip
         for axis, (arm, reference) in zip(axes[0], panels, strict=True):
             own = {c.task: c for c in contrasts if (c.arm, c.reference) == (arm, reference)}
-            _forest_panel(axis, [own.get(task) for task in tasks], margin if reference == "cloud" else None)
+            _forest_panel(axis, [own.get(task) for task in tasks])
             axis.set_title(f"against {reference.replace('_', ' ')}", pad=14)
         tested = [axis for axis, (_, reference) in zip(axes[0], panels, strict=True) if reference != "cloud"]
         limits = [limit for axis in tested for limit in axis.get_xlim()]
@@ -93,11 +93,13 @@ def forest(summary: Summary, margin: float) -> Figure | None:
     return figure
 
 
-def _forest_panel(axis: plt.Axes, contrasts: Sequence[Contrast | None], margin: float | None) -> None:
+def _forest_panel(axis: plt.Axes, contrasts: Sequence[Contrast | None]) -> None:
     axis.axvline(0, color=INK, linewidth=0.7, zorder=1)
-    if margin is not None:
-        axis.axvline(-margin, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        axis.annotate("margin", (-margin, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 1),
+    margins = [(row, c.margin) for row, c in enumerate(contrasts) if c is not None and c.margin is not None]
+    for row, margin in margins:
+        axis.vlines(-margin, row - 0.5, row + 0.5, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+    if margins:
+        axis.annotate("margin", (-margins[0][1], 1.0), xycoords=("data", "axes fraction"), xytext=(0, 1),
                       textcoords="offset points", ha="center", va="bottom", fontsize=7, color=FAINT)  # fmt: skip
     for row, contrast in enumerate(contrasts):
         if contrast is None or contrast.gain is None:
@@ -105,7 +107,7 @@ def _forest_panel(axis: plt.Axes, contrasts: Sequence[Contrast | None], margin: 
         colour = BLUE if contrast.gain >= 0 else VERMILION
         low = contrast.gain if contrast.gain_low is None else contrast.gain_low
         high = contrast.gain if contrast.gain_high is None else contrast.gain_high
-        solid = contrast.gain_low is not None and low > -margin if margin is not None else contrast.significant
+        solid = contrast.significant if contrast.margin is None else contrast.not_worse
         axis.hlines(row, low, high, color=colour, linewidth=1.4, zorder=2)
         axis.plot(contrast.gain, row, marker="o", markersize=5.2, color=colour, markeredgewidth=1.2,
                   markerfacecolor=colour if solid else "none", zorder=3)  # fmt: skip

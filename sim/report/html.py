@@ -36,15 +36,14 @@ def write_report(run: RunDirectory) -> Path:
     experiment = run.experiment
     summary = Summary(run.read_json("summary.json"))
     environment = run.read_json("environment.json") or {}
-    margin = experiment.evaluation.margin
     tables = {name: _read(run, name) for name in TABLES if name not in ("metrics", "training")}
     asked = summary.facts.get("asked")
     funnel = Funnel(tables["samples"], tables["predictions"], experiment, asked if isinstance(asked, Mapping) else None)
     truth = faults(tables["samples"], funnel.filters)
 
-    write_tables(run, summary, margin)
+    write_tables(run, summary)
     drawn = {}
-    for name, figure in (("contrasts", figures.forest(summary, margin)), ("filters", figures.filters(funnel))):
+    for name, figure in (("contrasts", figures.forest(summary)), ("filters", figures.filters(funnel))):
         if figure is not None:
             drawn[name] = inline(figures.save(figure, run.path / "figures", name), name)
 
@@ -54,15 +53,15 @@ def write_report(run: RunDirectory) -> Path:
         failures=summary.facts.get("failures") or [],
         contrasts=summary.contrasts(),
         others=[contrast for contrast in summary.contrasts(everything=True) if contrast not in summary.contrasts()],
-        margin=margin,
+        method=prose.method(summary, experiment),
         arms=ARMS,
         title=reading.title,
         meaning={(arm, reference): text for arm, reference, text in reading.CONTRASTS},
-        answer=prose.answer(summary, experiment),
+        answer=prose.answer(summary),
         scale=prose.scale(summary, experiment),
         notes=prose.notes(summary, experiment, environment),
         figures=drawn,
-        captions=prose.captions(summary, margin),
+        captions=prose.captions(summary),
         funnel=funnel,
         truth=truth,
         precision=lambda name: precision(truth, name),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim.experiment import Experiment
-from sim.report.summary import Contrast, Summary, interval, metric_name, number, p_value
+from sim.report.summary import Contrast, Summary, amount, interval, metric_name, number, p_value
 
 _FEW_USERS = 20
 
@@ -23,9 +23,8 @@ class Answer:
     sentences: tuple[str, ...]
 
 
-def answer(summary: Summary, experiment: Experiment) -> Answer:
+def answer(summary: Summary) -> Answer:
     """Does the cloud's help pay? The primary contrasts first, then how close the device comes to the cloud."""
-    margin = experiment.evaluation.margin
     against = {
         reference: [c for c in summary.contrasts() if (c.arm, c.reference) == ("collaborative", reference)]
         for reference in ("local_matched", "placebo", "cloud")
@@ -36,23 +35,23 @@ def answer(summary: Summary, experiment: Experiment) -> Answer:
         ("placebo", "as many samples written for another user (placebo)"),
     ):
         if against[reference]:
-            sentences.append(_against(against[reference], what, margin))
+            sentences.append(_against(against[reference], what))
         else:
             missing = [arm for arm in ("collaborative", reference) if arm not in summary.arms]
             why = f"{' and '.join(missing)} did not run" if missing else "the summary holds no such contrast"
             sentences.append(f"Whether it beats {what} cannot be told: {why}.")
     if against["cloud"]:
-        sentences.append(_close_to_cloud(against["cloud"], margin))
-    return Answer(_headline(against["local_matched"], against["placebo"], margin), tuple(sentences))
+        sentences.append(_close_to_cloud(against["cloud"]))
+    return Answer(_headline(against["local_matched"], against["placebo"]), tuple(sentences))
 
 
-def _headline(local: list[Contrast], placebo: list[Contrast], margin: float) -> str:
+def _headline(local: list[Contrast], placebo: list[Contrast]) -> str:
     if not local or not placebo:
         return "This run does not hold both primary contrasts, so it cannot answer whether the cloud's help pays."
     tasks = list(dict.fromkeys(c.task for c in (*local, *placebo)))
-    won = {name: {c.task for c in group if c.verdict(margin) == "better"} for name, group in
+    won = {name: {c.task for c in group if c.verdict() == "better"} for name, group in
            (("local", local), ("placebo", placebo))}  # fmt: skip
-    lost = {c.task for c in (*local, *placebo) if c.verdict(margin) == "worse"}
+    lost = {c.task for c in (*local, *placebo) if c.verdict() == "worse"}
     both = won["local"] & won["placebo"]
     where = f"{len(both)} of {_several(len(tasks), 'task')}"
     if len(both) == len(tasks):
@@ -70,11 +69,11 @@ def _headline(local: list[Contrast], placebo: list[Contrast], margin: float) -> 
     return text
 
 
-def _against(contrasts: list[Contrast], what: str, margin: float) -> str:
+def _against(contrasts: list[Contrast], what: str) -> str:
     """One sentence a contrast: where it is better, where worse, where nothing was shown."""
     groups: dict[str, list[Contrast]] = {}
     for contrast in contrasts:
-        groups.setdefault(contrast.verdict(margin), []).append(contrast)
+        groups.setdefault(contrast.verdict(), []).append(contrast)
     total = len(contrasts)
     better = groups.pop("better", [])
     if better:
@@ -97,20 +96,28 @@ def _against(contrasts: list[Contrast], what: str, margin: float) -> str:
     return text
 
 
-def _close_to_cloud(contrasts: list[Contrast], margin: float) -> str:
-    fine = [c for c in contrasts if c.verdict(margin).startswith(("better", "not worse"))]
-    worse = [c for c in contrasts if c.verdict(margin) == "worse"]
+def _close_to_cloud(contrasts: list[Contrast]) -> str:
+    fine = [c for c in contrasts if c.verdict().startswith(("better", "not worse"))]
+    worse = [c for c in contrasts if c.verdict() == "worse"]
     open_ = [c for c in contrasts if c not in fine and c not in worse]
     found = [
         f"{words} {_list([c.task for c in group])}"
         for words, group in (
-            (f"not worse by more than {margin:g} on", fine),
+            *((f"not worse by more than {limit} on", group) for limit, group in _by_margin(fine).items()),
             ("worse on", worse),
             ("undecided on", open_),
         )
         if group
     ]
     return f"Against asking the cloud model itself, with the history in its prompt: {'; '.join(found)}."
+
+
+def _by_margin(contrasts: list[Contrast]) -> dict[str, list[Contrast]]:
+    groups: dict[str, list[Contrast]] = {}
+    for contrast in contrasts:
+        if contrast.margin is not None:
+            groups.setdefault(amount(contrast.margin, contrast.metric), []).append(contrast)
+    return groups
 
 
 def _detail(contrast: Contrast) -> str:
@@ -193,12 +200,32 @@ def _placebos(counted: Mapping[str, int]) -> list[str]:
     return [text + "."]
 
 
-def captions(summary: Summary, margin: float) -> dict[str, str]:
+def method(summary: Summary, experiment: Experiment) -> str:
+    """How the intervals and the p-values are made."""
+    counted = sorted({count for task in summary.tasks if (count := summary.clusters(task))})
+    many = f"{counted[0]} to {counted[-1]}" if len(counted) > 1 else str(counted[0]) if counted else ""
+    alike = (
+        f"users who share an archetype are alike, so they make one cluster (here {many})" if many and
+        experiment.population.source == "world" else "each user is a cluster"
+    )  # fmt: skip
+    text = (
+        "Queries are averaged to a user, then users are compared in pairs: mean paired difference. Intervals and p are "
+        f"over clusters of users: {alike}. The interval is the jackknife's over clusters, with Student's t; p is of "
+        "the permutation test that swaps the two arms within clusters; Holm is over tasks and the primary contrasts "
+        "(collaborative against local_matched and placebo)."
+    )
+    margins = summary.margins()
+    return f"{text} Against the cloud the margin is {' or '.join(margins)}." if margins else text
+
+
+def captions(summary: Summary) -> dict[str, str]:
     """What each figure shows."""
+    margins = summary.margins()
+    against = f"; against the cloud, not worse than the margin of {' or '.join(margins)} (dashed)" if margins else ""
     return {
         "contrasts": "Gain of the collaborative adapter over each reference, by task: mean over users and 95% "
         "interval; right of zero is better on every task. Filled points: significant after Holm's "
-        f"correction; against the cloud, not worse than the margin of {margin:g} (dashed).",
+        f"correction{against}.",
         "filters": "What became of every synthetic sample asked of the cloud: accepted, rejected by a filter, or not "
         "received as a well-formed pair.",
     }

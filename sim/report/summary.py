@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim.errors import UserError
-from sim.population.tasks import get_task, higher_is_better
+from sim.population.tasks import get_task, higher_is_better, unit
 from sim.sections import ARMS
 
 #: The contrasts of the design, in reading order: arm, reference, and what the comparison settles.
@@ -53,6 +53,7 @@ class Contrast:
     losses: int | None
     p: float | None
     p_holm: float | None
+    margin: float | None
     n_users: int | None
     n_queries: int | None
 
@@ -69,19 +70,25 @@ class Contrast:
         """Whether the difference stands after Holm's correction."""
         return self.p_holm is not None and self.p_holm < SIGNIFICANT
 
-    def verdict(self, margin: float) -> str:
+    @property
+    def not_worse(self) -> bool:
+        """Whether the interval lies above -`margin`; no where the comparison has no margin."""
+        return self.margin is not None and self.gain_low is not None and self.gain_low > -self.margin
+
+    def verdict(self) -> str:
         """The comparison's outcome in a few words, the same ones everywhere.
 
-        Primary contrasts are judged by Holm's p; the contrast with the cloud by its interval against -`margin`.
+        Primary contrasts are judged by Holm's p; the one that has a margin (against the cloud, on the primary metric)
+        by its interval against -`margin`.
         """
         if self.gain is None or self.gain_low is None or self.gain_high is None:
             return "cannot be told"
         better, worse = self.gain_low > _ROUNDING, self.gain_high < -_ROUNDING
-        if self.reference == "cloud":
+        if self.margin is not None:
             if better:
                 return "better"
-            if self.gain_low > -margin:
-                return f"not worse (margin {margin:g})"
+            if self.not_worse:
+                return f"not worse (margin {amount(self.margin, self.metric)})"
             return "worse" if worse else "undecided"
         if self.is_primary and self.significant:
             return "better" if self.gain > 0 else "worse"
@@ -130,6 +137,15 @@ class Summary:
             return None
         return max(means) if higher_is_better(self.primary(task)) else min(means)
 
+    def margins(self) -> list[str]:
+        """The margins that comparisons were judged against, each once, with their units."""
+        return list(dict.fromkeys(amount(c.margin, c.metric) for c in self.contrasts() if c.margin is not None))
+
+    def clusters(self, task: str) -> int | None:
+        """How many clusters the users of `users` fall into."""
+        found = [row["n_clusters"] for row in self.rows if row["task"] == task and row.get("n_clusters")]
+        return max(found, default=None)
+
     def users(self, task: str) -> int | None:
         """How many users the task's arms were compared on (the most of any arm)."""
         return max((row["n_users"] for row in self.rows if row["task"] == task and row.get("n_users")), default=None)
@@ -156,7 +172,7 @@ def _contrast(row: Mapping[str, Any]) -> Contrast:
     turned = (diff, low, high)
     if not higher_is_better(row["metric"]):
         turned = tuple(None if value is None else -value for value in (diff, high, low))
-    keys = ("wins", "ties", "losses", "p", "p_holm", "n_users", "n_queries")
+    keys = ("wins", "ties", "losses", "p", "p_holm", "margin", "n_users", "n_queries")
     return Contrast(row["task"], row["metric"], row["arm"], row["reference"], diff, low, high, *turned,
                     *(row.get(key) for key in keys))  # fmt: skip
 
@@ -189,6 +205,11 @@ def arrow(metric: str, ascii_only: bool = False) -> str:
 def metric_name(metric: str) -> str:
     """A metric as papers print it."""
     return METRIC_NAMES.get(metric, metric)
+
+
+def amount(value: float, metric: str) -> str:
+    """A margin with the unit of its metric: "0.02", "0.1 stars"."""
+    return f"{value:g} {unit(metric)}".rstrip()
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:

@@ -17,7 +17,7 @@ from sim.report.summary import Contrast, Summary, interval, metric_name, number,
 from sim.results import RunDirectory, write_atomically
 
 SUMMARY_COLUMNS = (
-    "task", "metric", "arm", "mean", "ci_low", "ci_high", "n_users", "n_queries", "steps", "tokens",
+    "task", "metric", "arm", "mean", "ci_low", "ci_high", "n_users", "n_clusters", "n_queries", "steps", "tokens",
 )  # fmt: skip
 CONTRAST_COLUMNS = (
     "task", "metric", "arm", "reference", "diff", "diff_ci_low", "diff_ci_high", "wins", "ties", "losses", "p",
@@ -27,14 +27,14 @@ _ESCAPES = {"\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": 
             "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$"}  # fmt: skip
 
 
-def write_tables(run: RunDirectory, summary: Summary, margin: float) -> None:
+def write_tables(run: RunDirectory, summary: Summary) -> None:
     """Writes everything under `tables/`. Running it again replaces the files."""
     folder = run.path / "tables"
     for name, text in (
         ("summary.csv", summary_csv(summary)),
         ("summary.tex", summary_latex(summary)),
-        ("contrasts.csv", contrasts_csv(summary, margin)),
-        ("contrasts.tex", contrasts_latex(summary, margin)),
+        ("contrasts.csv", contrasts_csv(summary)),
+        ("contrasts.tex", contrasts_latex(summary)),
     ):
         write_atomically(folder / name, text)
     write_predictions(run)
@@ -51,11 +51,11 @@ def summary_csv(summary: Summary) -> str:
     return _csv(SUMMARY_COLUMNS, [[row.get(name) for name in SUMMARY_COLUMNS] for row in rows if row])
 
 
-def contrasts_csv(summary: Summary, margin: float) -> str:
+def contrasts_csv(summary: Summary) -> str:
     """Every comparison on every metric, with its verdict; full precision, empty where there is no value."""
     rows = []
     for contrast in summary.contrasts(everything=True):
-        rows.append([getattr(contrast, name) for name in CONTRAST_COLUMNS[:-1]] + [contrast.verdict(margin)])
+        rows.append([getattr(contrast, name) for name in CONTRAST_COLUMNS[:-1]] + [contrast.verdict()])
     return _csv(CONTRAST_COLUMNS, rows)
 
 
@@ -81,13 +81,13 @@ def summary_latex(summary: Summary) -> str:
     return _tabular("l" + "r" * len(summary.tasks), [head + r" \\", metrics + r" \\"], lines)
 
 
-def contrasts_latex(summary: Summary, margin: float) -> str:
+def contrasts_latex(summary: Summary) -> str:
     """The contrasts on the primary metrics; needs the booktabs package."""
     head = r"Contrast & Task & Difference & 95\% CI & W/T/L & $p$ (Holm) & Verdict \\"
-    return _tabular("llrrrrl", [head], [_latex_row(contrast, margin) for contrast in summary.contrasts()])
+    return _tabular("llrrrrl", [head], [_latex_row(contrast) for contrast in summary.contrasts()])
 
 
-def _latex_row(contrast: Contrast, margin: float) -> str:
+def _latex_row(contrast: Contrast) -> str:
     counts = (contrast.wins, contrast.ties, contrast.losses)
     cells = (
         rf"\texttt{{{_tex(contrast.arm)}}} $-$ \texttt{{{_tex(contrast.reference)}}}",
@@ -96,7 +96,7 @@ def _latex_row(contrast: Contrast, margin: float) -> str:
         _math(interval(contrast.diff_ci_low, contrast.diff_ci_high, signed=True)) or "--",
         "/".join(map(str, counts)) if None not in counts else "--",
         _tex(p_value(contrast.p_holm)),
-        _tex(contrast.verdict(margin)),
+        _tex(contrast.verdict()),
     )
     return " & ".join(cells) + r" \\"
 

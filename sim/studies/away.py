@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from sim.clock import DAY_S, Span
 from sim.errors import UserError
 from sim.experiment import Experiment
+from sim.population.tasks import get_task, unit
 from sim.report.figures import INK, style
 from sim.studies.answer import save_figure, write_findings, write_table
 from sim.studies.drift_measures import overall, paired, read_answers
@@ -32,7 +33,9 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
         "interval is above zero."
     )
     save_figure(out, study.spec.name, draw(table), caption)
-    margin = next(iter(runs.values())).experiment.evaluation.margin
+    experiment = next(iter(runs.values())).experiment
+    rated = {unit(get_task(task).primary) for task in experiment.population.tasks} == {"stars"}
+    margin = experiment.evaluation.margin_stars if rated else experiment.evaluation.margin
     write_findings(study, out, findings(table, days, margin))
 
 

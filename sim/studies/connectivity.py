@@ -18,7 +18,9 @@ from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.population.tasks import get_task, higher_is_better
 from sim.report.summary import metric_name
+from sim.resampling import AMOUNT, ANY, SHARE
 from sim.service import DEVICE, first_live, reached_s, survival, trainings, waiting_s, wasted
+from sim.statistics import clustered
 from sim.studies.answer import save_figure, write_findings, write_table
 from sim.studies.connectivity_figures import (
     AVAILABILITY,
@@ -36,12 +38,11 @@ from sim.studies.connectivity_figures import (
     draw_survival,
     span,
 )
-from sim.studies.frames import Runs, each_cell, labelled, mean_interval
+from sim.studies.frames import USER, Runs, each_cell, labelled, mean_interval
 from sim.studies.study import Study
 from sim.timeline_state import REAL, STALE
 
 ARM, REFERENCE, FLOOR = "collaborative", "local", "frozen"
-USER = ["seed", "user_id"]
 COSTS = ("bytes_wasted", "energy_j", "energy_wasted_j")
 
 
@@ -84,7 +85,7 @@ def measure(
         "without_samples_low": last["low"], "without_samples_high": last["high"],
         "queued_p50_s": queued_s[0.5], "queued_p95_s": queued_s[0.95],
     }
-    devices = wasted(events, ARM)
+    devices = wasted(events, ARM).merge(answers[[*DEVICE, "cluster"]].drop_duplicates(), on=DEVICE)
     return users, pd.DataFrame([row | told for row in _rows(users, devices)]), curve
 
 
@@ -98,7 +99,7 @@ def label_answers(predictions: pd.DataFrame, made: pd.DataFrame, most: float) ->
     """The answers with the `kind` of what answered (KINDS; of arm collaborative only) and `age_d`, the days since that
     adapter went live. `made` as `sim.service.trainings` has it; `most` as `most_rounds` says.
     """
-    rows = predictions.copy()
+    rows = clustered(predictions)
     rows["age_d"] = (rows["answered_time_s"] - rows["adapter_time_s"]) / DAY_S
     own = (rows["arm"] == ARM) & (rows["answered_by"] == "adapter")
     found = pd.merge_asof(  # a time that was added up of two is a rounding error away
@@ -138,10 +139,14 @@ def _rows(users: pd.DataFrame, devices: pd.DataFrame) -> Iterator[dict[str, Any]
     """A row a task: means over users, or devices, with their intervals."""
     for task, own in users.groupby("task"):
         row: dict[str, Any] = {"task": task, "metric": get_task(task).primary, "n_users": len(own)}
+        known = own.set_index(USER)
         for name in (ARM, REFERENCE, FLOOR, "gain", "gain_of_base", *KINDS, "age_d"):
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(own[name].dropna()), strict=True))
+            bounds = SHARE if name in KINDS else AMOUNT if name == "age_d" else ANY
+            found = mean_interval(known[name].dropna(), bounds)
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
         for name in COSTS:
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(devices[name]), strict=True))
+            found = mean_interval(devices.set_index("cluster")[name], AMOUNT)
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
         sums = devices[["bytes", "bytes_wasted", "energy_j", "energy_wasted_j"]].sum()
         row["bytes_wasted_share"] = sums["bytes_wasted"] / sums["bytes"] if sums["bytes"] else np.nan
         row["energy_wasted_share"] = sums["energy_wasted_j"] / sums["energy_j"] if sums["energy_j"] else np.nan

@@ -12,6 +12,7 @@ import pandas as pd
 
 from sim.errors import UserError
 from sim.experiment import Experiment
+from sim.resampling import AMOUNT, SHARE
 from sim.results import RunDirectory
 from sim.section import Section
 from sim.studies import drift_figures
@@ -20,6 +21,7 @@ from sim.studies.drift_measures import (
     COSTS,
     USER,
     along,
+    clusters,
     detections,
     fresh_for,
     front,
@@ -140,19 +142,20 @@ def _detector(case: Case) -> Iterator[tuple]:
         np.nan, pd.MultiIndex.from_frame(case.answers[USER].drop_duplicates())
     )  # fmt: skip
     found = detections(read_trained(case.run), by_user, case.experiment.rounds)
+    found = found.join(clusters(case.answers))
     head = (case.change, case.policy, "")
     quiet = found[found["quiet"] > 0]
     for users, rows in (("unchanged", quiet[by_user[quiet.index].isna()]), ("changed", quiet)):
         if users == "changed":
             rows = rows[by_user[rows.index].notna()]
         if len(rows):
-            yield _whole(*head, users, "raised a false alarm", overall(rows.assign(x=rows["false"] > 0), "x"))
+            yield _whole(*head, users, "raised a false alarm", overall(rows.assign(x=rows["false"] > 0), "x", SHARE))
             share = 100 * rows["false"].sum() / rows["quiet"].sum()
             yield (*head, users, "false alarms in 100 days", np.nan, np.nan, share, np.nan, np.nan, len(rows))
     changed = found[by_user.notna()]
     if len(changed):
-        yield _whole(*head, "changed", "detected", overall(changed.assign(x=changed["delay"].notna()), "x"))
-        yield _whole(*head, "changed", "delay", overall(changed, "delay"))
+        yield _whole(*head, "changed", "detected", overall(changed.assign(x=changed["delay"].notna()), "x", SHARE))
+        yield _whole(*head, "changed", "delay", overall(changed, "delay", AMOUNT))
 
 
 def _two_golds(case: Case) -> Iterator[tuple]:
@@ -169,7 +172,7 @@ def _prices(cases: list[Case]) -> Iterator[tuple]:
     """Costs of a user, and which policies are on the front of score (of users that change, if any) against tokens."""
     for case in cases:
         for name in COSTS:
-            yield _whole(case.change, case.policy, "", "all", name, overall(case.costs, name))
+            yield _whole(case.change, case.policy, "", "all", name, overall(case.costs, name, AMOUNT))
     groups = [set(case.adapters["users"]) for case in cases]
     users = "changed" if all("changed" in group for group in groups) else sorted(groups[0])[0]
     good = [overall(case.adapters[case.adapters["users"] == users], "good")[0] for case in cases]

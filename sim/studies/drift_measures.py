@@ -2,7 +2,8 @@
 
 A frame of answers has a row an answer: `KEYS`, `arm`, `good` (the task's score, turned so that more is better), `age`
 (days since the answering adapter was trained; NaN: no adapter), `since` (days since the user changed; NaN: never does)
-and `users` (`changed`, `unchanged`, or `real` where nobody knows).
+and `users` (`changed`, `unchanged`, or `real` where nobody knows). A column or level `cluster` says which users are
+alike; without one each user is a cluster. A user who changes stays in the cluster of the archetype they start from.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from sim.metrics import score
 from sim.population.source import FromWorld
 from sim.population.tasks import get_task
 from sim.population.world.truth import answers as both_answers
+from sim.resampling import ANY, drawn_clusters, widened_tails
 from sim.results import RunDirectory
 from sim.rounds import trained
 from sim.seeding import generator
+from sim.statistics import clustered
 from sim.studies.frames import mean_interval
 
 REAL = "real"
@@ -46,9 +49,9 @@ def read_answers(run: RunDirectory) -> pd.DataFrame:
     `prediction`.
     """
     experiment = run.experiment
-    told = run.read("predictions")
+    told = clustered(run.read("predictions"))
     told = told[told["arm"].isin(["frozen", studied(experiment)])]
-    told = told[[*KEYS, "arm", "input", "prediction", "score", "answered_by"]]
+    told = told[[*KEYS, "cluster", "arm", "input", "prediction", "score", "answered_by"]]
     told["good"] = told["score"] * told["task"].map(lambda task: 1.0 if get_task(task).higher_is_better else -1.0)
     told = with_age(told, read_trained(run))
     known = read_changes(run)
@@ -77,8 +80,14 @@ def read_changes(run: RunDirectory) -> pd.DataFrame:
 def read_costs(run: RunDirectory) -> pd.DataFrame:
     """What the whole run cost each device: `COSTS`, by `USER`. Only what the watched arm needed."""
     events, arm = run.read("events"), studied(run.experiment)
-    users = run.read("predictions")[USER].drop_duplicates()
-    return costs(events[(events["kind"] == "augment") | (events["arm"] == arm)], pd.MultiIndex.from_frame(users))
+    of = clusters(run.read("predictions"))
+    found = costs(events[(events["kind"] == "augment") | (events["arm"] == arm)], of.index)
+    return found.join(of).set_index("cluster", append=True)
+
+
+def clusters(predictions: pd.DataFrame) -> pd.Series:
+    """The cluster of each user, by `USER`."""
+    return clustered(predictions).groupby(USER)["cluster"].first()
 
 
 def costs(events: pd.DataFrame, users: pd.MultiIndex) -> pd.DataFrame:
@@ -159,7 +168,7 @@ def along(frame: pd.DataFrame, at: str, value: str, width: int = 1) -> pd.DataFr
     with its 95% interval over users; `width` days are taken together (the last ones may be fewer).
     """
     start = (frame[at] // width * width).astype(int)
-    own = frame.assign(start=start).groupby(["start", *USER])[value].mean()
+    own = frame.assign(start=start).groupby(["start", *_who(frame)])[value].mean()
     rows, last = [], frame[at].max()
     for place, of_users in own.groupby(level="start"):
         mean, low, high = mean_interval(of_users)
@@ -167,10 +176,19 @@ def along(frame: pd.DataFrame, at: str, value: str, width: int = 1) -> pd.DataFr
     return pd.DataFrame(rows, columns=["from", "to", "value", "low", "high", "n_users"])
 
 
-def overall(frame: pd.DataFrame, value: str) -> tuple[float, float, float, int]:
-    """(mean, low, high, users) of `value`: over users' own means, with its 95% interval over users."""
-    own = frame.groupby(USER)[value].mean().dropna()
-    return *mean_interval(own), len(own)
+def overall(
+    frame: pd.DataFrame, value: str, bounds: tuple[float, float] = ANY
+) -> tuple[float, float, float, int]:
+    """(mean, low, high, users) of `value`: over users' own means, with its 95% interval over users.
+
+    `bounds` as in `sim.studies.frames.mean_interval`.
+    """
+    own = frame.groupby(_who(frame))[value].mean().dropna()
+    return *mean_interval(own, bounds), len(own)
+
+
+def _who(frame: pd.DataFrame) -> list[str]:
+    return [*USER, "cluster"] if "cluster" in [*frame.columns, *frame.index.names] else USER
 
 
 def half_life(
@@ -179,23 +197,28 @@ def half_life(
     """(days, low, high) until `value` has fallen to half of what it is at age 0; infinite: not reached by `upto`.
 
     The curve by age is the mean over users, made non-increasing by least squares (pool adjacent violators), with
-    straight lines between days. The 95% interval is of users drawn with replacement. NaN where there is no gain to
-    halve.
+    straight lines between days. The 95% interval is of clusters drawn with replacement, its tails widened for their
+    number. NaN where there is no gain to halve.
     """
     some = gains[gains["age"] <= upto]
-    table = some.groupby([*USER, "age"])[value].mean().unstack("age").reindex(columns=range(upto + 1))
+    table = some.groupby([*_who(some), "age"])[value].mean().unstack("age").reindex(columns=range(upto + 1))
     values = table.to_numpy(float)
     if not len(values):
         return np.nan, np.nan, np.nan
     there = ~np.isnan(values)
-    draw = generator(1, "study", "half-life").multinomial(len(values), [1 / len(values)] * len(values), resamples)
+    named = "cluster" in table.index.names
+    of = pd.factorize(table.index.get_level_values("cluster"))[0] if named else np.arange(len(values))
+    count = int(of.max()) + 1
+    draw = drawn_clusters(count, generator(1, "study", "half-life"), resamples)[:, of]
     times = np.vstack([np.ones(len(values)), draw])
     counts = times @ there
     means = np.divide(times @ np.where(there, values, 0.0), counts, out=np.full(counts.shape, np.nan), where=counts > 0)
     found = np.array([_halved(curve, weight) for curve, weight in zip(means, counts, strict=True)])
     if np.isnan(found[0]):
         return np.nan, np.nan, np.nan
-    low, high = np.quantile(np.where(np.isnan(found[1:]), 0.0, found[1:]), (0.025, 0.975), method="nearest")
+    if count < 2:
+        return float(found[0]), np.nan, np.nan
+    low, high = np.quantile(np.where(np.isnan(found[1:]), 0.0, found[1:]), widened_tails(count), method="nearest")
     return float(found[0]), float(low), float(high)
 
 

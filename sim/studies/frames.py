@@ -7,13 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from sim.resampling import bootstrap_interval
+from sim.resampling import ANY, cluster_interval
 from sim.results import RunDirectory
-from sim.seeding import generator
+from sim.statistics import clustered
 from sim.studies.study import Cell, Study
 
 Runs = Mapping[str, RunDirectory]
 """Finished runs by the name of their cell."""
+
+USER = ["seed", "user_id", "cluster"]
+"""Who a user is, and which users they are like: the index of a series that `mean_interval` reads."""
 
 
 def each_cell(study: Study, runs: Runs) -> Iterator[tuple[Cell, RunDirectory]]:
@@ -41,34 +44,38 @@ def tables(study: Study, runs: Runs, name: str, columns: Sequence[str] | None = 
 
 
 def user_scores(predictions: pd.DataFrame, by: Sequence[str] = ("arm", "task")) -> pd.DataFrame:
-    """Answers averaged to users: the columns `by`, `seed`, `user_id` and `score` (the task's own, more may be worse).
+    """Answers averaged to users: the columns `by`, `USER` and `score` (the task's own, more may be worse).
 
     With `round` or a column of one's own in `by`, a row is a user's mean there.
     """
-    return predictions.groupby([*by, "seed", "user_id"], sort=True, observed=True)["score"].mean().reset_index()
+    frame = clustered(predictions)
+    return frame.groupby([*by, *USER], sort=True, observed=True)["score"].mean().reset_index()
 
 
-def mean_interval(values: Sequence[float] | pd.Series, resamples: int = 10_000) -> tuple[float, float, float]:
-    """(mean, low, high) of one value a user: 95% bootstrap over users; no interval (nan) for fewer than two.
+def mean_interval(
+    values: Sequence[float] | pd.Series, bounds: tuple[float, float] = ANY
+) -> tuple[float, float, float]:
+    """(mean, low, high) of one value a user: 95% over clusters of users; no interval (nan) for fewer than two.
 
-    The draw depends on the number of users alone, so the same call gives the same interval.
+    A series whose index has the level `cluster`, as with `frame.set_index(USER)`, says which users are alike; otherwise
+    each value is a cluster. `bounds`: `SHARE` and `AMOUNT` of `sim.resampling` keep the interval within them.
     """
     users = np.asarray(values, dtype=float)
-    if len(users) < 2:
-        return (float(users[0]) if len(users) else np.nan), np.nan, np.nan
-    low, high = bootstrap_interval(users, generator(1, "study", "bootstrap"), resamples)
+    named = isinstance(values, pd.Series) and "cluster" in values.index.names
+    clusters = values.index.get_level_values("cluster") if named else np.arange(len(users))
+    if len(set(clusters)) < 2:
+        return (float(users.mean()) if len(users) else np.nan), np.nan, np.nan
+    low, high = cluster_interval(users, clusters, bounds)
     return float(users.mean()), low, high
 
 
-def paired_interval(
-    scores: pd.Series, reference: pd.Series, resamples: int = 10_000
-) -> tuple[float, float, float, int]:
+def paired_interval(scores: pd.Series, reference: pd.Series) -> tuple[float, float, float, int]:
     """(mean, low, high, users) of `scores - reference`, both one value a user with the user as index, on shared users.
 
-    Set the index first, as in `frame.set_index(["seed", "user_id"])["score"]`.
+    Set the index first, as in `frame.set_index(USER)["score"]`.
     """
     apart = (scores - reference).dropna()
-    return *mean_interval(apart, resamples), len(apart)
+    return *mean_interval(apart), len(apart)
 
 
 def _stack(frames: Iterator[pd.DataFrame]) -> pd.DataFrame:

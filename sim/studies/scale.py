@@ -28,7 +28,7 @@ from sim.service import (
     waiting_s,
 )
 from sim.studies.answer import save_figure, write_findings, write_table
-from sim.studies.frames import Runs, each_cell, mean_interval, user_scores
+from sim.studies.frames import USER, Runs, each_cell, mean_interval, user_scores
 from sim.studies.scale_figures import draw_quality, draw_service, draw_simulation
 from sim.studies.scale_prose import findings, notes
 from sim.studies.study import Study
@@ -100,9 +100,9 @@ def by_history(study: Study, runs: Runs) -> pd.DataFrame:
     lengths = _lengths(cell.experiment)
     rows = []
     for task, own in scores.groupby("task"):
-        wide = own.pivot(index=["seed", "user_id"], columns="arm", values="score")
+        wide = own.pivot(index=USER, columns="arm", values="score")
         sign = 1 if higher_is_better(get_task(task).primary) else -1
-        length = pd.Series([lengths[user] for _, user in wide.index], index=wide.index)
+        length = pd.Series([lengths[user] for _, user, _ in wide.index], index=wide.index)
         for arm in [name for name in ("local", "collaborative") if name in wide]:
             gain = sign * (wide[arm] - wide["frozen"])
             for least, above in zip(LENGTHS, (*LENGTHS[1:], np.inf), strict=True):

@@ -31,12 +31,20 @@ def test_macro_f1_by_hand():
     assert corpus_score("LaMP_1", predictions, golds) == {"accuracy": 2 / 5, "macro_f1": 0.5}
 
 
-def test_macro_f1_divides_by_all_labels_of_the_task_seen_or_not():
-    assert corpus_score("LaMP_2N", ["sports"], ["sports"]) == {"accuracy": 1.0, "macro_f1": pytest.approx(1 / 15)}
+def test_macro_f1_is_over_the_labels_that_are_somebodys_right_answer():
+    assert corpus_score("LaMP_2N", ["sports"], ["sports"]) == {"accuracy": 1.0, "macro_f1": 1.0}
+    # sports: TP 1, FN 1 -> 2/3. crime is nobody's right answer: that it is said is wrong, and no third label.
+    assert corpus_score("LaMP_2N", ["sports", "crime"], ["sports", "sports"])["macro_f1"] == pytest.approx(2 / 3)
+    assert macro_f1(np.zeros((2, 3))) == 0.0
+
+
+@given(st.lists(LABELS, min_size=1, max_size=30))
+def test_whoever_is_always_right_has_a_macro_f1_of_one(golds):
+    assert corpus_score("LaMP_2N", golds, golds)["macro_f1"] == 1.0
 
 
 @given(st.lists(st.tuples(LABELS | st.just("no label"), LABELS), min_size=1, max_size=30))
-def test_macro_f1_agrees_with_scikit_learn(pairs):
+def test_macro_f1_is_lamps_divided_by_the_share_of_labels_that_occur(pairs):
     sklearn = pytest.importorskip("sklearn.metrics")
     predictions, golds = zip(*pairs, strict=True)
     index = {label: place for place, label in enumerate(NEWS_CATEGORIES)}
@@ -48,12 +56,13 @@ def test_macro_f1_agrees_with_scikit_learn(pairs):
             labels=list(range(15)),
             average="macro",
         )
-    assert corpus_score("LaMP_2N", predictions, golds)["macro_f1"] == pytest.approx(expected, abs=1e-12)
+    own = corpus_score("LaMP_2N", predictions, golds)["macro_f1"]
+    assert own * len(set(golds)) / 15 == pytest.approx(expected, abs=1e-12)
 
 
 def test_counts_of_several_sets_are_scored_at_once():
     right, wrong = f1_counts("LaMP_1", "[1]", "[1]"), f1_counts("LaMP_1", "[1]", "[2]")
-    assert macro_f1(np.stack([right, wrong, right + wrong])) == pytest.approx([0.5, 0.0, 1 / 3])
+    assert macro_f1(np.stack([right, wrong, right + wrong])) == pytest.approx([1.0, 0.0, 1 / 3])
 
 
 @pytest.mark.parametrize(

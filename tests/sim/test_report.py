@@ -14,7 +14,7 @@ from sim.experiment import Experiment
 from sim.report import write_report
 from sim.report.fleet import Fleet
 from sim.report.funnel import Funnel, faults, precision
-from sim.report.prose import answer, notes
+from sim.report.prose import answer, captions, method, notes
 from sim.report.summary import Summary
 from sim.results import RunDirectory
 from sim.seeding import generator
@@ -40,8 +40,10 @@ def summary_row(task="LaMP_2", arm="collaborative", metric="accuracy", reference
 
 
 def contrast_row(task, reference, diff, low, high, p_holm=None, metric="accuracy"):
+    judged = reference == "cloud" and metric in ("accuracy", "mae", "rouge1")
+    margin = {"margin": 0.1 if metric == "mae" else 0.02} if judged else {}
     return summary_row(task, metric=metric, reference=reference, diff=diff, diff_ci=(low, high), counts=(12, 4, 8),
-                       p=None if p_holm is None else p_holm / 4, p_holm=p_holm)  # fmt: skip
+                       p=None if p_holm is None else p_holm / 4, p_holm=p_holm) | margin  # fmt: skip
 
 
 def synthetic_summary(rng: np.random.Generator, arms: tuple[str, ...]) -> dict:
@@ -198,7 +200,7 @@ def test_a_run_without_results_still_gets_a_page(tmp_path):
 def test_a_positive_answer_names_tasks_sizes_and_p():
     rows = [contrast_row("LaMP_2", "local_matched", 0.06, 0.035, 0.085, 0.002),
             contrast_row("LaMP_2", "placebo", 0.05, 0.025, 0.075, 0.004)]  # fmt: skip
-    found = answer(Summary(rows), Experiment())
+    found = answer(Summary(rows))
     assert found.headline == "Collaborative beat both local training and the placebo on LaMP-2."
     assert "better on 1 of 1 task: LaMP-2 (accuracy +0.060 [+0.035, +0.085], Holm p = 0.002)" in found.sentences[0]
 
@@ -206,7 +208,7 @@ def test_a_positive_answer_names_tasks_sizes_and_p():
 def test_a_negative_answer_is_as_plain():
     rows = [contrast_row(task, reference, -0.03, -0.05, -0.01, 0.01) for task in ("LaMP_2", "LaMP_2N")
             for reference in ("local_matched", "placebo")]  # fmt: skip
-    found = answer(Summary(rows), Experiment())
+    found = answer(Summary(rows))
     assert found.headline.startswith("On no task was collaborative shown to beat local training")
     assert "worse than one of them on LaMP-2 and LaMP-2N" in found.headline
     assert "It is worse on LaMP-2 (accuracy \N{MINUS SIGN}0.030" in found.sentences[0]
@@ -215,12 +217,12 @@ def test_a_negative_answer_is_as_plain():
 def test_beating_only_local_training_is_not_called_personal():
     rows = [contrast_row("LaMP_2", "local_matched", 0.06, 0.03, 0.08, 0.002),
             contrast_row("LaMP_2", "placebo", 0.0, -0.02, 0.02, 0.9)]  # fmt: skip
-    assert "the gain is not shown to be personal" in answer(Summary(rows), Experiment()).headline
+    assert "the gain is not shown to be personal" in answer(Summary(rows)).headline
 
 
 def test_a_run_without_the_arms_says_so():
     rows = [summary_row(arm=arm, mean=0.5) for arm in ("frozen", "local")]
-    found = answer(Summary(rows), Experiment())
+    found = answer(Summary(rows))
     assert "cannot answer" in found.headline
     assert "collaborative and placebo did not run" in found.sentences[1]
 
@@ -228,13 +230,26 @@ def test_a_run_without_the_arms_says_so():
 def test_an_error_metric_counts_as_better_when_it_falls():
     contrast = Summary([contrast_row("LaMP_3", "placebo", -0.2, -0.3, -0.1, 0.01, metric="mae")]).contrasts()[0]
     assert (contrast.gain, contrast.gain_low, contrast.gain_high) == (0.2, 0.1, 0.3)
-    assert contrast.verdict(0.02) == "better"
+    assert contrast.verdict() == "better"
 
 
 def test_the_cloud_is_compared_by_margin_task_by_task():
     rows = [contrast_row("LaMP_2", "cloud", 0.0, -0.01, 0.01), contrast_row("LaMP_2N", "cloud", -0.1, -0.2, -0.05)]
-    last = answer(Summary(rows), Experiment.model_validate({"evaluation": {"margin": 0.02}})).sentences[-1]
+    last = answer(Summary(rows)).sentences[-1]
     assert last.endswith("in its prompt: not worse by more than 0.02 on LaMP-2; worse on LaMP-2N.")
+    rows += [contrast_row("LaMP_3", "cloud", 0.05, 0.01, 0.09, metric="mae")]
+    last = answer(Summary(rows)).sentences[-1]
+    assert "more than 0.02 on LaMP-2; not worse by more than 0.1 stars on LaMP-3; worse on LaMP-2N." in last
+    assert [c.verdict() for c in Summary(rows).contrasts()][-1] == "not worse (margin 0.1 stars)"
+    assert "margin of 0.02 or 0.1 stars" in captions(Summary(rows))["contrasts"]
+
+
+def test_how_intervals_are_made_names_clusters_and_margins():
+    rows = [contrast_row("LaMP_2", "cloud", 0.0, -0.01, 0.01) | {"n_clusters": 21}]
+    text = method(Summary(rows), Experiment())
+    assert "they make one cluster (here 21)" in text and text.endswith("Against the cloud the margin is 0.02.")
+    files = Experiment.model_validate({"population": {"source": "lamp", "path": "data"}})
+    assert "each user is a cluster" in method(Summary(rows), files)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +271,7 @@ def test_the_cloud_is_compared_by_margin_task_by_task():
 def test_verdicts(reference, low, high, p_holm, verdict):
     diff = None if low is None else (low + high) / 2
     contrast = Summary([contrast_row("LaMP_2", reference, diff, low, high, p_holm)]).contrasts()[0]
-    assert contrast.verdict(0.02) == verdict
+    assert contrast.verdict() == verdict
 
 
 def test_notes_say_what_limits_the_answer():

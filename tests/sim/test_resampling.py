@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sim.resampling import bootstrap_interval, bootstrap_totals, holm, sign_flip_p, swap_totals
+from sim.resampling import (
+    AMOUNT,
+    ANY,
+    SHARE,
+    cluster_interval,
+    drawn_clusters,
+    holm,
+    jackknife_interval,
+    sign_flip_p,
+    swap_totals,
+    widened_tails,
+)
 from sim.seeding import generator
 
 RNG = generator(0, "draws of the tests")
@@ -63,40 +74,65 @@ def test_swaps_are_all_there_are_or_as_many_as_asked():
     assert not exact and len(moved) == 3
 
 
-def test_bootstrap_interval_agrees_with_scipy():
+def test_the_signs_of_a_cluster_flip_together():
+    """(1, 2 | 3): of 4 signings +++ and --- reach 6."""
+    assert sign_flip_p([1.0, 2.0, 3.0], RNG, clusters=["a", "a", "b"]) == 2 / 4
+    assert sign_flip_p([1.0, 2.0, 3.0], RNG, clusters=["a", "b", "c"]) == sign_flip_p([1.0, 2.0, 3.0], RNG)
+
+
+def test_without_clusters_and_bounds_it_is_students_interval():
     values = generator(2, "sample").gamma(2.0, 1.0, 25)
-    expected = stats.bootstrap(
-        (values,), np.mean, method="percentile", rng=np.random.default_rng(0), n_resamples=20_000
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert cluster_interval(values) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_interval_of_clusters_of_one_size_is_that_of_their_means():
+    values = generator(5, "sample").normal(size=(8, 3))
+    assert cluster_interval(values.ravel(), np.repeat(np.arange(8), 3)) == pytest.approx(
+        cluster_interval(values.mean(axis=1))
     )
-    low, high = bootstrap_interval(values, generator(0, "boot"), 20_000)
-    width = high - low
-    assert low == pytest.approx(expected.confidence_interval.low, abs=0.03 * width)
-    assert high == pytest.approx(expected.confidence_interval.high, abs=0.03 * width)
 
 
-def test_the_bootstrap_draws_as_many_users_as_there_are_and_all_columns_alike():
-    per_user = np.stack([np.arange(5.0), np.ones(5), 3 * np.arange(5.0)], axis=1)
-    totals = bootstrap_totals(per_user, generator(0, "boot"), 2_000)
-    assert totals.shape == (2_000, 3)
-    assert np.all(totals[:, 1] == 5)
-    assert np.allclose(totals[:, 2], 3 * totals[:, 0])
-    assert totals[:, 0].mean() == pytest.approx(10, abs=0.3)
+def test_scales_by_hand():
+    """Values 0.2 and 0.6 without one of two: error 0.2. Amounts: times and over exp(reach / 0.4)."""
+    without, reach = np.array([0.2, 0.6]), stats.t.ppf(0.975, 1) * 0.2
+    assert jackknife_interval(0.4, without, ANY) == pytest.approx((0.4 - reach, 0.4 + reach))
+    factor = np.exp(reach / 0.4)
+    assert jackknife_interval(0.4, without, AMOUNT) == pytest.approx((0.4 / factor, 0.4 * factor))
+    odds = 0.4 / 0.6 * np.exp(np.array([-1, 1]) * reach / 0.24)
+    assert jackknife_interval(0.4, without, SHARE) == pytest.approx(tuple(odds / (1 + odds)))
+    with pytest.raises(ValueError, match="scale"):
+        jackknife_interval(0.4, without, (0.0, 2.0))
+
+
+@given(st.lists(st.integers(0, 4).map(lambda value: value / 4), min_size=2, max_size=12))
+def test_an_interval_is_around_the_mean_and_within_the_bounds(values):
+    for bounds in (SHARE, AMOUNT):
+        low, high = cluster_interval(values, bounds=bounds)
+        assert bounds[0] <= low <= np.mean(values) + 1e-12 and np.mean(values) <= high + 1e-12 and high <= bounds[1]
+    if len(set(values)) == 1:
+        assert cluster_interval(values, bounds=SHARE) == (values[0], values[0])
+
+
+def test_the_bootstrap_draws_as_many_clusters_as_there_are_and_widens_its_tails_for_few():
+    assert np.all(drawn_clusters(5, generator(0, "boot"), 200).sum(1) == 5)
+    low, high = widened_tails(10)
+    assert low == pytest.approx(stats.norm.cdf(-np.sqrt(10 / 9) * stats.t.ppf(0.975, 9))) and low < 0.025
+    assert low + high == 1 and widened_tails(100_000)[0] == pytest.approx(0.025, abs=1e-4)
 
 
 def test_chunks_change_nothing_but_the_memory_used(monkeypatch):
     values = np.ones((50, 1))
     monkeypatch.setattr("sim.resampling._CHUNK_NUMBERS", 130)
-    assert np.all(bootstrap_totals(values, generator(0, "boot"), 101) == 50)
     moved, _ = swap_totals(values, generator(0, "flip"), 101)
     assert moved.shape == (101, 1) and moved.min() < 25 < moved.max()
 
 
 def test_intervals_cover_the_true_mean_about_as_often_as_they_say():
-    """95% nominal; the percentile bootstrap of 40 normal values covers a little less (near 0.94 by its known size)."""
-    rng = generator(3, "coverage")
-    samples = rng.normal(1.0, 2.0, (400, 40))
-    intervals = [bootstrap_interval(sample, rng, 500) for sample in samples]
-    assert 0.90 <= np.mean([low <= 1.0 <= high for low, high in intervals]) <= 0.98
+    """Student's is exact for normal values; 1,000 samples have a standard error of 0.7 points."""
+    samples = generator(3, "coverage").normal(1.0, 2.0, (1000, 12))
+    intervals = [cluster_interval(sample) for sample in samples]
+    assert np.mean([low <= 1.0 <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.02)
 
 
 def test_p_is_small_no_more_often_than_it_says_when_nothing_differs():
@@ -125,5 +161,7 @@ def test_holm_keeps_the_order_and_lies_between_the_raw_and_bonferroni(p_values):
 def test_no_users_are_an_error():
     with pytest.raises(ValueError, match="no users"):
         sign_flip_p([], RNG)
-    with pytest.raises(ValueError, match="no users"):
-        bootstrap_interval([], RNG)
+    with pytest.raises(ValueError, match="needs two"):
+        cluster_interval([])
+    with pytest.raises(ValueError, match="needs two"):
+        cluster_interval([1.0, 2.0], ["a", "a"])

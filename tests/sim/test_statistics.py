@@ -8,15 +8,19 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 
+from bench.coverage import Fleet, measure
 from sim.metrics import corpus_score
-from sim.resampling import bootstrap_interval, sign_flip_p
+from sim.resampling import cluster_interval, sign_flip_p
 from sim.seeding import generator
 from sim.statistics import default_contrasts, summarize, training_costs
 
 KEYS = (
     "task arm metric reference mean ci_low ci_high diff diff_ci_low diff_ci_high wins ties losses p p_holm n_users "
-    "n_queries steps tokens"
+    "n_clusters n_queries steps tokens"
 ).split()
 
 
@@ -55,8 +59,12 @@ def test_users_weigh_the_same_whatever_their_number_of_queries():
     rows = summarize(pd.DataFrame(answers("frozen", marks({"a": [1, 1, 1, 0], "b": [0]}))))
     row = pick(rows, "frozen", "accuracy")
     assert (row["mean"], row["n_users"], row["n_queries"]) == (0.375, 2, 5)
-    assert (row["ci_low"], row["ci_high"]) == (0.0, 0.75)
-    assert pick(rows, "frozen", "macro_f1")["mean"] == pytest.approx((2 * 3 / (2 * 3 + 2)) / 15)
+    # Without a: 0, without b: 0.75; the jackknife's error is 0.375, on the logit's scale 0.375 / (0.375 * 0.625).
+    reach = stats.t.ppf(0.975, 1) / 0.625
+    middle = math.log(0.375 / 0.625)
+    expected = [1 / (1 + math.exp(-(middle + sign * reach))) for sign in (-1, 1)]
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(expected))
+    assert pick(rows, "frozen", "macro_f1")["mean"] == pytest.approx(2 * 3 / (2 * 3 + 2))
 
 
 def test_a_paired_comparison_by_hand():
@@ -71,7 +79,8 @@ def test_a_paired_comparison_by_hand():
     assert (row["wins"], row["ties"], row["losses"]) == (2, 2, 0)
     assert (row["n_users"], row["n_queries"]) == (4, 6)
     assert row["p_holm"] is None and row["margin"] is None and row["non_inferior"] is None
-    assert (row["diff_ci_low"], row["diff_ci_high"]) == (0.0, 0.5)
+    reach = stats.t.ppf(0.975, 3) * np.std([0.5, 0, 0, 0.5], ddof=1) / 2
+    assert (row["diff_ci_low"], row["diff_ci_high"]) == pytest.approx((0.25 - reach, 0.25 + reach))
 
 
 def test_lower_is_better_keeps_the_sign_and_turns_the_wins():
@@ -94,8 +103,8 @@ def test_macro_f1_swaps_whole_users():
         answers("collaborative", marks({"a": [1], "b": [0]})) + answers("frozen", marks({"a": [0], "b": [0]}))
     )
     row = pick(summarize(frame), "collaborative", "macro_f1", "frozen")
-    assert row["mean"] == pytest.approx(2 / 3 / 15)
-    assert row["diff"] == pytest.approx(2 / 3 / 15)
+    assert row["mean"] == pytest.approx(2 / 3)
+    assert row["diff"] == pytest.approx(2 / 3)
     assert row["p"] == 1.0
 
 
@@ -116,9 +125,10 @@ def test_corpus_metrics_and_their_resampling_agree_with_a_plain_loop():
     names = list(users)
     row = pick(rows, "collaborative", "macro_f1", "frozen")
     assert row["diff"] == pytest.approx(f1(users, names) - f1(other, names))
-    draws = [list(rng.choice(names, 6)) for _ in range(1500)]
-    low, high = np.percentile([f1(users, draw) - f1(other, draw) for draw in draws], (2.5, 97.5))
-    assert (row["diff_ci_low"], row["diff_ci_high"]) == pytest.approx((low, high), abs=0.01)
+    without = [[name for name in names if name != left_out] for left_out in names]
+    values = np.array([f1(users, some) - f1(other, some) for some in without])
+    reach = stats.t.ppf(0.975, 5) * math.sqrt(5 / 6 * np.sum((values - values.mean()) ** 2))
+    assert (row["diff_ci_low"], row["diff_ci_high"]) == pytest.approx((row["diff"] - reach, row["diff"] + reach))
     reached = 0
     for code in range(64):
         one = {u: (other if code >> i & 1 else users)[u] for i, u in enumerate(names)}
@@ -134,8 +144,7 @@ def test_means_agree_with_the_plain_functions():
     row = pick(summarize(frame, seed=5), "collaborative", "mae", "placebo")
     apart = [np.mean(one[user]) - np.mean(two[user]) for user in sorted(one)]
     assert row["diff"] == pytest.approx(np.mean(apart))
-    low, high = bootstrap_interval(apart, generator(9, "other draw"))
-    assert (row["diff_ci_low"], row["diff_ci_high"]) == pytest.approx((low, high), abs=0.03)
+    assert (row["diff_ci_low"], row["diff_ci_high"]) == pytest.approx(cluster_interval(apart))
     assert row["p"] == pytest.approx(sign_flip_p(apart, generator(9, "other draw")), abs=0.02)
 
 
@@ -164,6 +173,7 @@ def test_seeds_are_pooled_and_the_same_name_in_two_seeds_is_two_users():
     frame = pd.DataFrame(answers("frozen", marks({"a": [1]}), seed=1) + answers("frozen", marks({"a": [0]}), seed=2))
     row = pick(summarize(frame), "frozen", "accuracy")
     assert (row["mean"], row["n_users"], row["n_queries"]) == (0.5, 2, 2)
+    assert (row["n_clusters"], row["ci_low"]) == (1, None), "one person, whatever seed drew them"
 
 
 def test_rounds_are_averaged_to_a_user_and_a_query_is_counted_once():
@@ -199,27 +209,29 @@ def test_holm_is_over_tasks_times_primary_contrasts_on_the_primary_metric():
     assert pick(rows, "local_matched", "accuracy", "frozen")["p"] == 1.0
 
 
-@pytest.mark.parametrize(("margin", "verdict"), [(0.5, True), (0.25, False)])
+@pytest.mark.parametrize(("margin", "verdict"), [(0.53, True), (0.52, False)])
 def test_not_worse_means_that_the_interval_lies_above_the_margin(margin, verdict):
-    """Four users, one of them worse by half: drawn three times of four (probability 0.05) it makes -0.375."""
+    """Four users, one of them worse by half: -0.125, standard error 0.125, times Student's 3.182: from -0.523."""
     frame = pd.DataFrame(
         answers("collaborative", marks({"a": [1, 1], "b": [1], "c": [1], "d": [0, 1]}))
         + answers("cloud", marks({"a": [1, 1], "b": [1], "c": [1], "d": [1, 1]}))
     )
     rows = summarize(frame, margin=margin)
     row = pick(rows, "collaborative", "accuracy", "cloud")
-    assert (row["diff"], row["diff_ci_high"]) == (-0.125, 0.0)
+    assert row["diff"] == -0.125
+    assert (row["diff_ci_low"], row["diff_ci_high"]) == pytest.approx((-0.5228, 0.2728), abs=1e-4)
     assert (row["margin"], row["non_inferior"]) == (margin, verdict)
     assert pick(rows, "collaborative", "macro_f1", "cloud")["non_inferior"] is None
 
 
-def test_not_worse_where_lower_is_better():
+def test_not_worse_where_lower_is_better_is_judged_in_stars():
     frame = pd.DataFrame(
         answers("collaborative", stars({"a": [1], "b": [1]}), "LaMP_3")
         + answers("cloud", stars({"a": [0], "b": [0]}), "LaMP_3")
     )
-    assert pick(summarize(frame, margin=1.1), "collaborative", "mae", "cloud")["non_inferior"] is True
-    assert pick(summarize(frame, margin=0.9), "collaborative", "mae", "cloud")["non_inferior"] is False
+    for margin_stars, verdict in ((1.1, True), (0.9, False)):
+        row = pick(summarize(frame, margin=1.0, margin_stars=margin_stars), "collaborative", "mae", "cloud")
+        assert (row["margin"], row["non_inferior"]) == (margin_stars, verdict)
 
 
 def test_which_comparisons_are_made():
@@ -261,3 +273,73 @@ def test_rows_are_json_with_the_contracts_keys_and_do_not_depend_on_the_tables_o
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     assert summarize(frame.sample(frac=1, random_state=0), seed=1, resamples=500) == made
     assert summarize(frame, seed=2, resamples=500) != made
+
+
+def test_a_perfect_classifier_has_one_and_no_doubt():
+    """Each user has labels of their own, so every resample lacks some; the other arm is never right."""
+    labels = ["sports", "crime", "women", "politics", "travel", "business"]
+    right = {f"u{i}": [(label, label), (labels[0], labels[0])] for i, label in enumerate(labels)}
+    wrong = {user: [("parents", gold) for _, gold in pairs] for user, pairs in right.items()}
+    rows = summarize(pd.DataFrame(answers("collaborative", right) + answers("frozen", wrong)))
+    for metric in ("accuracy", "macro_f1"):
+        row = pick(rows, "collaborative", metric)
+        assert (row["mean"], row["ci_low"], row["ci_high"]) == (1.0, 1.0, 1.0)
+        row = pick(rows, "collaborative", metric, "frozen")
+        assert (row["diff"], row["diff_ci_low"], row["diff_ci_high"], row["p"]) == (1.0, 1.0, 1.0, 2 / 64)
+
+
+def in_clusters(rows: list[dict], cluster: dict[str, str]) -> pd.DataFrame:
+    return pd.DataFrame(rows).assign(cluster=lambda frame: frame["user_id"].map(cluster))
+
+
+def test_users_of_a_cluster_are_left_out_and_swapped_together_by_hand():
+    """Differences 1, 1 in cluster x, 0 in y, 1 in z: mean 3/4. Without x: 1/2, y: 1, z: 2/3; their mean 13/18 and
+    squared distances (16 + 25 + 1) / 324, times 2/3. Of 8 swaps, 4 reach 3: those that swap both x and z, or neither.
+    """
+    rows = answers("collaborative", marks({"a": [1], "b": [1], "c": [0], "d": [1]}))
+    rows += answers("frozen", marks({user: [0] for user in "abcd"}))
+    frame = in_clusters(rows, dict(zip("abcd", "xxyz", strict=True)))
+    row = pick(summarize(frame), "collaborative", "accuracy", "frozen")
+    assert (row["n_users"], row["n_clusters"], row["diff"], row["p"]) == (4, 3, 0.75, 0.5)
+    reach = stats.t.ppf(0.975, 2) * math.sqrt(2 / 3 * 42 / 324)
+    assert (row["diff_ci_low"], row["diff_ci_high"]) == pytest.approx((0.75 - reach, 0.75 + reach))
+    assert (row["wins"], row["ties"], row["losses"]) == (3, 1, 0), "counted by user all the same"
+
+
+def test_a_cluster_is_one_over_all_seeds_and_a_user_without_one_is_their_own():
+    rows = answers("frozen", marks({"a": [1], "b": [0]}), seed=1)
+    rows += answers("frozen", marks({"c": [1], "d": [0]}), seed=2)
+    frame = in_clusters(rows, {"a": "x", "c": "x", "b": None, "d": None})
+    row = pick(summarize(frame), "frozen", "accuracy")
+    assert (row["n_users"], row["n_clusters"]) == (4, 3)
+    assert pick(summarize(frame.drop(columns="cluster")), "frozen", "accuracy")["n_clusters"] == 4
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("xyz"), st.lists(st.integers(0, 4), min_size=1, max_size=3)), min_size=2),
+    st.integers(1, 4),
+)
+def test_copies_of_a_cluster_add_users_and_nothing_to_what_is_known(users, copies):
+    """A cluster's users many times over leave every interval as it was: what counts is how many clusters there are."""
+
+    def rows(times: int) -> pd.DataFrame:
+        named = {f"u{i}-{k}": stars_of for i, (_, stars_of) in enumerate(users) for k in range(times)}
+        cluster = {f"u{i}-{k}": name for i, (name, _) in enumerate(users) for k in range(times)}
+        return in_clusters(answers("frozen", stars(named), "LaMP_3"), cluster)
+
+    for once, often in zip(summarize(rows(1)), summarize(rows(copies)), strict=True):
+        assert once["n_clusters"] == often["n_clusters"]
+        assert once["mean"] == pytest.approx(often["mean"])
+        if once["ci_low"] is not None:
+            ends = (often["ci_low"], often["ci_high"])
+            assert (once["ci_low"], once["ci_high"]) == pytest.approx(ends)
+            assert 0 <= once["ci_low"] <= once["mean"] + 1e-12 and once["mean"] <= once["ci_high"] + 1e-12
+
+
+def test_intervals_hold_the_truth_and_p_holds_its_size_where_users_are_alike():
+    """`bench.coverage`, made small: 200 replications have a standard error of 1.5 points."""
+    found = measure(Fleet(60, True), 200, ["LaMP_2N"], resamples=200)
+    for name, share in found.items():
+        low, high = (0.01, 0.10) if name.endswith(" p") else (0.91, 0.99)
+        assert low <= share <= high, f"{name}: {share}"

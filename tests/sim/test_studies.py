@@ -257,9 +257,13 @@ def test_means_over_users_and_their_intervals(study, tmp_path):
     scores = user_scores(rows, ["cell"]).set_index(["cell", "user_id"])["score"]
     assert scores["history=4,samples=0"].tolist() == [0.5, 0.0] and scores["history=4,samples=8"].tolist() == [0.5, 1.0]
     mean, low, high = mean_interval(scores["history=4,samples=8"])
-    assert (mean, low, high) == (0.75, 0.5, 1.0)
+    reach = 12.706 * 0.25  # Student's t with one degree of freedom, times the standard error of 0.5 and 1
+    assert (mean, low, high) == pytest.approx((0.75, 0.75 - reach, 0.75 + reach), abs=1e-3)
+    alike = scores["history=4,samples=8"].to_frame().assign(cluster="x").set_index("cluster", append=True)["score"]
+    assert pd.isna(mean_interval(alike)[1]), "one cluster"
     more = pd.concat([scores["history=4,samples=0"], pd.Series({"c": 9.0})])
-    assert paired_interval(scores["history=4,samples=8"], more) == (0.5, 0.0, 1.0, 2)
+    expected = (0.5, 0.5 - 2 * reach, 0.5 + 2 * reach, 2)
+    assert paired_interval(scores["history=4,samples=8"], more) == pytest.approx(expected, abs=1e-3)
     assert mean_interval([0.3])[0] == 0.3 and pd.isna(mean_interval([0.3])[1]) and pd.isna(mean_interval([])[0])
 
 

@@ -71,6 +71,10 @@ class World:
         """The persona of any user of the world (of any seed) in a task at a time."""
         return self._changing(user_id, task).at(time_s)
 
+    def cluster(self, user_id: str) -> str:
+        """What makes a user like others: the archetype they start from, in all tasks."""
+        return f"archetype-{self._changing(user_id, TASKS[0]).archetype}"
+
     def progress(self, user_id: str, task: str, time_s: float) -> float:
         """How far any user of the world has gone from the old persona (0) towards the new one (1) at a time."""
         return self._changing(user_id, task).progress(time_s)
@@ -118,8 +122,7 @@ class World:
                     asked.append(story.query(number, time_s, visible, day if rounds else None))
         items.sort(key=lambda item: item.time_s)
         asked.sort(key=lambda query: query.time_s)
-        return User(user_id, tuple(items), tuple(asked))
-
+        return User(user_id, tuple(items), tuple(asked), self.cluster(user_id))
 
     def asked(
         self, index: int, split: str, tasks: Sequence[str], queries: int, *, rounds: int = 0, arrivals: float = 0.0

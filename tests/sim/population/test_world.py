@@ -67,6 +67,13 @@ def test_other_seeds_and_splits_draw_other_users():
     assert World(1).user(0, "validation").user_id != first.user_id
 
 
+def test_a_users_cluster_is_the_archetype_that_all_seeds_share():
+    users = [World(seed).user(index, tasks=("LaMP_2",), queries=1) for seed in (1, 2) for index in range(40)]
+    for user in users:
+        assert user.cluster == f"archetype-{World().persona(user.user_id, 'LaMP_4').archetype}"
+    assert {user.cluster for user in users[:40]} & {user.cluster for user in users[40:]}
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_gold_is_what_the_persona_says_of_the_text_alone(task):
     world, mine = World(5), world_task(task)
