@@ -13,6 +13,7 @@ from sim.clock import DAY_S, HOUR_S, VirtualClock, WallClock
 from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.network import ALWAYS, NEVER, Both, Constant, Daily, Link, Links, Log, LoopedLog, OnOff, Windows
+from sim.network.bandwidth import log_of_rates
 from sim.network.spells import next_up, seconds_up, up_until, ups
 from sim.virtual_sections import Network
 
@@ -136,6 +137,14 @@ def test_a_looped_log_by_hand():
     assert looped.done(0, 10.2) == pytest.approx(1.51)
     assert looped.done(0, 600) == pytest.approx(40)
     assert looped.bits(123.4, 567.8) == pytest.approx(60 * 111 + looped.bits(123.4 + 444, 567.8))
+
+
+def test_a_log_begins_at_nothing_and_lets_no_bit_pass_in_no_time():
+    for times, bits in (((0.0, 5.0), (12.0, 24.0)), ((0.0, 1.0, 1.0), (0.0, 1.0, 2.0)), ((0.0, 0.0), (0.0, 0.0)),
+                        ((0.0, 2.0, 1.0), (0.0, 1.0, 2.0)), ((0.0, 1.0), (0.0, -1.0))):  # fmt: skip
+        with pytest.raises(ValueError, match="begin at 0"):
+            Log("broken", times, bits)
+    assert log_of_rates("", [1.0, 0.0, 2.0], [5.0, 9.0, 1.0], None).bits == (0, 5, 7)
 
 
 @given(
