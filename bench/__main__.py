@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -18,12 +17,13 @@ import torch
 
 from bench import lifecycle, mixed, profile, training_135m
 from bench.workload import Workload
+from sim import limits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=limits.cores())
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     parser.add_argument("--skip", nargs="*", default=[], choices=("stock", "tuned"))
     arguments = parser.parse_args()
@@ -52,7 +52,7 @@ def environment() -> dict[str, str | int | None]:
     if cpuinfo.exists():
         name = next((line.split(":")[1].strip() for line in cpuinfo.open() if line.startswith("model name")), name)
     return {
-        "commit": commit + ("-dirty" if dirty else ""), "processor": name, "cores": os.cpu_count(),
+        "commit": commit + ("-dirty" if dirty else ""), "processor": name, "cores": limits.cores(),
         "python": platform.python_version(), "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip

@@ -9,7 +9,6 @@ and returns what is in it; `python -m bench` runs it among the others and writes
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from bench.gemm import rates, shapes_of, training_flops
 from bench.measure import STAGES, Outcome, in_processes
 from bench.workload import Workload
 from clients.training import PASS_TOKENS
+from sim import limits
 
 
 def measure(workload: Workload, workers: int, skip: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _efficiency(workload: Workload, ours: Outcome) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=limits.cores())
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--skip", nargs="*", default=[], choices=("stock", "tuned"))

@@ -9,8 +9,10 @@ from functools import cache
 
 import torch
 
+from sim import limits
+
 _SHARE = 0.5
-"""Share of the free memory that all workers of a machine together take where no budget is given."""
+"""Share of the free memory that all workers of a machine (or container) together take where no budget is given."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -18,17 +20,10 @@ _SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "failed
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are free now on the device, or on the host for a CPU."""
+    """Bytes that are free now on the device, or for this process and its group in main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 << 30
+    return limits.available_bytes()
 
 
 def workers_here() -> int:

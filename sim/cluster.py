@@ -11,7 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sim import limits
 from sim.errors import ResumableStop, UserError
+
+STORE_SHARE, LEAST_STORE_BYTES, MOST_STORE_BYTES = 0.3, 100_000_000, 10_000_000_000
+"""Of the object store: Ray's own default share and (about) its own minimum."""
 
 
 def runtime_env() -> dict[str, Any]:
@@ -19,6 +23,16 @@ def runtime_env() -> dict[str, Any]:
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     return {"env_vars": {"PYTHONPATH": path}}
+
+
+def memory_here() -> dict[str, int]:
+    """What Ray may count on, in its own names: it looks at the limit of the outermost group that it sees, and at no
+    other. Its object store holds little here (orders and replies), so it takes the share that Ray would give it, up
+    to 10 GB.
+    """
+    available = limits.available_bytes()
+    store = max(LEAST_STORE_BYTES, int(min(STORE_SHARE * available, MOST_STORE_BYTES)))
+    return {"object_store_memory": store, "_memory": max(LEAST_STORE_BYTES, available - store)}
 
 
 def start_here(cpus: int, gpus: int, workers: int) -> None:
@@ -32,6 +46,7 @@ def start_here(cpus: int, gpus: int, workers: int) -> None:
         ray.init(
             address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, log_to_driver=False,
             configure_logging=False, resources={"worker": workers}, runtime_env=runtime_env(),
+            **memory_here(),
         )
     except Exception as error:  # a plain one is what Ray raises
         raise ResumableStop(f"Ray did not start; is this machine too busy? ({_first_line(error)})") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from sim import limits
 from sim.clock import WallClock
 from sim.experiment import Experiment
 from sim.protocol import prompt_templates
@@ -36,8 +37,10 @@ def describe(experiment: Experiment) -> dict[str, Any]:
         "hardware": {
             "platform": platform.platform(),
             "processor": _processor(),
-            "cores": os.cpu_count(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "cores": limits.cores(),
+            "memory_gib": round(limits.memory_bytes() / 2**30, 1),
+            "machine_cores": os.cpu_count(),
+            "machine_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         },
         "commit": _commit(),
         "models": {

@@ -41,6 +41,11 @@ class Profile:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def work_w(self) -> float:
+        """What training or decoding takes above an idle device."""
+        return self.load_w - self.idle_w
+
+    @property
     def on_mains(self) -> bool:
         """Whether it has no battery to spare."""
         return self.battery_wh == 0
@@ -130,6 +135,11 @@ def _parse(text: str, where: str, must_source: bool) -> dict[str, Profile]:
                 raise UserError(f"{where}, [{name}]: {unknown('figure', key, FIGURES)}")
         figures = {key: _figure(f"{where}, [{name}]", key, table.get(key)) for key in FIGURES}
         sources = {key: source for key, (_, source) in figures.items()}
+        if figures["load_w"][0] <= figures["idle_w"][0]:
+            raise UserError(
+                f"{where}, [{name}]: load_w = {figures['load_w'][0]:g} with idle_w = {figures['idle_w'][0]:g}: both "
+                "are power of the whole device, so load_w must be above idle_w"
+            )
         if must_source and not all(sources.values()):
             raise UserError(f"{where}, [{name}]: every figure needs its source")
         profiles[name] = Profile(

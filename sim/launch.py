@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 import psutil
 
+from sim import limits
 from sim.clock import WallClock
 from sim.cluster import join_cluster, start_here
 from sim.console import LiveProgress
@@ -45,8 +46,8 @@ class Layout:
 
     @classmethod
     def of(cls, experiment: Experiment, devices: int) -> Layout:
-        """From `[engine]`, the cores and the GPUs: one worker a core, or one a GPU."""
-        engine, cores = experiment.engine, os.cpu_count() or 1
+        """From `[engine]`, the cores that are ours and the GPUs: one worker a core, or one a GPU."""
+        engine, cores = experiment.engine, limits.cores()
         gpus = _gpus() if engine.device in ("auto", "cuda") else 0
         workers = max(1, min(engine.workers or (gpus or cores), devices))
         hosts = max(1, min(engine.hosts or workers, devices))

@@ -21,7 +21,8 @@ IDLE_S, USE_S = 25 * 60.0, 5 * 60.0
 """By day a phone lies idle for 25 minutes and is used for 5, on average (an assumption)."""
 
 DAY_USE = 0.6 / 16
-"""Share of its battery that a phone spends an hour off the charger: 60% in 16 hours (an assumption)."""
+"""Share of its battery that a phone spends an hour off the charger, idle time and all: 60% in 16 hours (an
+assumption). Work drains it by what it takes above an idle device."""
 
 FOREVER_S = 400 * 86_400.0
 """Work that finds no chance for so long is never done."""
@@ -151,7 +152,7 @@ def work(
         if readiness.threshold is not None:
             charging, change_s = readiness.charging.at(free_s)
             if not charging:
-                drain = DAY_USE + profile.load_w / profile.battery_wh
+                drain = DAY_USE + profile.work_w / profile.battery_wh
                 left_s = (body.battery - readiness.threshold) / drain * HOUR_S
                 if left_s <= 1.0:  # wait for the charger
                     plugged_s = next_up(readiness.charging, free_s, horizon_s)
@@ -170,7 +171,7 @@ def work(
         if readiness.threshold is not None:
             battery = rest(body, free_s + took_s, profile, readiness).battery  # as if unused
         if drain:
-            battery = max(0.0, battery - profile.load_w / profile.battery_wh * took_s / HOUR_S)
+            battery = max(0.0, battery - profile.work_w / profile.battery_wh * took_s / HOUR_S)
         body = Body(free_s + took_s, battery, heated(body.warmth, took_s, profile.heating_s))
         if ends:
             return Done(begun_s, body.time_s, load_s, body)

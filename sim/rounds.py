@@ -288,9 +288,11 @@ class Rounds:
         )
 
     def _earlier(self, round: int, device: int) -> list[int]:
-        """The earlier rounds whose samples a device trains on beside those of `round`."""
+        """The earlier rounds whose samples a device trains on beside those of `round`: with `age`, a sample is used in
+        the round in which it came and the `max_age - 1` rounds after it.
+        """
         drift, rounds = self.experiment.drift, self._samples.get(device, {})
-        oldest = {"refresh": round, "keep": 0, "age": round - drift.max_age}[drift.samples]
+        oldest = {"refresh": round, "keep": 0, "age": round - drift.max_age + 1}[drift.samples]
         return [past for past in rounds if oldest <= past < round]
 
     def _stale(self, device: int) -> list[int]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import psutil
@@ -23,6 +24,7 @@ from clients.gemm import fast_products
 from clients.generation import GenerationRow, generate
 from clients.jobs import Example, TrainJob, TrainSettings
 from clients.training import train
+from sim import limits
 from sim.clock import WallClock
 from sim.cost import CostModel, ModelShape
 from sim.hardware import THIS_MACHINE, Profile
@@ -50,11 +52,27 @@ def measure(repeats: int = 8, now: Timer = _WALL) -> Profile:
 
     Power, battery and storage figures are what the system tells, or estimates: their sources say which.
     """
+    with _own_threads():
+        return _measured(repeats, now)
+
+
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    """No more threads than cores that are ours: torch counts those of a quota's whole machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, limits.cores()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(repeats: int, now: Timer) -> Profile:
     flops = training_flops_per_s(repeats, now=now)
     memory = decoding_bytes_per_s(repeats, now)
     battery = getattr(psutil, "sensors_battery", lambda: None)()
     values = {
-        "ram_gib": (psutil.virtual_memory().total / 2**30, "measured"),
+        "ram_gib": (limits.memory_bytes() / 2**30, "measured"),
         "usable_ram": (0.8, "estimate"),
         "compute_gflops": (flops / 1e9, "measured: linear maps of a frozen layer, forward and backward"),
         "training_share": (1.0, "measured: whole steps of a small model"),

@@ -291,7 +291,7 @@ class Timeline:
         if outcome != "never_ready":
             state.bodies[key] = done.body
         begun_s = from_s if done.begun_s is None else done.begun_s
-        energy_j = profile.load_w * done.load_s
+        energy_j = profile.work_w * done.load_s
         version = Version(
             each.device, each.arm, plan.round, on, begun_s, done.end_s, outcome, done.load_s, energy_j
         )

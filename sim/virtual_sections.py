@@ -58,15 +58,19 @@ class Network(Section):
         "always", description="when a link is up: always; generated spells; what `traces` say"
     )
     availability: float = Field(
-        1.0, ge=0, le=1, description="share of time a link is up, in one knob: below 1 it adds on/off spells to any "
-        "kind, with gaps of mean_down_s and mean_up_s made to fit"
+        1.0, ge=0, le=1, description="share of whole days a link is up, whatever the rhythm, in one knob: below 1 it "
+        "adds on/off spells to any kind, with gaps of mean_down_s and mean_up_s made to fit. wifi_only, outages and "
+        "state traces take their time on top"
     )
     mean_up_s: float = Field(1200.0, gt=0, description="onoff: mean length of a spell with a link")
-    mean_down_s: float = Field(1200.0, gt=0, description="mean length of a gap")
+    mean_down_s: float = Field(1200.0, gt=0, description="mean length of a gap, before rhythm joins any")
     distribution: Literal["exponential", "constant", "lognormal"] = Field(
         "exponential", description="of the spells' lengths (lognormal: sigma 1)"
     )
-    rhythm: float = Field(0.0, ge=0, le=1, description="onoff: share of the spells that are lost at the quietest hour")
+    rhythm: float = Field(
+        0.0, ge=0, le=1, description="on/off spells: share of them that is lost at the quietest hour (fewer where "
+        "availability leaves no room for so many)"
+    )
     quiet_hour: float = Field(3.0, ge=0, lt=24, description="the quietest hour of the day")
     wifi_only: bool = Field(False, description="only on Wi-Fi: within wifi_hours, or where state traces say so")
     wifi_hours: tuple[float, float] = Field((19.0, 7.0), description="from and to, hours of the day, about an hour off")
@@ -164,6 +168,9 @@ class Drift(Section):
         0.2, gt=0, lt=1, description="on_drift: share of devices whose user did not change that may raise an alarm"
     )
     samples: Literal["refresh", "keep", "age"] = Field(
-        "refresh", description="synthetic samples of earlier rounds: dropped, kept, or kept for max_age rounds"
+        "refresh", description="synthetic samples of earlier rounds: dropped, kept, or used for max_age rounds in all"
     )
-    max_age: int = Field(7, ge=1, description="age: most rounds that a synthetic sample is used")
+    max_age: int = Field(
+        7, ge=1, description="age: rounds that a synthetic sample is used, that in which it came among them; 1 is as "
+        "refresh"
+    )

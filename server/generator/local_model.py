@@ -15,14 +15,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from server.generator import Completion, GenerationRequest, PromptTooLong, fingerprint
+from sim import limits
 from sim.errors import UserError
 
 
 class LocalModelGenerator:
     """A causal LM by name or path, with its chat template where it has one (else the messages, a paragraph each).
 
-    `device` empty: a GPU if there is one. `dtype`: `auto` (as saved) or a torch name. `threads` 0 leaves torch's
-    choice. Answers cannot be constrained to a schema (`structured` is False). Raises UserError where it does not load.
+    `device` empty: a GPU if there is one. `dtype`: `auto` (as saved) or a torch name. `threads` 0: torch's choice,
+    within the cores that are ours. Answers cannot be constrained to a schema (`structured` is False). Raises UserError
+    where it does not load.
     """
 
     name = "transformers"
@@ -32,8 +34,7 @@ class LocalModelGenerator:
     def __init__(
         self, model: str, *, device: str = "", dtype: str = "auto", max_batch: int = 8, threads: int = 0
     ) -> None:
-        if threads > 0:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads or min(torch.get_num_threads(), limits.cores()))
         self.max_batch = max_batch
         self.model_id = Path(model).name if Path(model).exists() else model
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+ROUNDING = 1e-9
+"""Share of a log's bits that sums of floats may be off by."""
+
 
 class Bandwidth(Protocol):
     """Bits a second over time."""
@@ -40,8 +43,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class Log:
-    """One bandwidth log. `times_s` and `bits` are its knots, both from 0 and never falling; `latency_s` its mean
-    round-trip time (None: the log does not say). `name` is where it came from.
+    """One bandwidth log. `times_s` and `bits` are its knots, both from 0 and never falling, and no bit passes in no
+    time; `latency_s` its mean round-trip time (None: the log does not say). `name` is where it came from.
+
+    Raises ValueError for other knots: what passes at one moment would be lost where a transfer begins or ends.
     """
 
     name: str
@@ -51,7 +56,12 @@ class Log:
     slopes: tuple[float, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        pairs = zip(self.times_s, self.times_s[1:], self.bits, self.bits[1:], strict=False)
+        pairs = list(zip(self.times_s, self.times_s[1:], self.bits, self.bits[1:], strict=False))
+        if (
+            len(self.times_s) != len(self.bits) or (self.times_s[0], self.bits[0]) != (0, 0) or self.times_s[-1] <= 0
+            or any(b < a or d < c or (a == b and c != d) for a, b, c, d in pairs)
+        ):  # fmt: skip
+            raise ValueError(f"{self.name}: times and bits must begin at 0, never fall, and rise in time or not at all")
         object.__setattr__(self, "slopes", tuple((d - c) / (b - a) if b > a else 0.0 for a, b, c, d in pairs))
 
     @property
@@ -70,10 +80,16 @@ class Log:
         return self.bits[index] + (time_s - self.times_s[index]) * self.slopes[index]
 
     def time_of(self, bits: float) -> float:
-        """The first time at which so many bits, within the log's total, have passed."""
+        """The first time at which so many bits, within the log's total, have passed.
+
+        What is over a knot by no more than rounding has passed with it: a silence behind the knot is not waited for.
+        """
         index = max(bisect_left(self.bits, bits) - 1, 0)
-        slope = self.slopes[min(index, len(self.slopes) - 1)]
-        return self.times_s[index] + ((bits - self.bits[index]) / slope if slope else 0.0)
+        over = bits - self.bits[index]
+        if over <= ROUNDING * self.bits[-1]:
+            return self.times_s[bisect_left(self.bits, self.bits[index])]
+        slope = self.slopes[index]
+        return min(self.times_s[index] + over / slope, self.times_s[index + 1]) if slope else self.times_s[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +109,11 @@ class LoopedLog:
             return start_s
         if total <= 0:
             return math.inf
-        goal = self._so_far(start_s) + bits / self.scale
-        loops, rest = divmod(goal, total)
-        if rest == 0:  # the end of a loop, not the (maybe silent) beginning of the next
+        loop, within_s = divmod(start_s + self.phase_s, self.log.duration_s)
+        loops, rest = divmod(self.log.bits_at(within_s) + bits / self.scale, total)
+        if rest <= ROUNDING * total and loops:  # the end of a loop, not the (maybe silent) beginning of the next
             loops, rest = loops - 1, total
-        return max(start_s, loops * self.log.duration_s + self.log.time_of(rest) - self.phase_s)
+        return max(start_s, (loop + loops) * self.log.duration_s + self.log.time_of(rest) - self.phase_s)
 
     def _so_far(self, time_s: float) -> float:
         loops, rest = divmod(time_s + self.phase_s, self.log.duration_s)
@@ -105,9 +121,11 @@ class LoopedLog:
 
 
 def log_of_rates(name: str, durations_s: Sequence[float], rates: Sequence[float], latency_s: float | None) -> Log:
-    """A log of constant pieces: so many bits a second for so long each."""
+    """A log of constant pieces: so many bits a second for so long each. A piece that takes no time carries nothing."""
     times, bits = [0.0], [0.0]
     for duration, rate in zip(durations_s, rates, strict=True):
-        times.append(times[-1] + duration)
-        bits.append(bits[-1] + duration * rate)
+        end_s = times[-1] + duration
+        if end_s > times[-1]:
+            times.append(end_s)
+            bits.append(bits[-1] + duration * rate)
     return Log(name, tuple(times), tuple(bits), latency_s)

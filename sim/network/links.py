@@ -5,7 +5,7 @@ from __future__ import annotations
 from sim.clock import Span
 from sim.network.bandwidth import Constant, Log, LoopedLog
 from sim.network.link import Link
-from sim.network.spells import ALWAYS, NEVER, Daily, OnOff, Spells, Windows, all_of
+from sim.network.spells import ALWAYS, NEVER, Daily, OnOff, Spells, Windows, all_of, thinned
 from sim.network.traces import StateTrace, read_traces
 from sim.seeding import derive, generator
 from sim.virtual_sections import Network
@@ -71,12 +71,13 @@ class Links:
             return ALWAYS
         if network.availability == 0:
             return NEVER
-        mean_up_s = network.mean_up_s
+        mean_up_s, spared = network.mean_up_s, 1.0
         if network.availability < 1:
-            mean_up_s = network.mean_down_s * network.availability / (1 - network.availability)
+            base, spared = thinned(network.availability, network.rhythm)
+            mean_up_s = network.mean_down_s * base / (1 - base)
         self._drawn[device] = OnOff(
             self.seed, device_id, mean_up_s, network.mean_down_s, network.distribution, network.rhythm,
-            network.quiet_hour,
+            network.quiet_hour, spared=spared,
         )
         return self._drawn[device]
 

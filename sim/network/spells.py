@@ -24,6 +24,10 @@ SIGMA = 1.0
 """Of the logarithm of a log-normal spell: half of the time falls into the longest sixth of the spells."""
 
 
+MOST_PIECES = 10_000
+"""Into which a spell is cut at most, before some are lost to a rhythm."""
+
+
 class Spells(Protocol):
     """Up or down, in turns."""
 
@@ -186,25 +190,54 @@ class Daily:
         return radius * math.cos(angle), radius * math.sin(angle)
 
 
+def thinned(share: float, rhythm: float) -> tuple[float, float]:
+    """(share of time up before any spell is lost, `OnOff`'s `spared`) such that spells are up for `share` (below 1) of
+    whole days after `rhythm` has taken its own.
+
+    What is lost would be up for `rhythm / 2` of the base, whatever the spells' lengths, so the base is
+    share / (1 - rhythm / 2). Where that leaves less than half of the time down to ordinary gaps (there is no room for
+    so many losses), the base stops there, and spells are spared until the mean fits: first those far from the quiet
+    hour.
+    """
+    most = (1 + share) / 2
+    base = share / (1 - rhythm / 2)
+    if base <= most:
+        return base, 1.0
+    low, high = max(1 - rhythm, 1e-9), 1.0  # of 1 / spared: all kept, and none spared
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if most * _kept(rhythm, middle) > share else (low, middle)
+    return most, 1 / high
+
+
+def _kept(rhythm: float, cut: float) -> float:
+    """Mean over a day of min(1, (1 - rhythm (1 + cos angle) / 2) / cut), for a cut of at least 1 - rhythm."""
+    angle = math.acos(min(1.0, max(-1.0, 2 * (1 - cut) / rhythm - 1)))  # within it of the quiet hour, spells are lost
+    return (angle * (1 - rhythm / 2) - math.sin(angle) * rhythm / 2) / (math.pi * cut) + 1 - angle / math.pi
+
+
 class OnOff:
     """A renewal process of up and down spells with given means, in its stationary state at time 0.
 
     `distribution`: exponential, constant or lognormal. `rhythm` loses up spells that start near `quiet_hour`: a share
     rhythm * (1 + cos(2 pi (hour - quiet_hour) / 24)) / 2 of them, so for spells that are short against a day the share
-    of time up is that much lower, hour by hour, and `rhythm / 2` lower over all.
+    of time up is that much lower, hour by hour, and `rhythm / 2` lower over all. With `spared` above 1, so many times
+    as many are kept (all at most; see `thinned`). A spell longer than a mean gap is lost in pieces, equal and no longer
+    than that: else a link that is hardly ever down would be so for days.
 
     Drawn in chunks from (seed, device, chunk, purpose). Spells that ended before `forget` are dropped.
     """
 
     def __init__(
         self, seed: int, device: str, mean_up_s: float, mean_down_s: float, distribution: str = "exponential",
-        rhythm: float = 0.0, quiet_hour: float = 3.0, purpose: str = "link",
+        rhythm: float = 0.0, quiet_hour: float = 3.0, purpose: str = "link", spared: float = 1.0,
     ):  # fmt: skip
         if distribution not in ("exponential", "constant", "lognormal"):
             raise ValueError(f"unknown distribution {distribution}")
         self.words = (seed, device, purpose)
         self.means = (mean_up_s, mean_down_s)
         self.distribution, self.rhythm, self.quiet_s = distribution, rhythm, quiet_hour * HOUR_S
+        self.spared = spared
         self._edges, self._from = array("d"), math.inf  # drawn when first asked
 
     def at(self, time_s: float) -> tuple[bool, float]:
@@ -227,20 +260,24 @@ class OnOff:
         rng = generator(*self.words, "start")
         up_s, down_s = self.means
         up = bool(rng.random() * (up_s + down_s) < up_s)
-        self._last = self._residual(rng, up_s if up else down_s)
+        self._last, age_s = self._residual(rng, up_s if up else down_s)
         self._edges = array("d")  # start, end, start, end, ... of the up spells
-        if up and not (self.rhythm and rng.random() < self._loss(0.0)):
-            self._edges.extend([0.0, self._last])
+        if up:
+            edges = self._spare(rng, np.array([-age_s, self._last]))
+            self._edges.extend(float(edge) for pair in edges.reshape(-1, 2).clip(0.0) if pair[1] > 0 for edge in pair)
         self._from, self._chunk, self._in_gap = 0.0, 0, not up
 
-    def _residual(self, rng: np.random.Generator, mean_s: float) -> float:
-        """What is left of the spell that a random moment falls into: a uniform part of a length-biased spell."""
-        if self.distribution == "exponential":
-            return float(rng.exponential(mean_s))
-        if self.distribution == "constant":
-            return float(rng.random() * mean_s)
-        biased = rng.lognormal(math.log(mean_s) + SIGMA**2 / 2, SIGMA)
-        return float(rng.random() * biased)
+    def _residual(self, rng: np.random.Generator, mean_s: float) -> tuple[float, float]:
+        """What is left of the spell that a random moment falls into, and how old it is: two uniform parts of a
+        length-biased spell.
+        """
+        if self.distribution == "exponential":  # the parts of one are independent, and exponential themselves
+            return float(rng.exponential(mean_s)), float(rng.exponential(mean_s))
+        biased = mean_s
+        if self.distribution == "lognormal":
+            biased = float(rng.lognormal(math.log(mean_s) + SIGMA**2 / 2, SIGMA))
+        left = float(rng.random() * biased)
+        return left, biased - left
 
     def _lengths(self, rng: np.random.Generator, mean_s: float) -> np.ndarray:
         if self.distribution == "exponential":
@@ -249,8 +286,24 @@ class OnOff:
             return np.full(CHUNK, mean_s)
         return rng.lognormal(math.log(mean_s) - SIGMA**2 / 2, SIGMA, CHUNK)
 
+    def _spare(self, rng: np.random.Generator, edges: np.ndarray) -> np.ndarray:
+        """The edges of what the rhythm leaves of up spells, given as start, end, start, end, ..."""
+        if not self.rhythm:
+            return edges
+        starts, ends = edges[::2], edges[1::2]
+        counts = np.ceil((ends - starts) / self.means[1]).clip(1, MOST_PIECES).astype(int)
+        spell = np.repeat(np.arange(len(starts)), counts)
+        first = np.cumsum(counts) - counts
+        begins = starts[spell] + (np.arange(len(spell)) - first[spell]) * ((ends - starts) / counts)[spell]
+        kept = rng.random(len(begins)) >= self._loss(begins)
+        joined = np.concatenate([[False], kept[1:] & kept[:-1] & (spell[1:] == spell[:-1]), [False]])
+        stops = np.append(begins[1:], 0.0)
+        stops[first + counts - 1] = ends
+        return np.column_stack([begins[kept & ~joined[:-1]], stops[kept & ~joined[1:]]]).ravel()
+
     def _loss(self, start_s: Any) -> Any:
-        return self.rhythm * (1 + np.cos(2 * math.pi * (start_s - self.quiet_s) / DAY_S)) / 2
+        lost = self.rhythm * (1 + np.cos(2 * math.pi * (start_s - self.quiet_s) / DAY_S)) / 2
+        return np.maximum(0.0, 1 - self.spared * (1 - lost))
 
     def _extend(self) -> None:
         rng = generator(*self.words, self._chunk)
@@ -262,9 +315,7 @@ class OnOff:
         edges[::2], edges[1::2] = downs, lengths
         edges = self._last + np.cumsum(edges)
         self._last = float(edges[-1])
-        if self.rhythm:
-            kept = rng.random(CHUNK) >= self._loss(edges[::2])
-            edges = edges.reshape(-1, 2)[kept].ravel()
-            if not len(edges):  # all lost: the gap goes on
-                edges = np.array([self._last, self._last])
+        edges = self._spare(rng, edges)
+        if not len(edges):  # all lost: the gap goes on
+            edges = np.array([self._last, self._last])
         self._edges.frombytes(edges.tobytes())

@@ -2,7 +2,7 @@
 
 - sabre: a JSON list of {"duration_ms", "bandwidth_kbps", "latency_ms"} (github.com/UMass-LIDS/sabre);
 - Pensieve: lines of `seconds Mbit/s` (github.com/hongzimao/pensieve);
-- mahimahi: a line a slot in which 1,500 bytes may pass, with its millisecond (github.com/ravinet/mahimahi);
+- mahimahi: a line a slot of 1,500 bytes, its millisecond; played again after the last (github.com/ravinet/mahimahi);
 - FLASH: JSON with `messages`, lines of `date time<TAB>state` a device (github.com/PKU-Chengxu/FLASH).
 """
 
@@ -21,6 +21,8 @@ from sim.errors import UserError
 from sim.network.bandwidth import Log, log_of_rates
 
 SLOT_BITS = 1500 * 8
+LEAST_MS, MOST = 1e-6, 1e15
+"""Below which no duration, and above which no figure of a log makes sense."""
 SKIPPED = ("LICENSE", "README", "LICENCE", "COPYING")
 
 CONNECTED = frozenset({"wifi", "2g", "3g", "4g", "5g"})
@@ -102,16 +104,17 @@ def _json(file: Path, text: str) -> list[Log | StateTrace]:
 def _sabre(file: Path, data: Sequence[dict[str, Any]]) -> Log:
     columns: dict[str, list[float]] = {}
     for name in ("duration_ms", "bandwidth_kbps", "latency_ms"):
-        least, said = (math.nextafter(0, 1), "above 0") if name == "duration_ms" else (0.0, "0 or above")
+        least, said = (LEAST_MS, "above 0") if name == "duration_ms" else (0.0, "0 or above")
         values = [item.get(name) for item in data]
         for number, value in enumerate(values):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < MOST:
                 raise UserError(f"{file}, item {number}: {name} = {value!r}; it must be a number {said}")
         columns[name] = values
     durations = [value / 1000 for value in columns["duration_ms"]]
     rates = [value * 1000.0 for value in columns["bandwidth_kbps"]]
     weighted = sum(d * latency for d, latency in zip(durations, columns["latency_ms"], strict=True))
-    return _moving(file, log_of_rates(file.name, durations, rates, weighted / sum(durations) / 1000))
+    log = log_of_rates(file.name, durations, rates, weighted / sum(durations) / 1000)
+    return _moving(f"{file}, items 0 to {len(data) - 1}", "bandwidth_kbps", log)
 
 
 def _pensieve(file: Path, lines: Sequence[tuple[int, list[str]]]) -> Log:
@@ -121,34 +124,61 @@ def _pensieve(file: Path, lines: Sequence[tuple[int, list[str]]]) -> Log:
         times.append(_number(file, number, time, "seconds"))
         rates.append(_number(file, number, rate, "Mbit/s") * 1e6)
         if len(times) > 1 and times[-1] <= times[-2]:
-            raise UserError(f"{file}, line {number}: the time {time} does not rise above the line before")
+            raise UserError(
+                f"{file}, line {number}: the time {time} does not rise above the line before. Each must: sort the file"
+            )
     if len(times) < 2:
-        raise UserError(f"{file}: a Pensieve log needs two lines at least")
+        raise UserError(
+            f"{file}, line {lines[0][0]}: the only one. A Pensieve log needs two at least: a rate holds until the next"
+        )
     durations = [after - before for before, after in zip(times, times[1:], strict=False)]
-    return _moving(file, log_of_rates(file.name, [*durations, durations[-1]], rates, None))
+    log = log_of_rates(file.name, [*durations, durations[-1]], rates, None)
+    return _moving(f"{file}, lines {lines[0][0]} to {lines[-1][0]}", "the second word (Mbit/s)", log)
 
 
 def _mahimahi(file: Path, lines: Sequence[tuple[int, list[str]]]) -> Log:
-    """Slots share the time since the slot before evenly, which keeps the bits at every listed millisecond."""
-    times, bits = [0.0], [0.0]
+    """Slots of one millisecond share it evenly: as many bits have passed at each whole millisecond as in mahimahi.
+
+    The log is played again after its last millisecond, which is the next round's 0 (`src/frontend/link_queue.cc`: the
+    base time grows by the last timestamp). Slots at 0 therefore pass with those of the last millisecond.
+    """
+    slots: dict[int, int] = {}
+    last = 0
     for number, (word,) in lines:
-        if not word.isdigit():
-            raise UserError(f"{file}, line {number}: `{word}` is no millisecond. mahimahi has one whole number a line")
-        time = int(word) / 1000
-        if time < times[-1]:
-            raise UserError(f"{file}, line {number}: {word} ms lies before the line above it")
-        if time > times[-1]:
-            times.append(time)
+        if not word.isdecimal() or len(word) > 15:
+            raise UserError(
+                f"{file}, line {number}: `{word}` is no millisecond. mahimahi has one whole number a line, of 15 "
+                "digits at most"
+            )
+        if int(word) < last:
+            raise UserError(
+                f"{file}, line {number}: {word} ms lies before the line above it. Slots must be in order: sort the file"
+            )
+        last = int(word)
+        slots[last] = slots.get(last, 0) + 1
+    if last == 0:
+        raise UserError(
+            f"{file}, line {lines[-1][0]}: the last slot is at 0 ms, so the log takes no time and cannot be played "
+            "again. A mahimahi log must last a millisecond at least: let its last line say when it ends"
+        )
+    slots[last] += slots.pop(0, 0)
+    times, bits = [0.0], [0.0]
+    for time, count in slots.items():
+        if (time - 1) / 1000 > times[-1]:  # nothing since the slot before
+            times.append((time - 1) / 1000)
             bits.append(bits[-1])
-        bits[-1] += SLOT_BITS
-    if len(times) < 2:
-        raise UserError(f"{file}: a mahimahi log must last at least a millisecond")
-    return _moving(file, Log(file.name, tuple(times), tuple(bits)))
+        times.append(time / 1000)
+        bits.append(bits[-1] + count * SLOT_BITS)
+    return Log(file.name, tuple(times), tuple(bits))
 
 
-def _moving(file: Path, log: Log) -> Log:
+def _moving(where: str, what: str, log: Log) -> Log:
+    """Refuses a log in which nothing passes; `where` names its lines, `what` the figure that is 0 in all of them."""
     if log.bits[-1] <= 0:
-        raise UserError(f"{file}: not a bit passes in the whole log: nothing could ever be sent")
+        raise UserError(
+            f"{where}: {what} is always 0: not a bit passes in the whole log. A log must let something pass: leave it "
+            "out, and say with network.availability or network.outages when there is no link"
+        )
     return log
 
 
@@ -157,7 +187,7 @@ def _number(file: Path, line: int, word: str, what: str) -> float:
         value = float(word)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
+    if not 0 <= value < MOST:
         raise UserError(f"{file}, line {line}: `{word}` where {what} belong: a number, 0 or above")
     return value
 

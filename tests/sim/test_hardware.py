@@ -68,6 +68,7 @@ def test_own_profiles_stand_beside_the_built_in_ones(tmp_path):
         (OWN.replace("usable_ram = 0.5", "usable_ram = 1.5"), "above 0 and at most 1"),
         (OWN.replace("load_w = 5", "load_w = 0"), "load_w = 0: it must be above 0"),
         (OWN.replace("load_w = 5", 'load_w = "5 W"'), "give a number"),
+        (OWN.replace("load_w = 5", "load_w = 1.0"), "load_w = 1 with idle_w = 1: both are power of the whole device"),
         (OWN + "\nram = 3", "Did you mean `ram_gib`"),
         (OWN.replace("mine", "pixel-8"), "exists already"),
         ("[mine", "not a TOML file"),

@@ -13,7 +13,8 @@ from sim.clock import DAY_S, HOUR_S, VirtualClock, WallClock
 from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.network import ALWAYS, NEVER, Both, Constant, Daily, Link, Links, Log, LoopedLog, OnOff, Windows
-from sim.network.spells import next_up, seconds_up, up_until, ups
+from sim.network.bandwidth import log_of_rates
+from sim.network.spells import next_up, seconds_up, thinned, up_until, ups
 from sim.virtual_sections import Network
 
 
@@ -138,6 +139,14 @@ def test_a_looped_log_by_hand():
     assert looped.bits(123.4, 567.8) == pytest.approx(60 * 111 + looped.bits(123.4 + 444, 567.8))
 
 
+def test_a_log_begins_at_nothing_and_lets_no_bit_pass_in_no_time():
+    for times, bits in (((0.0, 5.0), (12.0, 24.0)), ((0.0, 1.0, 1.0), (0.0, 1.0, 2.0)), ((0.0, 0.0), (0.0, 0.0)),
+                        ((0.0, 2.0, 1.0), (0.0, 1.0, 2.0)), ((0.0, 1.0), (0.0, -1.0))):  # fmt: skip
+        with pytest.raises(ValueError, match="begin at 0"):
+            Log("broken", times, bits)
+    assert log_of_rates("", [1.0, 0.0, 2.0], [5.0, 9.0, 1.0], None).bits == (0, 5, 7)
+
+
 @given(
     st.lists(st.tuples(st.floats(0.1, 5), st.floats(0, 1e6)), min_size=1, max_size=12).filter(
         lambda pieces: sum(rate for _, rate in pieces) > 1
@@ -176,6 +185,52 @@ def test_availability_is_one_knob():
     links = Links(Network(availability=0.2, mean_down_s=3600), 1)
     share = np.mean([links.of(d, name(d)).seconds_up(0, 20 * DAY_S) for d in range(200)]) / (20 * DAY_S)
     assert share == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("distribution", ["exponential", "constant", "lognormal"])
+@pytest.mark.parametrize("kind", ["always", "onoff"])
+@pytest.mark.parametrize("rhythm", [0.0, 0.5, 1.0])
+def test_availability_is_the_share_of_whole_days_whatever_the_rhythm(distribution, kind, rhythm):
+    """A fleet's mean over whole days; the spread between its devices says how exact that is."""
+    for availability in (0.05, 0.3, 0.5, 0.6, 0.75, 0.9, 0.99):
+        network = Network(
+            kind=kind, availability=availability, rhythm=rhythm, distribution=distribution, mean_down_s=1000,
+            quiet_hour=2,
+        )  # fmt: skip
+        links = Links(network, 3)
+        shares = [links.of(d, name(d)).seconds_up(0, 4 * DAY_S) / (4 * DAY_S) for d in range(120)]
+        error = max(np.std(shares) / math.sqrt(len(shares)), 1e-4)
+        assert abs(np.mean(shares) - availability) < 4 * error < 0.04, availability
+
+
+@given(st.floats(0.001, 0.999), st.floats(0, 1), st.floats(0, 23.9))
+def test_what_the_rhythm_takes_is_given_back(availability, rhythm, quiet_hour):
+    base, spared = thinned(availability, rhythm)
+    spells = OnOff(1, "d", base, 1 - base, rhythm=rhythm, quiet_hour=quiet_hour, spared=spared)
+    lost = spells._loss((np.arange(20_000) + 0.5) / 20_000 * DAY_S)
+    assert availability <= base <= (1 + availability) / 2 + 1e-12 and lost.min() >= 0
+    assert base * (1 - lost.mean()) == pytest.approx(availability, rel=1e-5)
+    if spared == 1:
+        assert lost.max() == pytest.approx(rhythm, abs=1e-6)
+
+
+def test_the_first_day_has_the_rhythm_of_any_other():
+    """Spells of days: the one around the first midnight began at some hour too."""
+    network = Network(availability=0.4, rhythm=1.0, mean_down_s=1.5 * DAY_S, quiet_hour=0)
+    links = Links(network, 1)
+    for day in (0, 9):
+        up_s = [links.of(d, name(d)).seconds_up(day * DAY_S, (day + 1) * DAY_S) for d in range(2500)]
+        assert np.mean(up_s) / DAY_S == pytest.approx(0.4, abs=0.03)
+
+
+def test_what_comes_on_top_of_availability():
+    """Up when spells, Wi-Fi hours and outages allow it: shares multiply, where no rhythm ties them together."""
+    def share(**fields) -> float:
+        links = Links(Network(availability=0.6, **fields), 2)
+        return np.mean([links.of(d, name(d)).seconds_up(DAY_S, 11 * DAY_S) for d in range(100)]) / (10 * DAY_S)
+
+    assert share(wifi_only=True, wifi_hours=(20, 2)) == pytest.approx(0.6 / 4, abs=0.012)
+    assert share(outages=("1d+2d", "5d+3d:50%")) == pytest.approx(0.6 * (1 - 0.2 - 0.15), abs=0.03)
 
 
 def test_outages_meet_whom_they_should():

@@ -24,9 +24,9 @@ MATERIAL = Material(real=6, real_tokens=600, accepted=12, accepted_tokens=1200, 
 SIZE = Size(3000, 1500, 700, 300)
 
 
-def rounds(**sections) -> Rounds:
+def rounds(state=None, /, **sections) -> Rounds:
     experiment = Experiment.model_validate({"population": {"users": 4}, **sections})
-    return Rounds(experiment, 1, open_population(experiment, 1))
+    return Rounds(experiment, 1, open_population(experiment, 1), state)
 
 
 def run(virtual: Rounds, round: int = 0, devices=range(4), material=MATERIAL):
@@ -112,19 +112,43 @@ def test_a_device_that_trains_twice_keeps_both_while_queries_come():
     assert (0, "collaborative", SAMPLES, "collaborative") in told
 
 
-def test_samples_of_earlier_rounds():
-    """(kept as, what round 3 trains on beside its own)."""
-    for kept, earlier in (("refresh", []), ("keep", [0, 1, 2]), ("age", [1, 2])):
-        virtual = rounds(drift={"samples": kept, "max_age": 2}, rounds=4, arms=("collaborative",))
-        for round in range(3):
-            virtual.advance(run(virtual, round)[1])
-        _, day = run(virtual, 3)
-        used = list(rows(virtual.order(day), "samples", "device", "first", "last", "on"))
+@pytest.mark.parametrize(
+    ("drift", "earlier"),
+    [
+        ({"samples": "refresh"}, []), ({"samples": "keep"}, [0, 1, 2]), ({"samples": "age", "max_age": 1}, []),
+        ({"samples": "age", "max_age": 2}, [2]), ({"samples": "age", "max_age": 3}, [1, 2]),
+        ({"samples": "age", "max_age": 4}, [0, 1, 2]), ({"samples": "age", "max_age": 9}, [0, 1, 2]),
+    ],
+)  # fmt: skip
+def test_samples_of_earlier_rounds(drift, earlier):
+    """`earlier`: what round 3 trains on beside its own; a resumed run says the same."""
+    virtual = rounds(drift=drift, rounds=4, arms=("collaborative",))
+    for round in range(3):
+        virtual.advance(run(virtual, round)[1])
+    resumed = json.loads(json.dumps(virtual.state()))
+    for each in (virtual, rounds(resumed, drift=drift, rounds=4, arms=("collaborative",))):
+        _, day = run(each, 3)
+        used = list(rows(each.order(day), "samples", "device", "first", "last", "on"))
         assert [row[1:] for row in used if row[0] == 0] == [(min([*earlier, 3]), 3, SAMPLES)]
         items = MATERIAL.real + (1 + len(earlier)) * MATERIAL.accepted
         (version,) = (version for version in day.schedule.versions if version.device == 0)
         (alike, *_) = run(rounds(arms=("collaborative",)), material=Material(items, 100 * items))[1].schedule.versions
         assert version.load_s == pytest.approx(alike.load_s, rel=0.01)
+
+
+def test_a_sample_is_used_for_max_age_rounds_where_devices_ask_seldom():
+    """Every third round: with an age of 3 the last samples are just too old, with one of 4 they are still used."""
+    used = {}
+    for max_age in (3, 4):
+        drift = {"samples": "age", "max_age": max_age, "every": 3}
+        virtual = rounds(drift=drift, rounds=7, arms=("collaborative",))
+        for round in range(7):
+            _, day = run(virtual, round)
+            told = rows(virtual.order(day), "samples", "device", "round", "on")
+            used[max_age, round] = [past for device, past, _ in told if device == 0]
+            virtual.advance(day)
+    assert [used[3, round] for round in (0, 3, 6)] == [[0], [3], [6]]
+    assert [used[4, round] for round in (0, 3, 6)] == [[0], [0, 3], [3, 6]]
 
 
 def test_stale_samples_are_the_last_that_came():

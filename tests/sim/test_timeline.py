@@ -160,8 +160,17 @@ def test_samples_that_come_during_the_fallback_supersede_it():
     schedule = run(virtual, 0, [0])
     first, second = trained(schedule)
     assert (first.on, first.outcome, second.on, second.outcome) == ("real", "superseded", "samples", "ok")
-    assert first.energy_j == pytest.approx(6.5 * first.load_s) and 19 < first.load_s < 21
+    assert first.energy_j == pytest.approx((6.5 - 2.7) * first.load_s) and 19 < first.load_s < 21
     assert virtual.answering(schedule, 0, "collaborative", math.inf).on == "samples"
+
+
+def test_energy_is_what_work_costs_above_an_idle_device():
+    """In the rows of `events`: a Pi 5 draws 10 W at work and 3 W idle, and 0.7 W more while its radio works."""
+    virtual = timeline(network={"ask_within_h": 0.0, "rtt_s": 0.0}, hardware={"profiles": ("raspberry-pi-5",)})
+    rows = virtual.event_rows(run(virtual, 0, range(3)))
+    for kind, power_w in (("train", 7.0), ("augment", 0.7)):
+        found = [row for row in rows if row["kind"] == kind]
+        assert found and all(row["energy_j"] == pytest.approx(power_w * row["duration_s"]) for row in found)
 
 
 def test_work_crosses_midnight_and_the_next_waits_for_it():
@@ -170,7 +179,7 @@ def test_work_crosses_midnight_and_the_next_waits_for_it():
     long = Work(0, "local", 2000, 2_000_000)
     schedule = virtual.schedule(plan, {}, [long])
     (first,) = schedule.versions
-    assert first.live_s > DAY_S and first.energy_j == pytest.approx(6.5 * first.load_s)
+    assert first.live_s > DAY_S and first.energy_j == pytest.approx((6.5 - 2.7) * first.load_s)
     virtual.advance(schedule)
     (second,) = virtual.schedule(virtual.plan(1, []), {}, [Work(0, "local", 24, 20_000)]).versions
     assert second.begun_s == first.live_s > DAY_S

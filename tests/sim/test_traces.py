@@ -8,11 +8,14 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from sim.clock import DAY_S, HOUR_S
 from sim.errors import UserError
 from sim.network import Links, Log, LoopedLog, StateTrace, read_trace, read_traces
 from sim.virtual_sections import Network
+from tests.sim.timelines import run, timeline
 
 SABRE = [
     {"duration_ms": 1000, "bandwidth_kbps": 800, "latency_ms": 20},
@@ -35,6 +38,21 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
+def walk(parts: list[tuple[float, float]], start_s: float, size_bits: float) -> float:
+    """How long a transfer takes on a looped log, walked piece by piece."""
+    start_s, now = start_s % sum(d for d, _ in parts), 0.0
+    index, left = 0, size_bits
+    while True:
+        duration, rate = parts[index % len(parts)]
+        begin = max(now, start_s)
+        if now + duration > start_s:
+            passes = (now + duration - begin) * rate
+            if passes >= left * (1 - 1e-9):
+                return begin + left / rate - start_s
+            left -= passes
+        now, index = now + duration, index + 1
+
+
 def test_sabre(tmp_path):
     (log,) = read_trace(write(tmp_path / "log.json", SABRE))
     assert log.times_s == (0, 1, 4) and log.bits == (0, 8e5, 8e5)
@@ -49,7 +67,95 @@ def test_pensieve(tmp_path):
 
 def test_mahimahi(tmp_path):
     (log,) = read_trace(write(tmp_path / "log.up", "0\n2\n2\n5\n"))
-    assert log.times_s == (0, 0.002, 0.005) and log.bits == (12_000, 36_000, 48_000)
+    assert log.times_s == (0, 0.001, 0.002, 0.004, 0.005) and log.bits == (0, 0, 24_000, 24_000, 48_000)
+    looped = LoopedLog(log)
+    assert looped.done(0, 12_000) == pytest.approx(0.0015) and looped.done(0, 24_000) == 0.002
+    assert looped.done(0, 24_001) > 0.004, "the silence between the slots is one"
+    assert looped.done(0, 48_000) == looped.done(0.005, 48_000) - 0.005 == 0.005
+
+
+def delivered(slots: list[int], until_ms: int) -> int:
+    """Packets that mahimahi's `LinkQueue` lets pass after 0 and until then, its own loop: each slot at the base time
+    plus its millisecond; after the last one, the base time grows by that.
+    """
+    index, base, count = 0, 0, 0
+    while base + slots[index] <= until_ms:
+        count += base + slots[index] > 0
+        index += 1
+        if index == len(slots):
+            index, base = 0, base + slots[-1]
+    return count
+
+
+MILLISECONDS = st.lists(st.integers(0, 40), min_size=1, max_size=15).map(sorted).filter(lambda slots: slots[-1] > 0)
+
+
+@given(MILLISECONDS, st.integers(0, 300))
+@example([0, 5], 5)
+@example([0, 0, 3, 3], 0)
+def test_as_many_bits_at_each_millisecond_as_packets_in_mahimahi(tmp_path_factory, slots, until_ms):
+    file = tmp_path_factory.getbasetemp() / "slots"
+    (log,) = read_trace(write(file, "".join(f"{slot}\n" for slot in slots)))
+    assert log.duration_s == slots[-1] / 1000 and log.bits[-1] == 12_000 * len(slots)
+    looped = LoopedLog(log)
+    packets = delivered(slots, until_ms)
+    assert looped.bits(0, until_ms / 1000) == pytest.approx(12_000 * packets, abs=1e-3)
+    if packets:  # the packet's millisecond is the first at which so many have passed
+        first = next(ms for ms in range(until_ms + 1) if delivered(slots, ms) >= packets)
+        end_s = looped.done(0, 12_000 * packets)
+        assert end_s == pytest.approx(first / 1000, abs=1e-9)
+        assert looped.done(0, 12_000 * packets - 6000) > (first - 1) / 1000 - 1e-9
+
+
+FILES = {
+    "mahimahi": MILLISECONDS.map(lambda slots: "".join(f"{slot}\n" for slot in slots)),
+    "pensieve": st.lists(st.tuples(st.integers(1, 4), st.sampled_from([0, 0, 0.5, 3])), min_size=2, max_size=9).map(
+        lambda rows: "".join(f"{sum(d for d, _ in rows[:i])} {rate}\n" for i, (_, rate) in enumerate(rows))
+    ),
+    "sabre": st.lists(st.tuples(st.integers(1, 4000), st.sampled_from([0, 0, 1, 700])), min_size=1, max_size=9).map(
+        lambda rows: json.dumps([{"duration_ms": d, "bandwidth_kbps": r, "latency_ms": 1} for d, r in rows])
+    ),
+}
+
+
+def pieces(form: str, text: str) -> list[tuple[float, float]]:
+    """(seconds, bits a second), read from the text without the reader."""
+    if form == "sabre":
+        return [(item["duration_ms"] / 1000, item["bandwidth_kbps"] * 1000) for item in json.loads(text)]
+    if form == "pensieve":
+        rows = [tuple(map(float, line.split())) for line in text.splitlines()]
+        lasts = [after[0] - before[0] for before, after in zip(rows, rows[1:], strict=False)]
+        return [(last, rate * 1e6) for last, (_, rate) in zip([*lasts, lasts[-1]], rows, strict=True)]
+    slots = [int(line) for line in text.split()]
+    counts = [sum(slot == ms or (ms == slots[-1] and slot == 0) for slot in slots) for ms in range(1, slots[-1] + 1)]
+    return [(0.001, count * 12_000_000) for count in counts]
+
+
+@pytest.mark.parametrize("form", FILES)
+@given(data=st.data())
+@settings(max_examples=60)
+def test_every_transfer_ends_where_a_walk_through_the_file_ends(tmp_path_factory, form, data):
+    text = data.draw(FILES[form])
+    file, parts = write(tmp_path_factory.getbasetemp() / form, text), pieces(form, text)
+    total, period_s = sum(d * rate for d, rate in parts), sum(d for d, _ in parts)
+    if not total:
+        with pytest.raises(UserError, match="not a bit passes"):
+            read_trace(file)
+        return
+    (log,) = read_trace(file)
+    phase, start = (data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])) * period_s for _ in range(2))
+    scale, loops = data.draw(st.sampled_from([0.5, 1.0, 3.0])), data.draw(st.integers(0, 50))
+    start += loops * period_s
+    looped = LoopedLog(log, phase, scale)
+    assert looped.bits(start, start + period_s) == pytest.approx(total * scale, rel=1e-9)
+    shares = data.draw(st.lists(st.sampled_from([1e-6, 0.25, 0.5, 1.0, 1.5, 7.25]), min_size=2, max_size=4))
+    ends = [looped.done(start, share * total * scale) for share in sorted(shares)]
+    assert ends == sorted(ends) and ends[0] > start
+    for share, end in zip(sorted(shares), ends, strict=True):
+        assert end - start == pytest.approx(walk(parts, start + phase, share * total), rel=1e-7, abs=1e-6)
+        assert looped.bits(start, end) == pytest.approx(share * total * scale, rel=1e-6)
+    one, other = (share * total * scale for share in shares[:2])
+    assert looped.done(looped.done(start, one), other) == pytest.approx(looped.done(start, one + other), abs=1e-6)
 
 
 def test_flash(tmp_path):
@@ -75,7 +181,14 @@ def test_flash_states_drive_a_link(tmp_path):
         ([{**SABRE[0], "bandwidth_kbps": -1}], ("item 0", "bandwidth_kbps = -1", "0 or above")),
         ([SABRE[0], {**SABRE[1], "duration_ms": 0}], ("item 1", "duration_ms = 0", "above 0")),
         ([{"duration_ms": 10}], ("bandwidth_kbps = None",)),
-        ([SABRE[1]], ("not a bit passes",)),
+        ([SABRE[1], SABRE[1]], ("items 0 to 1", "bandwidth_kbps is always 0", "not a bit passes", "leave it out")),
+        ("\n1 0\n2 0.0\n", ("lines 2 to 3", "Mbit/s", "not a bit passes", "network.outages")),
+        ("1 2\n", ("line 1", "the only one")),
+        ("0\n0\n", ("line 2", "0 ms", "a millisecond at least", "last line")),
+        ("1\n\u00b2\n", ("line 2", "no millisecond")),
+        ("1\n1" + 400 * "0", ("line 2", "15 digits")),
+        ([{**SABRE[0], "bandwidth_kbps": 10**400}], ("item 0", "bandwidth_kbps")),
+        ([{**SABRE[0], "duration_ms": 1e-320}], ("item 0", "above 0")),
         ("[{]", ("line 1", "not JSON")),
         ('{"a": 1}', ("no trace", "messages")),
         ("1 2\n1 3\n", ("line 2", "does not rise")),
@@ -106,26 +219,27 @@ def test_folders(tmp_path):
         read_traces(tmp_path)
 
 
+def test_a_request_over_a_log_with_a_slot_at_0_takes_its_time(tmp_path):
+    """From the file to the row of `events`: 4,000 bytes up at 10 Mbit/s to 28.8 of the log, then 2,000 down."""
+    text = "0\n300\n300\n"
+    network = {"kind": "trace", "traces": str(write(tmp_path / "log", text)), "rtt_s": 0.0, "ask_within_h": 0.0}
+    virtual = timeline(network=network)
+    schedule = run(virtual, 0, range(20))
+    asked = {row["device_id"]: row for row in virtual.event_rows(schedule) if row["kind"] == "augment"}
+    assert len(asked) == 20
+    for device, row in asked.items():
+        (trace,) = virtual.links.traces
+        phase_s, parts = virtual.links.phase_s(device, trace), pieces("mahimahi", text)
+        up_s = walk(parts, phase_s + row["time_s"], 8 * 4000 * 2.88)
+        down_s = walk(parts, phase_s + row["time_s"] + up_s, 8 * 2000)
+        assert row["outcome"] == "ok" and row["duration_s"] == pytest.approx(up_s + down_s, abs=1e-6)
+        assert row["duration_s"] > 0.6, "three periods, one of them perhaps nearly over"
+
+
 # --- the real logs --------------------------------------------------------------------------------------------
 
 REAL = os.environ.get("UNTETHER_REAL_DATA")
 needs_data = pytest.mark.skipif(not REAL, reason="UNTETHER_REAL_DATA is not set")
-
-
-def by_hand(file: Path, start_s: float, size_bits: float) -> float:
-    """The end of a transfer on a looped log, walked piece by piece from the file itself."""
-    pieces = [(p["duration_ms"] / 1000, p["bandwidth_kbps"] * 1000) for p in json.loads(file.read_text())]
-    start_s, now = start_s % sum(d for d, _ in pieces), 0.0
-    index, left = 0, size_bits
-    while True:
-        duration, rate = pieces[index % len(pieces)]
-        begin = max(now, start_s)
-        if now + duration > start_s:
-            passes = (now + duration - begin) * rate
-            if passes >= left:
-                return begin + left / rate - start_s
-            left -= passes
-        now, index = now + duration, index + 1
 
 
 @needs_data
@@ -141,7 +255,7 @@ def test_transfers_over_the_real_logs(folder):
         for _ in range(4):
             start_s, size = rng.uniform(0, 3 * log.duration_s), rng.choice([2e4, 1e6, 3e8])
             took_s = LoopedLog(log).done(start_s, size) - start_s
-            assert took_s == pytest.approx(by_hand(file, start_s, size), rel=1e-6, abs=1e-6)
+            assert took_s == pytest.approx(walk(pieces("sabre", file.read_text()), start_s, size), rel=1e-6, abs=1e-6)
 
 
 @needs_data
