@@ -12,6 +12,7 @@ import pytest
 from fleet import run_in_process, tiny
 
 import clients.learn
+import sim.loop
 from clients.augmentation import questions, sample_orders
 from clients.device import Device, Shard
 from clients.worker import Endpoint, Worker
@@ -79,7 +80,10 @@ def runs(tmp_path_factory):
         warm = Worker(str(RunDirectory.create(folder / "warm", tiny()).path), endpoint, threads=1)
         free = run_in_process(folder / "free", tiny(**common), endpoint, hosts=2, worker=warm)
         bodies, trained = list(recorder.bodies), list(engine)
+        states, real_state = [], sim.loop.Rounds.state
+        patch.setattr(sim.loop.Rounds, "state", lambda self: states.append(found := real_state(self)) or found)
         hard = run_in_process(folder / "hard", tiny(**{**common, **HARD, "rounds": 3}), endpoint, hosts=2, worker=warm)
+        hard.states = json.loads(json.dumps(states))
         yield free, hard, bodies, trained
         recorder.shutdown()
 
@@ -188,7 +192,7 @@ def test_what_a_device_spent_is_what_its_attempts_cost(runs):
     left = events[events["detail"].str.contains("while the cloud wrote")]
     assert (left["tokens_in"] > 0).any() and (left["tokens_out"] > 0).any()
     events = events[events["round"] < 2]
-    carried = run.carried(1, 1)["timeline"]["spent"]
+    carried = run.states[1]["timeline"]["spent"]
     for lane, kind in (("augment", "augment"), ("cloud", "answer")):
         own = events[events["kind"] == kind]
         costs = (own["tokens_in"] * 1.0 + own["tokens_out"] * 2.0).groupby(own["device_id"]).sum() / 1e6

@@ -144,11 +144,11 @@ def test_a_sample_is_used_for_max_age_rounds_where_devices_ask_seldom():
         virtual = rounds(drift=drift, rounds=7, arms=("collaborative",))
         for round in range(7):
             _, day = run(virtual, round)
-            told = rows(virtual.order(day), "samples", "device", "round", "on")
-            used[max_age, round] = [past for device, past, _ in told if device == 0]
+            told = rows(virtual.order(day), "samples", "device", "first", "last", "on")
+            used[max_age, round] = [(first, last) for device, first, last, _ in told if device == 0]
             virtual.advance(day)
-    assert [used[3, round] for round in (0, 3, 6)] == [[0], [3], [6]]
-    assert [used[4, round] for round in (0, 3, 6)] == [[0], [0, 3], [3, 6]]
+    assert [used[3, round] for round in (0, 3, 6)] == [[(0, 0)], [(3, 3)], [(6, 6)]]
+    assert [used[4, round] for round in (0, 3, 6)] == [[(0, 0)], [(0, 3)], [(3, 6)]]
 
 
 def test_stale_samples_are_the_last_that_came():
