@@ -28,18 +28,21 @@ def finish(
         resamples=experiment.evaluation.resamples, seed=experiment.seeds[0],
     )
     exclusions: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()  # by what learned from others: each seed's own, so the sum
     orders = set()
     for seed in experiment.seeds:
         population = open_population(experiment, seed)
         exclusions |= population.exclusions()  # files tell the same for every seed: the most, not the sum
         orders.add(population.order)
+        for row in run.read_staged("left_out", seed, 0):
+            left_out[row["reason"]] += row["count"]
     if experiment.drift.kind != "none":
         run.write_truth(rows for seed in experiment.seeds for rows in FromWorld(experiment, seed).truth())
     commits = [run.committed(seed, round) for seed in experiment.seeds for round in range(experiment.rounds)]
     run.write_json("summary.json", {
         "rows": rows,
         "facts": {
-            "exclusions": dict(sorted(exclusions.items())),
+            "exclusions": dict(sorted((exclusions + left_out).items())),
             "order": "time" if orders == {"time"} else "unknown",
             "cloud": dict(cloud),
             "failures": [failure for commit in commits if commit for failure in commit["facts"]["failures"]],
