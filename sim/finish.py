@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from sim.clock import WallClock
+from sim.experiment import Experiment
 from sim.population.source import FromWorld, open_population
 from sim.report import write_report
 from sim.results import RunDirectory
@@ -50,8 +52,17 @@ def finish(
     })
     environment = run.read_json("environment.json") or {}
     models = {name: value for commit in commits if commit for name, value in commit["facts"]["models"].items()}
-    ended = {"models": models, "cloud": dict(cloud), "ended": WallClock().timestamp()}
+    ended = {
+        "models": models, "templates": _templates(run, experiment), "cloud": dict(cloud),
+        "ended": WallClock().timestamp(),
+    }  # fmt: skip
     run.write_json("environment.json", {**environment, **ended})
     write_report(run)
     run.write_json("environment.json", {**environment, **ended, "usage": usage.facts()})
     run.drop_parts()
+
+
+def _templates(run: RunDirectory, experiment: Experiment) -> dict[str, Any]:
+    """How prompts were written, by model, as the workers said."""
+    staged = (run.read_staged("written", seed, r) for seed in experiment.seeds for r in range(experiment.rounds))
+    return {row["model"]: json.loads(row["facts"]) for rows in staged for row in rows}

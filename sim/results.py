@@ -67,10 +67,11 @@ TABLES: dict[str, pa.Schema] = {
     "training": _schema("seed:i round:i device_id:s arm:s step:i loss:f lr:f tokens:i"),
 }
 
-#: What one pass of a round leaves to the next, or (`left_out`) to the end of the run, on the hosts' side; no table of
-#: the run directory.
+#: What one pass of a round leaves to the next or, as `left_out` and `written`, to the end of the run, on the hosts'
+#: side; no table of the run directory.
 STAGED: dict[str, pa.Schema] = {
     "left_out": _schema("seed:i round:i reason:s count:i"),
+    "written": _schema("seed:i round:i model:s facts:s"),
     "answers": _schema("seed:i round:i device_id:s request_id:s query_id:s outcome:s text:s"),
 }
 
