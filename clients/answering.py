@@ -21,6 +21,7 @@ from clients.scoring import answered, prediction_row
 from clients.worker import Worker
 from sim.experiment import Experiment
 from sim.orders import rows as table_rows
+from sim.population.order import latest_s
 from sim.population.tasks import get_task, rag_prompt
 from sim.records import Interaction, Query
 from sim.seeding import derive
@@ -121,7 +122,7 @@ def cloud_answers(
 
 def _newest_s(items: Sequence[Interaction], task: str) -> float | None:
     """The date of the latest item of a task; None where there is none."""
-    return max((item.time_s for item in items if item.task == task and item.time_s is not None), default=None)
+    return latest_s(item for item in items if item.task == task)
 
 
 def _live(experiment: Experiment, adapters: Sequence[Adapter], time_s: float) -> Adapter | None:

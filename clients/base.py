@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers.utils import cached_file
 
 from clients import lora_layers
 from clients.decoder import LeanDecoder
+from sim import chat_template
 from sim.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -29,15 +31,21 @@ class FrozenBase:
     """A frozen causal LM in eval mode with its tokenizer.
 
     Attributes: `model`, `tokenizer` (None for a bare model), `device`, `dtype`, `context_length` (tokens),
-    `end_ids` (token ids that end an answer), `fingerprint` (sha256 of configuration and weights). `lean=False` keeps
-    the model's own forward pass even where `clients.decoder` has a faster one.
+    `end_ids` (token ids that end an answer), `fingerprint` (sha256 of configuration, weights and all that turns a
+    text into token ids and back). `lean=False` keeps the model's own forward pass even where `clients.decoder` has a
+    faster one. `template_args`: see `sim.chat_template`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer=None, source: Path | None = None, lean: bool = True):
+    def __init__(
+        self, model: nn.Module, tokenizer=None, source: Path | None = None, lean: bool = True,
+        template_args: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         model.requires_grad_(False)
         model.eval()
         self.model = model
         self.tokenizer = tokenizer
+        if tokenizer is not None and template_args is not None:
+            chat_template.tell(tokenizer, template_args)
         self._source = source
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -51,12 +59,14 @@ class FrozenBase:
 
     @classmethod
     def load(
-        cls, name_or_path: str, dtype: str = "auto", device: str = "auto", attention: str | None = None
-    ) -> FrozenBase:
+        cls, name_or_path: str, dtype: str = "auto", device: str = "auto", attention: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> FrozenBase:  # fmt: skip
         """Load a model by folder or hub name.
 
         dtype: `float32`, `bfloat16`, `float64`, or `auto`: float32 on a CPU, bfloat16 on a GPU that has it.
         device: `auto` takes the GPU if there is one. attention: Hugging Face's `attn_implementation`.
+        template_args: what the chat template is given (`sim.chat_template`).
         Raises UserError if there is no such model or the names above are unknown.
         """
         where = _device(device)
@@ -73,10 +83,25 @@ class FrozenBase:
                 f"base model {str(name_or_path)!r} cannot be loaded ({reason}); give a folder with config.json, "
                 "weights and tokenizer files, or the name of a causal LM on the Hugging Face hub"
             ) from error
-        return cls(model.to(where), tokenizer, Path(config_file).parent if config_file else None)
+        source = Path(config_file).parent if config_file else None
+        return cls(model.to(where), tokenizer, source, template_args=template_args)
 
     @cached_property
     def fingerprint(self) -> str:
+        """sha256 over the model's and, where it has a tokenizer, over how prompts are written and answers ended
+        (`sim.chat_template.fingerprint`). The same wherever the files lie.
+        """
+        if self.tokenizer is None:
+            return self._model_fingerprint()
+        written = chat_template.fingerprint(self.tokenizer, self.end_ids)
+        return hashlib.sha256(f"{self._model_fingerprint()} {written}".encode()).hexdigest()
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """How prompts are written and answers ended, in full (`sim.chat_template.facts`); empty for a bare model."""
+        return chat_template.facts(self.tokenizer, self.end_ids) if self.tokenizer is not None else {}
+
+    def _model_fingerprint(self) -> str:
         """sha256 over config.json and the weight files, or over the weights in memory where there are no files."""
         digest = hashlib.sha256()
         if self._source is not None:

@@ -1,14 +1,15 @@
 """Text to token ids and back, in one place, so that training, decoding and scoring can never disagree on a prompt.
 
 A prompt is one user message in the tokenizer's chat template, generation prompt included, or the text and a line break
-where the tokenizer has no template. An answer is its text and the end-of-sequence token, which an adapter learns to
-write: generation stops there.
+where the tokenizer has no template; what the template is told beside it is for `sim.chat_template` to say. An answer is
+its text and the end-of-sequence token, which an adapter learns to write: generation stops there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sim.chat_template import render, template_of
 from sim.errors import UserError
 
 _HEAD_SHARE = 0.75
@@ -17,11 +18,10 @@ _HEAD_SHARE = 0.75
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of a prompt: chat template with generation prompt, or [bos] + text + newline where there is none."""
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return list(ids)
-    ids = tokenizer(text + "\n", add_special_tokens=False)["input_ids"]
+    written = render(tokenizer, [{"role": "user", "content": text}])
+    if template_of(tokenizer):
+        return list(tokenizer(written, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(written + "\n", add_special_tokens=False)["input_ids"]
     return ([tokenizer.bos_token_id] if _adds_bos(tokenizer) else []) + list(ids)
 
 

@@ -27,6 +27,7 @@ from clients.training import Example, TrainJob, TrainResult, TrainSettings
 from clients.worker import Worker
 from sim.clock import DAY_S
 from sim.orders import rows as table_rows
+from sim.population.order import latest_s
 from sim.population.source import device_id
 from sim.rounds import trained, watched
 from sim.seeding import derive
@@ -189,11 +190,10 @@ def _adapters(
             )  # fmt: skip
             if state is None:  # there was nothing to train on after all
                 continue
-            known = [item.time_s for item in device.real_items(worker.experiment, version.round)]
+            known = device.real_items(worker.experiment, version.round)
             spec = LoraSpec.of(worker.experiment.for_arm(version.arm)[0])
-            until_s = max((time_s for time_s in known if time_s is not None), default=None)
             adapters[device.index, version.arm].append(
-                Adapter(spec, state, adapter_version(state), version.live_s, until_s)
+                Adapter(spec, state, adapter_version(state), version.live_s, latest_s(known))
             )
     return adapters
 

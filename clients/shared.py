@@ -10,8 +10,7 @@ from clients.adapters import LoraSpec
 from clients.answering import SHARED, Adapter, Owner
 from clients.encoding import encode_answer, encode_prompt
 from clients.training import Example, TrainJob, TrainSettings
-from sim.clock import DAY_S
-from sim.population.order import known_history
+from sim.population.others import shared_items
 from sim.population.tasks import get_task
 from sim.records import Interaction
 from sim.seeding import derive
@@ -24,27 +23,25 @@ def train_shared(worker: Worker, seed: int, part: int, parts: int) -> dict[str, 
     """Trains one adapter a task on the histories of `population.shared_users` users and saves them with the run: of
     every `parts` tasks the one numbered `part`.
 
-    Dated items count only if they are of a day before any evaluated query.
+    What they may learn from, and what was left out, is for `sim.population.others` to say; the counts are staged as
+    `left_out`, a part a task.
     """
     population = worker.population(seed)
-    users, first_query_s = population.shared_users(), population.first_query_s()
+    users = population.shared_users()
     lora, training = worker.experiment.for_arm(SHARED)
-    jobs = [
-        TrainJob(
+    jobs = []
+    for task in list(dict.fromkeys(task for user in users for task in user.tasks))[part::parts]:
+        items, left_out = shared_items(population, task, users)
+        counted = [{"reason": reason, "count": count} for reason, count in left_out.items()]
+        worker.run.write_part("left_out", seed, 0, f"shared-{task}", counted)
+        jobs.append(TrainJob(
             key=task,
-            examples=[
-                _example(worker, item)
-                for user in users
-                for item in known_history(user, task, 0)
-                if _older(item, first_query_s)
-            ],
+            examples=[_example(worker, item) for item in items],
             settings=TrainSettings.of(training),
             spec=LoraSpec.of(lora),
             seed=derive(seed, SHARED, task, "train"),
             init_seed=derive(seed, SHARED, task, "adapter"),
-        )
-        for task in list(dict.fromkeys(task for user in users for task in user.tasks))[part::parts]
-    ]
+        ))
     results = train_once(
         worker.base, [job for job in jobs if job.examples], worker.experiment.engine.cache,
         progress=lambda done, total: worker.progress(len(users) / parts * done / total),
@@ -64,10 +61,6 @@ def shared_adapters(worker: Worker, seed: int) -> dict[Owner, list[Adapter]]:
         state = store.load(0, task, SHARED) or {}
         adapters[SHARED, task] = [Adapter(spec, state, adapter_version(state))]
     return adapters
-
-
-def _older(item: Interaction, time_s: float | None) -> bool:
-    return time_s is None or item.time_s is None or item.time_s // DAY_S < time_s // DAY_S
 
 
 def _example(worker: Worker, item: Interaction) -> Example:

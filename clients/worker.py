@@ -60,12 +60,16 @@ class Models:
     def __init__(self) -> None:
         self._held: dict[type, tuple[tuple[str, ...], Any]] = {}
 
-    def base(self, name: str, dtype: str, device: str) -> FrozenBase:
-        """The frozen on-device model."""
+    def base(self, name: str, dtype: str, device: str, template_args: Mapping[str, Any] | None = None) -> FrozenBase:
+        """The frozen on-device model; `template_args` are what its chat template is given."""
         from clients.base import FrozenBase
         from clients.base_model import resolve
 
-        return self._hold(FrozenBase, (name, dtype, device), lambda: FrozenBase.load(resolve(name), dtype, device))
+        given = dict(template_args or {})
+        return self._hold(
+            FrozenBase, (name, dtype, device, json.dumps(given, sort_keys=True)),
+            lambda: FrozenBase.load(resolve(name), dtype, device, template_args=given),
+        )  # fmt: skip
 
     def encoder(self, name: str, device: str, folder: str) -> Encoder:
         """The sentence encoder of the filters; `folder` keeps its vectors."""
@@ -168,6 +172,7 @@ class Worker:
         self._timeline: Timeline | None = None
         self._adapters: tuple[int, int, AdapterStore] | None = None
         self._answers: ByteStore | None = None
+        self._told = False
 
     def fetch(self, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
         """Asks the cloud for this shard's devices and filters what comes back (see `clients.fetch`)."""
@@ -185,7 +190,16 @@ class Worker:
         """Trains, answers and scores this shard's devices (see `clients.learn`)."""
         from clients.learn import learn
 
-        return learn(self, shard, order)
+        reply = learn(self, shard, order)
+        self._tell_written(shard)
+        return reply
+
+    def _tell_written(self, shard: Shard) -> None:
+        """Stages, once, how the prompts of the run's model are written (`sim.chat_template.facts`)."""
+        if not self._told:
+            name, facts = self.experiment.model.base, json.dumps(self.base.written)
+            self.run.write_part("written", shard.seed, shard.round, "base", [{"model": name, "facts": facts}])
+            self._told = True
 
     def share(self, seed: int, part: int = 0, parts: int = 1) -> dict[str, Any]:
         """Trains one of so many parts of the `shared` arm's adapters, for all workers."""
@@ -204,7 +218,8 @@ class Worker:
     @property
     def base(self) -> FrozenBase:
         """The frozen on-device model."""
-        return self.models.base(self.experiment.model.base, self.experiment.model.dtype, self.device)
+        model = self.experiment.model
+        return self.models.base(model.base, model.dtype, self.device, model.template_args)
 
     @property
     def encoder(self) -> Encoder:

@@ -68,7 +68,7 @@ def open_cloud(experiment: Experiment, run: RunDirectory) -> Iterator[Cloud]:
         truth.parent.mkdir(parents=True, exist_ok=True)
         options = {**dials, "truth": str(truth)}
     if settings.provider == "transformers":
-        options = {"model": settings.model}
+        options = {"model": settings.model, "template_args": settings.template_args}
     with start_background(settings.provider, options) as gateway:
         yield Cloud(gateway.base_url, gateway.model, gateway.fingerprint, settings.provider, truth, dials)
 

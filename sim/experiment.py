@@ -6,6 +6,8 @@ field, the value, the rule and the fix (exit code 2).
 
 from __future__ import annotations
 
+import contextlib
+import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -158,7 +160,9 @@ def fields(model: type[BaseModel] = Experiment, prefix: str = "") -> Iterator[tu
 
 
 def parse_value(model: type[BaseModel], key: str, text: Any) -> Any:
-    """A `--set` or run-config text as a value: TOML where it parses as TOML, else the text; lists may be a,b,c."""
+    """A `--set` or run-config text as a value: TOML where it parses as TOML, else the text; lists may be a,b,c, and
+    tables JSON.
+    """
     if not isinstance(text, str):
         return text
     annotation = _annotation_of(model, key)
@@ -166,6 +170,9 @@ def parse_value(model: type[BaseModel], key: str, text: Any) -> Any:
     if annotation is str:
         stripped = text.strip()
         return stripped[1:-1] if len(stripped) > 1 and stripped[0] == stripped[-1] == '"' else text
+    if get_origin(annotation) is dict:
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(text)
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -237,6 +244,14 @@ def _keys_at(place: tuple[int | str, ...]) -> list[str]:
     return list(section.model_fields)
 
 
+def _inline(value: dict[str, Any]) -> Any:
+    """A table on one line, tables inside it too: what follows it still belongs to its section."""
+    table = tomlkit.inline_table()
+    for name, inner in value.items():
+        table.add(name, _inline(inner) if isinstance(inner, dict) else inner)
+    return table
+
+
 def _write(table: Any, model: BaseModel, comments: bool) -> None:
     sections = []
     for name, info in type(model).model_fields.items():
@@ -244,7 +259,8 @@ def _write(table: Any, model: BaseModel, comments: bool) -> None:
         if isinstance(value, BaseModel) or name == "by_arm":
             sections.append((name, value))
             continue
-        item = tomlkit.item(list(value) if isinstance(value, tuple) else value)
+        value = list(value) if isinstance(value, tuple) else value
+        item = _inline(value) if isinstance(value, dict) else tomlkit.item(value)
         if comments and info.description:
             item.comment(info.description)
         table.add(name, item)

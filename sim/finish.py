@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from sim.clock import WallClock
+from sim.experiment import Experiment
 from sim.population.source import FromWorld, open_population
 from sim.report import write_report
 from sim.results import RunDirectory
@@ -34,18 +36,21 @@ def finish(
         resamples=experiment.evaluation.resamples, seed=experiment.seeds[0],
     )
     exclusions: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()  # by what learned from others: each seed's own, so the sum
     orders = set()
     for seed in experiment.seeds:
         population = open_population(experiment, seed)
         exclusions |= population.exclusions()  # files tell the same for every seed: the most, not the sum
         orders.add(population.order)
+        for row in run.read_staged("left_out", seed, 0):
+            left_out[row["reason"]] += row["count"]
     if experiment.drift.kind != "none":
         run.write_truth(rows for seed in experiment.seeds for rows in FromWorld(experiment, seed).truth())
     commits = [run.committed(seed, round) for seed in experiment.seeds for round in range(experiment.rounds)]
     run.write_json("summary.json", {
         "rows": rows,
         "facts": {
-            "exclusions": dict(sorted(exclusions.items())),
+            "exclusions": dict(sorted((exclusions + left_out).items())),
             "order": "time" if orders == {"time"} else "unknown",
             "cloud": dict(cloud),
             "failures": [failure for commit in commits if commit for failure in commit["facts"]["failures"]],
@@ -57,8 +62,17 @@ def finish(
     })
     environment = run.read_json("environment.json") or {}
     models = {name: value for commit in commits if commit for name, value in commit["facts"]["models"].items()}
-    ended = {"models": models, "cloud": dict(cloud), "ended": WallClock().timestamp()}
+    ended = {
+        "models": models, "templates": _templates(run, experiment), "cloud": dict(cloud),
+        "ended": WallClock().timestamp(),
+    }  # fmt: skip
     run.write_json("environment.json", {**environment, **ended})
     write_report(run)
     run.write_json("environment.json", {**environment, **ended, "usage": usage.facts()})
     run.drop_parts()
+
+
+def _templates(run: RunDirectory, experiment: Experiment) -> dict[str, Any]:
+    """How prompts were written, by model, as the workers said."""
+    staged = (run.read_staged("written", seed, r) for seed in experiment.seeds for r in range(experiment.rounds))
+    return {row["model"]: json.loads(row["facts"]) for rows in staged for row in rows}

@@ -7,6 +7,7 @@ directory and our own lines to a duplicate of the terminal's.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -285,14 +286,15 @@ def stopping(stop: threading.Event, leave: Callable[[], None] | None = None) -> 
 
 
 def run_config(experiment: Experiment) -> dict[str, Any]:
-    """An experiment as Flower's flat run config: lists become `a,b,c`."""
+    """An experiment as Flower's flat run config: lists become `a,b,c`, tables JSON."""
     flat = {}
     for key, _, _ in fields():
         value: Any = experiment
         for part in key.split("."):
             value = getattr(value, part)
         if key != "by_arm":
-            flat[key] = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            flat[key] = json.dumps(value) if isinstance(value, dict) else value
     return flat
 
 

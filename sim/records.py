@@ -18,7 +18,9 @@ class Interaction:
     task (`sim.population.tasks`). `form` says how the pair is shaped: `"query"` like the task's own queries, or the
     name of the auxiliary shape the task trains on where profiles are not shaped like queries (LaMP-1: `"title"`,
     abstract -> title; LaMP-7: `"complete"`, first words -> rest). `time_s` is seconds since 1970
-    (UTC), None if undated. `round` is the round at whose start the device has it, where histories are replayed.
+    (UTC), None if undated. A date that is a month or a year alone stands for all its days: `time_s` is their begin and
+    `until_s` their end (the next midnight); None where the day is known. `round` is the round at whose start the device
+    has it, where histories are replayed.
     """
 
     item_id: str
@@ -28,11 +30,13 @@ class Interaction:
     time_s: float | None = None
     form: str = "query"
     round: int = 0
+    until_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A held-out question. `input` is the content without the instruction, `gold` the expected answer.
+    """A held-out question. `input` is the content without the instruction, `gold` the expected answer. Of
+    a date that is a month or a year alone, `time_s` is the begin.
 
     `visible` is how many of the user's interactions of this task, in history order, precede this query. `round` is the
     round in which it is asked (None: in every one).

@@ -71,8 +71,11 @@ TABLES: dict[str, pa.Schema] = {
     "training": _schema("seed:i round:i device_id:s arm:s step:i loss:f lr:f tokens:i"),
 }
 
-#: What one pass of a round leaves to the next, on the hosts' side; no table of the run directory.
+#: What one pass of a round leaves to the next or, as `left_out` and `written`, to the end of the run, on the hosts'
+#: side; no table of the run directory.
 STAGED: dict[str, pa.Schema] = {
+    "left_out": _schema("seed:i round:i reason:s count:i"),
+    "written": _schema("seed:i round:i model:s facts:s"),
     "answers": _schema("seed:i round:i device_id:s request_id:s query_id:s outcome:s text:s"),
 }
 
@@ -201,6 +204,11 @@ class RunDirectory:
                 self._write_table(rest, self.path / part)
             kept.append(part)
         return [*kept, *by]
+
+    def read_staged(self, table: str, seed: int, round: int) -> list[dict[str, Any]]:
+        """The rows of all parts of a table that were staged for a round, whether or not a commit names them."""
+        folder = self.path / "state" / "parts" / f"seed-{seed}" / f"round-{round}" / table
+        return self.read_rows(str(path.relative_to(self.path)) for path in folder.glob("*.parquet"))
 
     def sample_parts(self, seed: int, round: int, parts: Mapping[str, Sequence[str]]) -> list[str]:
         """The parts that hold what devices may train on in `round`, itself staged as `parts`: those of earlier rounds

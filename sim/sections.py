@@ -5,9 +5,11 @@ Ground floor. What an experiment says of its virtual time stands in `sim.virtual
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from datetime import date
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sim.section import Section
 from sim.virtual_sections import CloudCapacity
@@ -29,6 +31,44 @@ ARMS: dict[str, str] = {
 }
 
 Reads = Literal["input", "output", "pair"]
+
+
+NOW, SYSTEM = "strftime_now", "system_prompt"
+"""Template arguments with a meaning of their own: the day that `strftime_now` tells, and the text of a system turn."""
+
+_NOT_ARGUMENTS = frozenset((
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
+    "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
+    "self", "tokenize", "tokenizer_kwargs", "tools", "truncation",
+))  # fmt: skip
+"""What transformers' `apply_chat_template` is told by whoever asks, never by an experiment."""
+
+
+def check_template_args(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a chat template (see `sim.chat_template`). Raises ValueError, saying the fix, for what is none."""
+    for name, value in given.items():
+        if not name.isidentifier() or name in _NOT_ARGUMENTS:
+            raise ValueError(f"{name!r} cannot be set: give variables that the chat template reads (date_string, ...)")
+        if name == SYSTEM and not isinstance(value, str):
+            raise ValueError(f"{SYSTEM} = {value!r}: give the system turn's text")
+        if not _plain(value):
+            raise ValueError(f"{name} = {value!r}: give text, a number, true, false, or lists and tables of these")
+    try:
+        date.fromisoformat(given.get(NOW, "2024-07-26"))
+    except (TypeError, ValueError):
+        raise ValueError(f'{NOW} = {given[NOW]!r}: give the day that it tells, such as "2024-07-26"') from None
+    return given
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _plain(inner) for name, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value))
+
+
+TemplateArgs = Annotated[dict[str, Any], AfterValidator(check_template_args)]
 
 
 class Population(Section):
@@ -68,6 +108,10 @@ class Model(Section):
     base: str = Field("embedded", description="`embedded`, or any Hugging Face causal LM by name or path")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         "auto", description="of the frozen base; adapters stay float32. auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    template_args: TemplateArgs = Field(
+        {}, description="what the chat template is given, such as {enable_thinking = true}; also `strftime_now` "
+        "(the day that it tells) and `system_prompt`. Unless named: no thinking, and a fixed date"
     )
 
 
@@ -115,6 +159,9 @@ class Cloud(Section):
     )
     base_url: str = Field("", description="endpoint, such as https://api.openai.com/v1 (provider = openai)")
     model: str = Field("", description="model name at the endpoint; for `transformers`: model name or path")
+    template_args: TemplateArgs = Field(
+        {}, description="transformers: what the model's chat template is given (see model.template_args)"
+    )
     api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
     samples: int = Field(16, ge=0, description="synthetic samples asked for a user and task")
     samples_per_request: int = Field(8, ge=1, description="larger orders are split into requests of so many")
@@ -146,6 +193,10 @@ class Cloud(Section):
             raise ValueError(
                 f'base_url = "{self.base_url}" is for provider = "openai", but provider = "{self.provider}" is served '
                 'by the run itself. Set cloud.provider = "openai", or leave base_url empty'
+            )
+        if self.provider != "transformers" and self.template_args:
+            raise ValueError(
+                f'template_args is for provider = "transformers", and this is "{self.provider}". Leave it empty'
             )
         if self.provider == "transformers" and not self.model:
             raise ValueError('provider = "transformers" needs cloud.model, a causal LM by name or path')

@@ -124,10 +124,22 @@ def _world(**options: Any) -> Generator:
     return WorldOrRecombine(WorldGenerator(**options))
 
 
-def _transformers(model: str, device: str = "", dtype: str = "auto", max_batch: int = 8, threads: int = 0) -> Generator:
+def _transformers(
+    model: str, device: str = "", dtype: str = "auto", max_batch: int = 8, threads: int = 0,
+    template_args: Mapping[str, Any] | str | None = None,
+) -> Generator:  # fmt: skip
     from server.generator.local_model import LocalModelGenerator
+    from sim.sections import check_template_args
 
-    return LocalModelGenerator(model, device=device, dtype=dtype, max_batch=max_batch, threads=threads)
+    given = template_args or {}
+    try:
+        given = json.loads(given) if isinstance(given, str) else dict(given)
+        check_template_args(given)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"option template_args = {template_args!r}: {error}; give a JSON object") from None
+    return LocalModelGenerator(
+        model, device=device, dtype=dtype, max_batch=max_batch, threads=threads, template_args=given
+    )
 
 
 register("world", _world)

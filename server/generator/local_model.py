@@ -7,7 +7,7 @@ adds Gumbel noise drawn from its own seed to its logits and takes the largest, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from server.generator import Completion, GenerationRequest, PromptTooLong, fingerprint
-from sim import limits
+from sim import chat_template, limits
 from sim.errors import UserError
 
 
@@ -23,8 +23,9 @@ class LocalModelGenerator:
     """A causal LM by name or path, with its chat template where it has one (else the messages, a paragraph each).
 
     `device` empty: a GPU if there is one. `dtype`: `auto` (as saved) or a torch name. `threads` 0: torch's choice,
-    within the cores that are ours. Answers cannot be constrained to a schema (`structured` is False). Raises UserError
-    where it does not load.
+    within the cores that are ours. `template_args` is what the template is given (`sim.chat_template`: no thinking and
+    a fixed date by default). Answers cannot be constrained to a schema (`structured` is False). Raises UserError where
+    it does not load.
     """
 
     name = "transformers"
@@ -32,8 +33,9 @@ class LocalModelGenerator:
     structured = False
 
     def __init__(
-        self, model: str, *, device: str = "", dtype: str = "auto", max_batch: int = 8, threads: int = 0
-    ) -> None:
+        self, model: str, *, device: str = "", dtype: str = "auto", max_batch: int = 8, threads: int = 0,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         torch.set_num_threads(threads or min(torch.get_num_threads(), limits.cores()))
         self.max_batch = max_batch
         self.model_id = Path(model).name if Path(model).exists() else model
@@ -52,7 +54,10 @@ class LocalModelGenerator:
         self._ends = _end_tokens(self._model, self._tokenizer)
         self._context = int(getattr(self._model.config, "max_position_embeddings", 0) or 2**30)
         heads = [parameter.detach().flatten()[:32].float().tolist() for parameter in self._model.parameters()]
-        self.fingerprint = fingerprint("transformers", 1, self._model.config.to_dict(), heads, str(self._model.dtype))
+        chat_template.tell(self._tokenizer, template_args or {})
+        config = {name: value for name, value in self._model.config.to_dict().items() if name != "_name_or_path"}
+        written = chat_template.fingerprint(self._tokenizer, self._ends)
+        self.fingerprint = fingerprint("transformers", 2, config, heads, str(self._model.dtype), written)
 
     @torch.inference_mode()
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
@@ -80,16 +85,8 @@ class LocalModelGenerator:
     def prompt(self, messages: Sequence[dict[str, Any]]) -> str:
         """The text that the model continues."""
         turns = [{"role": m.get("role", "user"), "content": _text(m.get("content"))} for m in messages]
-        if self._tokenizer.chat_template is None:
-            return "\n\n".join(turn["content"] for turn in turns) + "\n\n"
-        try:
-            return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception:  # templates raise their own error where a system turn is not provided for
-            if len(turns) < 2 or turns[0]["role"] != "system":
-                raise
-            merged = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-            turns = [merged, *turns[2:]]
-            return self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        written = chat_template.render(self._tokenizer, turns)
+        return written if chat_template.template_of(self._tokenizer) else f"{written}\n\n"
 
     def _completion(self, row: list[int], room: int, tokens_in: int) -> Completion:
         end = next((i for i, token in enumerate(row) if token in self._ends), None)

@@ -10,6 +10,7 @@ from datetime import UTC, date, datetime
 _YEAR = re.compile(r"^\d{4}$")
 _MONTH = re.compile(r"^\d{4}-\d{2}$")
 DAY_S = 86_400
+_EPOCH = date(1970, 1, 1).toordinal()
 
 
 def parse_date(value: object) -> float | None:
@@ -34,6 +35,17 @@ def parse_date(value: object) -> float | None:
     except ValueError:
         raise ValueError(f"{value!r} is no date: write YYYY, YYYY-MM, YYYY-MM-DD or YYYY-MM-DDTHH:MM:SS") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def date_span(value: object) -> tuple[float | None, float | None]:
+    """(begin, end) in seconds since 1970 (UTC) of all the days that a date may mean; the begin is `parse_date`'s.
+
+    The end is None unless the date is coarser than a day (a month, a year): what has a day is over at its next
+    midnight. (None, None) for no date. Raises ValueError as `parse_date`.
+    """
+    key = calendar_key(value)
+    coarse = 0 < len(key) < 3
+    return parse_date(value), (last_day(key) + 1 - _EPOCH) * float(DAY_S) if coarse else None
 
 
 def calendar_key(value: object) -> tuple[int, ...]:

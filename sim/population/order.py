@@ -1,6 +1,7 @@
 """What a query may know: the rules of order that decide whether a result on real histories can be trusted.
 
-Dated: a query sees items of strictly earlier days only. Undated: nothing that is scored may be in training, and the
+Dated: a query sees items of strictly earlier days only, and a date that is a month or a year alone stands for all its
+days, so its item is seen when the last of them is over. Undated: nothing that is scored may be in training, and the
 order is reported as unknown.
 """
 
@@ -30,9 +31,22 @@ def one_shot_history(user: User, task: str, most: int = 0) -> tuple[Interaction,
     items = items[: min(visible)] if visible else items
     dates = [query.time_s for query in user.queries if query.time_s is not None]
     if dates:
-        day = min(dates) // DAY_S
-        items = tuple(item for item in items if item.time_s is None or item.time_s // DAY_S < day)
+        first_s = min(dates)
+        items = tuple(item for item in items if item.time_s is None or over_before(item, first_s))
     return items[-most:] if most else items
+
+
+def over_s(item: Interaction) -> float | None:
+    """When all the days that a dated item may be of are over: the midnight after the last of them."""
+    if item.time_s is None or item.until_s is not None:
+        return item.until_s
+    return (item.time_s // DAY_S + 1) * DAY_S
+
+
+def over_before(item: Interaction, time_s: float) -> bool:
+    """Whether an item is surely of an earlier day than a moment, whichever of its days it is of. False if undated."""
+    end_s = over_s(item)
+    return end_s is not None and end_s <= time_s // DAY_S * DAY_S
 
 
 def known_history(user: User, task: str, round: int, most: int = 0) -> tuple[Interaction, ...]:
@@ -55,6 +69,12 @@ def asked(user: User, round: int) -> tuple[Query, ...]:
 def replayed(user: User) -> bool:
     """Whether the user moves through rounds of time."""
     return any(query.round is not None for query in user.queries)
+
+
+def latest_s(items: Iterable[Interaction]) -> float | None:
+    """The date of the latest item: of a month or a year alone, its last day. None where nothing is dated."""
+    ends = ((item.time_s, item.until_s) for item in items if item.time_s is not None)
+    return max((begin_s if end_s is None else end_s - DAY_S for begin_s, end_s in ends), default=None)
 
 
 def order_of(user: User, task: str | None = None) -> str:
@@ -94,7 +114,7 @@ def told_apart(profile: Iterable[tuple[Interaction, Key]]) -> Iterator[tuple[tup
     """The items of one profile with what each is known by: content and date, not id. Twice in one is two items."""
     copies: dict[tuple, int] = defaultdict(int)
     for item, key in profile:
-        same = (item.input, item.output, item.time_s)
+        same = (item.input, item.output, item.time_s, item.until_s)
         copies[same] += 1
         yield (*same, copies[same]), item, key
 
@@ -126,7 +146,7 @@ def assemble(
                 exclusions.append(Exclusion("history item is scored (order unknown)", f"{task} {item.item_id}"))
             else:
                 items.append((item, key))
-        items.sort(key=lambda pair: by_time(pair[0]))
+        items.sort(key=lambda pair: by_end(pair[0]))
         asked = sorted(own.queries, key=lambda pair: by_time(pair[0])) if own.dated else own.queries
         for query, _ in asked[most_queries:]:
             exclusions.append(Exclusion("more queries than population.queries", f"{task} {query.query_id}"))
@@ -134,7 +154,7 @@ def assemble(
         kept = [replace(q, visible=visible_before(keys, key) if own.dated else None) for q, key in asked[:most_queries]]
         history += unique_ids([item for item, _ in items])
         queries += kept
-    user = User(user_id, tuple(sorted(history, key=by_time)), tuple(queries))
+    user = User(user_id, tuple(sorted(history, key=by_end)), tuple(queries))
     while short := [task for task in user.tasks if len(one_shot_history(user, task)) < min_history]:
         exclusions.append(Exclusion("too little history", f"{short[0]} {user_id}"))
         user = _without(user, short[0])
@@ -149,13 +169,21 @@ def _without(user: User, task: str) -> User:
     )
 
 
-def by_time(dated: Interaction | Query) -> float:
+def by_time(query: Query) -> float:
     """For sorting: the undated first, in the order of the file."""
-    return _UNDATED if dated.time_s is None else dated.time_s
+    return _UNDATED if query.time_s is None else query.time_s
+
+
+def by_end(item: Interaction) -> tuple[float, float]:
+    """For sorting a history by when each item is surely over: what a query may see then comes before all that it may
+    not. The undated first, in the order of the file.
+    """
+    end_s = over_s(item)
+    return (_UNDATED, _UNDATED) if end_s is None or item.time_s is None else (end_s, item.time_s)
 
 
 def visible_before(keys: list[Key], before: Key) -> int:
-    """How many leading items are strictly earlier: with dates of mixed precision, none after the first doubtful one."""
+    """How many leading items are strictly earlier (of a history in the order `by_end`: all that are)."""
     return next((place for place, key in enumerate(keys) if not strictly_earlier(key, before)), len(keys))
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from sim.leaks import normalize
 from sim.population.dates import first_day, last_day, strictly_earlier
-from sim.population.order import Collected, Key, by_time, told_apart, unique_ids, visible_before
+from sim.population.order import Collected, Key, by_end, told_apart, unique_ids, visible_before
 from sim.population.tasks import get_task
 from sim.records import Exclusion, Interaction, Query, User
 
@@ -143,7 +143,7 @@ def _course(task: str, own: Collected, exclusions: list[Exclusion]) -> _Course:
     for query, key in own.queries:
         if not key:
             exclusions.append(Exclusion("undated question", f"{task} {query.query_id}"))
-    items = sorted((pair for pair in own.items.values() if pair[1]), key=lambda pair: by_time(pair[0]))
+    items = sorted((pair for pair in own.items.values() if pair[1]), key=lambda pair: by_end(pair[0]))
     named = unique_ids([item for item, _ in items])
     return _Course(task, list(zip(named, (key for _, key in items), strict=True)), [p for p in own.queries if p[1]])
 
@@ -168,4 +168,4 @@ def _user(
         history += [item for item, _ in items]
         own = [(query, key) for query, key in queries if query.task == course.task]
         asked += [replace(query, visible=visible_before(keys, key)) for query, key in own]
-    return User(user_id, tuple(sorted(history, key=by_time)), tuple(asked))
+    return User(user_id, tuple(sorted(history, key=by_end)), tuple(asked))

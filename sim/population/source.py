@@ -16,7 +16,7 @@ from sim.population.tasks import get_task
 from sim.population.world import NOW_S, World
 from sim.population.world import TASKS as WORLD_TASKS
 from sim.population.world.truth import truth_rows
-from sim.records import Exclusion, User
+from sim.records import Exclusion, Query, User
 
 
 class Population(Protocol):
@@ -32,6 +32,10 @@ class Population(Protocol):
 
     def asked(self, index: int) -> Sequence[tuple[str, int | None]]:
         """The task and the round of each query of a user, in their order: what planning needs to know."""
+        ...
+
+    def scored(self, task: str) -> Iterator[Query]:
+        """All queries of a task, of every user and round."""
         ...
 
     def shared_users(self) -> Sequence[User]:
@@ -66,6 +70,9 @@ class FromFiles:
 
     def asked(self, index: int) -> list[tuple[str, int | None]]:
         return [(query.task, query.round) for query in self.user(index).queries]
+
+    def scored(self, task: str) -> Iterator[Query]:
+        return (query for user in self._users[0] for query in user.queries if query.task == task)
 
     @property
     def order(self) -> str:
@@ -127,11 +134,18 @@ class FromWorld:
         return self.experiment.population.split or "evaluation"
 
     def user(self, index: int) -> User:
+        return self._with(index, self.tasks)
+
+    def _with(self, index: int, tasks: Sequence[str]) -> User:
+        """The user as it is in some of its tasks: what happens in one depends on no other."""
         population = self.experiment.population
         return self.world.user(
-            index, self._split, self.tasks, population.history, population.queries,
+            index, self._split, tasks, population.history, population.queries,
             rounds=self._rounds, arrivals=population.arrivals,
         )
+
+    def scored(self, task: str) -> Iterator[Query]:
+        return (query for index in range(len(self)) for query in self._with(index, [task]).queries)
 
     def asked(self, index: int) -> list[tuple[str, int | None]]:
         population = self.experiment.population

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sim.errors import UserError
-from sim.population.dates import parse_date
+from sim.population.dates import date_span
 from sim.records import Interaction
 
 MOVIE_TAGS = (
@@ -98,9 +98,9 @@ class Task:
         made = self._pair(profile_item)
         if made is None:
             return ()
-        time_s = parse_date(profile_item.get("date"))
+        time_s, until_s = date_span(profile_item.get("date"))
         item_id = str(profile_item.get("id", ""))
-        return (Interaction(item_id, self.name, made[0], made[1], time_s, self.item_form),)
+        return (Interaction(item_id, self.name, made[0], made[1], time_s, self.item_form, until_s=until_s),)
 
     def _pair(self, item: Mapping[str, object]) -> tuple[str, str] | None:
         source, target = (str(item[name] if item[name] is not None else "").strip() for name in self.fields)

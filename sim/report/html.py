@@ -137,10 +137,10 @@ def _show(value: Any) -> str:
 
 
 def _environment(environment: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """The environment, flat, without the prompts and the package list's length of lines."""
+    """The environment, flat, without the prompts, the chat template's text and the package list's length of lines."""
     rows: list[tuple[str, str]] = []
     for key, value in environment.items():
-        if key == "prompts" and not prefix:
+        if (key == "prompts" and not prefix) or key == "template":
             continue
         if key == "packages" and isinstance(value, Mapping):
             versions = [f"{name} {version}" for name, version in sorted(value.items()) if version]

@@ -190,8 +190,9 @@ def _check(axes: Mapping[str, Sequence[Point]]) -> None:
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested tables as dotted fields: `drift.policy = "every"` may stand with or without quotes around its key."""
+    tables = {key for key, default, _ in fields() if isinstance(default, dict)}  # fields that are tables themselves
     for key, value in table.items():
-        if isinstance(value, dict) and prefix + key != "by_arm":
+        if isinstance(value, dict) and prefix + key not in tables:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.leaks import LeakChecker, normalize
-from sim.records import Query
+from sim.leaks import COPIED_WORDS, LeakChecker, normalize, unscored
+from sim.records import Interaction, Query
 
 ARTICLE = "The council voted on Tuesday to close the old bridge, citing the cost of repairs."
 HEADLINES = LeakChecker([Query("q", "LaMP_4", ARTICLE, "Council Closes Old Bridge")])
@@ -58,6 +58,61 @@ def test_a_citation_querys_own_title_counts():
 def test_text_without_words_equals_itself_only():
     assert normalize(" !! ") == "!!" != normalize("??")
     assert normalize("Ａ_b  C!") == "a b c"
+
+
+words = st.sampled_from(["bridge", "Old", "council", "the", "rain", "closes"])
+texts = st.lists(words, max_size=9).map(" ".join)
+golds = st.lists(words, min_size=3, max_size=5)
+
+
+@given(golds, texts, texts, texts, st.sampled_from([" ", ", ", " -- ", "\n"]))
+def test_a_gold_is_a_leak_wherever_it_stands_in_a_sample(gold, before, after, other, between):
+    """However it is punctuated: in the input, in the output, or begun in the one and ended in the other."""
+    checker = LeakChecker([Query("q", "LaMP_4", ARTICLE, " ".join(gold))])
+    holding = f"{before} {between.join(gold).upper()}! {after}"
+    assert checker.is_leak("LaMP_4", holding, other)
+    assert checker.is_leak("LaMP_4", other, holding)
+    assert checker.is_leak("LaMP_4", f"{before} {gold[0]}", f"{' '.join(gold[1:])} {after}")
+
+
+@given(golds, texts, texts)
+def test_a_gold_is_a_leak_only_as_whole_words_in_a_row(gold, source, target):
+    checker = LeakChecker([Query("q", "LaMP_4", ARTICLE, " ".join(gold))])
+    wanted, told = normalize(" ".join(gold)), normalize(f"{source} {target}")
+    assert checker.is_leak("LaMP_4", source, target) == (f" {wanted} " in f" {told} ")
+    assert not checker.is_leak("LaMP_4", source.replace(" ", "x"), "")
+
+
+@given(st.lists(words, min_size=1, max_size=2), texts, texts)
+def test_a_trivial_gold_and_a_label_are_anybodys(gold, source, target):
+    assert not LeakChecker([Query("q", "LaMP_4", ARTICLE, " ".join(gold))]).is_leak("LaMP_4", source, target)
+    labelled = LeakChecker([Query("q", "LaMP_2N", ARTICLE, "science & technology now")])
+    assert not labelled.is_leak("LaMP_2N", f"{source} science & technology now", target)
+
+
+def item(source: str, target: str, task: str = "LaMP_4") -> Interaction:
+    return Interaction("i", task, source, target)
+
+
+def test_another_persons_item_shares_set_phrases_but_is_no_copy():
+    words_in_row = [f"w{n}" for n in range(60)]
+    asked = [Query("q", "LaMP_4", " ".join(words_in_row), "Council Closes Old Bridge")]
+    phrase = item(" ".join(["so", *words_in_row[: COPIED_WORDS - 1], "it", "is"]), "A title")
+    copied = item(" ".join(["so", *words_in_row[:COPIED_WORDS], "it", "is"]), "A title")
+    gold, quoted = item("x", "Council closes old bridge!"), item("They say: council closes old bridge.", "A title")
+    other = item("x", "Council closes old bridge!", "LaMP_5")
+    assert unscored([phrase, copied, gold, quoted, other], asked) == [phrase, other]
+
+
+@given(st.lists(st.tuples(texts, texts), max_size=6), st.lists(st.tuples(texts, golds), max_size=6), st.integers(1, 3))
+def test_however_many_queries_are_held_at_a_time(pairs, asked, held):
+    items = [item(source, target) for source, target in pairs]
+    queries = [Query("q", "LaMP_4", source, " ".join(gold)) for source, gold in asked]
+    checker = LeakChecker(queries, COPIED_WORDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sim.leaks._QUERIES_HELD", held)
+        left = unscored(items, iter(queries))
+    assert left == [one for one in items if not checker.is_leak("LaMP_4", one.input, one.output)]
 
 
 @given(st.text(), st.text())

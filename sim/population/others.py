@@ -1,0 +1,35 @@
+"""What may be learned from other people: the items of disjoint users, without whatever an evaluated user is scored on.
+
+Who else has the text that is scored depends on the data: co-authors share papers, news is syndicated, and people of the
+embedded world, whose words are few, sometimes write the same. So every item is held against every query of the seed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from sim.leaks import unscored
+from sim.population.order import known_history, over_before
+from sim.population.source import Population
+from sim.records import Interaction, User
+
+NOT_OLDER = "shared: item is not older than every query"
+SCORED = "shared: item holds what a user is scored on"
+
+
+def shared_items(
+    population: Population, task: str, users: Sequence[User] | None = None
+) -> tuple[list[Interaction], Counter[str]]:
+    """The items of a task that the `shared` arm may learn from, and how many were left out why.
+
+    Dated items count only if they are surely of a day before any evaluated query; no item may hold the input of an
+    evaluated user's query or, where the task asks for free text, its gold (`sim.leaks.unscored`), whatever its date.
+    `users`: `population.shared_users()`, where they are at hand.
+    """
+    users = population.shared_users() if users is None else users
+    items = [item for user in users for item in known_history(user, task, 0)]
+    first_s = population.first_query_s()
+    older = [item for item in items if first_s is None or item.time_s is None or over_before(item, first_s)]
+    left = unscored(older, population.scored(task))
+    return left, +Counter({NOT_OLDER: len(items) - len(older), SCORED: len(older) - len(left)})
