@@ -113,7 +113,7 @@ class RunDirectory:
         if (run.path / "experiment.toml").exists():
             raise UserError(f"{run.path} already holds a run. Give another --out, or go on with --resume {run.path}")
         try:
-            (run.path / "state").mkdir(parents=True, exist_ok=True)
+            make_folder(run.path / "state")
         except OSError as error:
             raise UserError(f"{run.path}: cannot make this folder: {error.strerror}. Give another --out") from error
         run.write_json("state/versions.json", versions())

@@ -7,7 +7,9 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from clients.adapter_store import AdapterStore
 from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.results import SCHEMA_VERSION, TABLES, RunDirectory
@@ -149,3 +151,32 @@ for write in (lambda: run.write_part("metrics", 3, 0, "b", [{{"device_id": "d"}}
     assert run.committed(3, 1) is None and not list(run.path.rglob(".*.tmp"))
     run.merge(experiment)
     assert run.read("metrics")["value"].tolist() == [0.5]
+
+
+def test_what_a_commit_names_is_on_the_disk_before_it(tmp_path, experiment, monkeypatch):
+    """Files and the names of files and folders, parts and adapters alike."""
+    done, real_fsync, real_replace = [], os.fsync, os.replace
+
+    def fsync(number):
+        done.append(os.readlink(f"/proc/self/fd/{number}"))
+        return real_fsync(number)
+
+    def replace(source, target):
+        assert str(source) in done, f"{target} got its name before its content was on the disk"
+        done.append(f"named {target}")
+        return real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    run = RunDirectory.create(tmp_path / "run", experiment)
+    part = run.write_part("metrics", 3, 0, "a", [_metric("d00000", 0.5)])
+    AdapterStore(run.path, 3).save(0, "block", {"local": {"d00000": {"a": torch.zeros(2)}}})
+    run.commit(3, 0, {"metrics": [part]}, {})
+    (commit,) = [place for place, what in enumerate(done) if what.startswith("named") and "commits" in what]
+    adapter = run.path / "adapters/seed-3/round-0/local/block.safetensors"
+    for path in (run.path / part, adapter):
+        named = done.index(f"named {path}")
+        assert str(path.parent) in done[named:commit], "its name is on the disk as well"
+        for folder in path.relative_to(run.path).parents:
+            above = (run.path / folder).parent
+            assert str(above) in done[:commit], f"{folder} is a name in {above}"

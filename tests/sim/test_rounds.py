@@ -7,11 +7,13 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from clients.augmentation import questions, sample_orders
 from clients.device import Device, Shard
 from clients.jobs import TrainSettings
 from sim.asking import Size
+from sim.errors import UserError
 from sim.experiment import Experiment
 from sim.orders import rows
 from sim.population.source import device_id, open_population
@@ -212,3 +214,74 @@ def test_a_resumed_seed_goes_on():
     assert 0 in agenda.due and agenda == run(virtual, 1)[0]
     assert day.schedule.versions == run(virtual, 1)[1].schedule.versions
     assert again.order(day) == virtual.order(run(virtual, 1)[1])
+
+
+POLICIES = {
+    "every": {"every": 2}, "never": {}, "when_online": {}, "budget": {"tokens": 60_000},
+    "on_drift": {"false_alarms": 0.5},
+}  # fmt: skip
+WRONG = {SAMPLES: {device: [0.0] * 8 + [1.0] * 12 for device in range(4)}, REAL: {0: [0.0] * 8 + [1.0] * 12}}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("few", "more"),
+    [
+        (("local",), ("local", "collaborative", "placebo", "cloud")),
+        (("collaborative",), ("frozen", "local", "synthetic_only", "collaborative", "rag_adapter", "cloud")),
+    ],
+)
+def test_adding_an_arm_changes_no_other(policy, few, more):
+    """Not when it is due, trained and live, whatever the links and the cloud do to the others."""
+    sections = {
+        "drift": {"policy": policy, **POLICIES[policy]}, "rounds": 6,
+        "network": {"availability": 0.3, "mean_down_s": 40_000, "ask_within_h": 1.0},
+        "cloud": {"timeout_s": 60, "capacity": {"concurrency": 1, "output_tokens_per_s": 20, "retries": 0}},
+    }  # fmt: skip
+    made = []
+    for arms in (few, more):
+        virtual, versions = rounds(arms=arms, **sections), []
+        for round in range(6):
+            _, day = run(virtual, round)
+            versions += [version for version in day.schedule.versions if version.arm in few]
+            virtual.advance(day, {on: found for on, found in WRONG.items() if virtual.learning[on]})
+        made.append(sorted(versions, key=str))
+    assert made[0] == made[1] and len(made[0]) >= 4
+    if few == ("local",):
+        assert {version.on for version in made[0]} == {REAL}
+
+
+def test_drift_is_watched_in_an_arm_that_is_always_there():
+    rounds(drift={"policy": "on_drift"}, arms=("local",))
+    rounds(drift={"policy": "on_drift"}, arms=("rag_adapter", "synthetic_only"))
+    with pytest.raises(UserError, match=r"on_drift.*collaborative, which is not among arms = \['synthetic_only'\]"):
+        rounds(drift={"policy": "on_drift"}, arms=("synthetic_only",))
+
+
+@pytest.mark.parametrize("kept", ["refresh", "keep", "age"])
+def test_what_a_round_leaves_and_is_told_does_not_grow(kept):
+    """Though answers are lost in every round."""
+    virtual = rounds(
+        drift={"samples": kept, "max_age": 3}, rounds=40, arms=("placebo", "collaborative", "cloud"),
+        cloud={"timeout_s": 30, "capacity": {"concurrency": 1, "output_tokens_per_s": 20, "retries": 0}},
+        network={"ask_within_h": 0.02, "fallback": "stale_samples"},
+    )  # fmt: skip
+    sizes, lost = [], 0
+    for round in range(40):
+        agenda = virtual.plan(round, range(4))
+        post = virtual.deliver(agenda, {name: Size(9000, 4000, 1000, 480) for name in agenda.plan.granted})
+        lost += sum(map(len, post.lost.values()))
+        day = virtual.schedule(post, dict.fromkeys(agenda.asking, MATERIAL))
+        told = len(json.dumps(virtual.order(day)))
+        virtual.advance(day)
+        sizes.append(told + len(json.dumps(virtual.state())))
+    assert lost > 3 and max(sizes[30:]) < 1.15 * max(sizes[5:15])
+
+
+def test_local_matched_takes_the_steps_of_collaborative_and_none_of_its_own():
+    """The schedule as the trainer (tests/test_columns.py has that one's)."""
+    virtual = rounds(by_arm={"collaborative": {"training": {"steps": 7}}}, arms=("local_matched", "collaborative"))
+    work = {arm: virtual._work(0, 0, arm, MATERIAL, ()) for arm in virtual.arms}
+    assert work["local_matched"].steps == work["collaborative"].steps == 7
+    with pytest.raises(ValidationError, match="takes as many steps as collaborative"):
+        rounds(by_arm={"local_matched": {"training": {"steps": 7}}})
