@@ -1,6 +1,7 @@
 """The main job, end to end, through the command: what a run leaves behind, and what a mistake is told."""
 
 import http.server
+import itertools
 import json
 import threading
 
@@ -12,8 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from clients.base_model import resolve
 from sim.experiment import Experiment
+from sim.population.dates import DAY_S
+from sim.population.order import over_s
+from sim.population.source import device_id, open_population
 from sim.results import TABLES, RunDirectory
 from tests.conftest import ARMS, settings, untether
+from tests.sim.population.lamp_files import article, question, write
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +61,47 @@ def test_summary_means_are_those_of_the_predictions(run):
     assert checked == 3 * len(ARMS) - 1
 
 
-def test_queries_are_later_than_all_that_was_uploaded(run):
-    predictions, ledger = run.read("predictions"), run.read("ledger")
-    answered = set(predictions["query_id"])
+def test_queries_are_later_than_all_that_was_uploaded(tmp_path):
+    """Dated files whose profiles go on: to the day of the first query, and past it to what was scored."""
+    folder = tmp_path / "LaMP_4"
+    asked = []
+    for name, number in itertools.product(("ann", "bob", "cid"), (5, 9)):
+        profile = [article(n, text=f"text {n} of {name}") for n in range(1, number + 3)]
+        profile.append(article(5, id="told", text=f"article {name}5", title="G"))  # the earlier question, answered
+        asked.append(question(f"{name}{number}", number, profile, name))
+    write(folder, asked)
+    values = {
+        "population.source": "lamp", "population.path": str(folder), "population.users": "3", "cloud.samples": "4",
+        "cloud.provider": "recombine", "training.steps": "1", "arms": "rag,local,collaborative,cloud",
+        "generation.max_new_tokens": "4", "evaluation.resamples": "100",
+    }  # fmt: skip
+    done = untether("run", "--out", str(tmp_path / "run"), *settings(values))
+    assert done.returncode == 0, done.stderr
+    run = RunDirectory.open(tmp_path / "run")
+    check_order(run)
+    ledger = run.read("ledger")
     augmentation = ledger[~ledger["request_id"].str.contains("-q")]
-    assert len(augmentation) and not set(augmentation["item_id"]) & answered, "no query is uploaded for samples"
+    assert set(augmentation["item_id"]) == {"i1", "i2", "i3", "i4"}
+
+
+def check_order(run):
+    """Of a run on dated users: all that was uploaded or learned from is of a day before the user's first query, but the
+    question itself, which goes to the cloud that is to answer it.
+    """
+    predictions, ledger, population = run.read("predictions"), run.read("ledger"), open_population(run.experiment, 1)
+    users = [population.user(index) for index in range(len(population))]
+    over = {(device_id(n), item.item_id): over_s(item) for n, user in enumerate(users) for item in user.history}
+    first = {device_id(n): min(query.time_s for query in user.queries) for n, user in enumerate(users)}
+    asked = ledger["request_id"].str.contains("-q") & ledger["item_id"].isin(predictions["query_id"])
+    assert asked.sum() == len(predictions[predictions["arm"] == "cloud"])
+    uploaded = list(zip(ledger[~asked]["device_id"], ledger[~asked]["item_id"], strict=True))
+    assert set(first) == {device for device, _ in uploaded}
+    assert all(over[device, item] <= first[device] // DAY_S * DAY_S for device, item in uploaded)
+    learned = predictions[predictions["data_until_s"].notna()]
+    assert set(learned["arm"]) >= {"rag", "local", "collaborative", "cloud"}
+    assert (learned["data_until_s"] // DAY_S < learned["device_id"].map(first) // DAY_S).all()
+    later = {device for (device, _), end_s in over.items() if end_s > first[device]}
+    assert later, "no history goes on past its first query: this says nothing"
 
 
 def test_samples_carry_scores_verdicts_and_the_truth(run):

@@ -7,6 +7,7 @@ import pytest
 
 from sim.results import RunDirectory
 from tests.conftest import settings, untether
+from tests.test_main_job import check_order
 
 DATA = os.environ.get("UNTETHER_REAL_DATA", "")
 pytestmark = pytest.mark.skipif(not DATA, reason="UNTETHER_REAL_DATA does not name a folder of real data")
@@ -27,6 +28,8 @@ def test_every_stage_runs_on_real_histories(tmp_path, task):
     assert predictions["user_id"].nunique() == 20
     assert (predictions["outcome"] == "ok").all()
     assert len(samples) > 100 and (samples["verdict"] == "accepted").any()
+    if task in ("LaMP_2N", "LaMP_4"):
+        check_order(run)
     facts = run.read_json("summary.json")["facts"]
     assert facts["order"] == ("time" if task in ("LaMP_2N", "LaMP_4") else "unknown")
     assert facts["cloud"]["wrote_by_language_model"] is False
