@@ -1,6 +1,6 @@
 """How often the 95% intervals of `summary.json` hold the truth, and how often p is below 5% where nothing differs.
 
-    python -m bench.coverage [--replications 500] [--levels 0.3 1.3]
+    python -m bench.coverage [--replications 500] [--levels 0.3 1.3] [--ignore-clusters]
 
 Populations are drawn whose true scores are known in closed form: whether an answer is right, and how wrong it is,
 follows a normal variable that is the sum of an arm's level, what a cluster of users has in common (in all arms, and
@@ -84,10 +84,11 @@ def truth(task: str, metric: str, level: float) -> float:
 
 
 def measure(
-    fleet: Fleet, replications: int, tasks: Sequence[str] = TASKS, seed: int = 0, resamples: int = 400
-) -> dict[str, float]:
+    fleet: Fleet, replications: int, tasks: Sequence[str] = TASKS, seed: int = 0, resamples: int = 400,
+    ignore: bool = False,
+) -> dict[str, float]:  # fmt: skip
     """Shares of the replications, by what was looked at: "accuracy" and "accuracy difference" held by the interval,
-    "accuracy p" below 5% where nothing differs, and so on.
+    "accuracy p" below 5% where nothing differs, and so on. `ignore`: each user is taken for a cluster.
     """
     held: dict[str, list[bool]] = defaultdict(list)
     known = {
@@ -97,7 +98,9 @@ def measure(
     pairs = [("collaborative", "frozen"), ("local", "frozen")]
     for number in range(replications):
         rng = generator(seed, "coverage", fleet.users, fleet.alike, round(100 * fleet.level), number)
-        for row in summarize(draw(fleet, tasks, rng), contrasts=pairs, seed=number, resamples=resamples):
+        answers = draw(fleet, tasks, rng)
+        answers = answers.drop(columns="cluster") if ignore else answers
+        for row in summarize(answers, contrasts=pairs, seed=number, resamples=resamples):
             arm, reference, metric = row["arm"], row["reference"], row["metric"]
             true = known[row["task"], metric, arm]
             if (arm, reference) == ("collaborative", None):
@@ -166,10 +169,14 @@ def main() -> None:
     parser.add_argument("--replications", type=int, default=500)
     parser.add_argument("--levels", type=float, nargs="*", default=[0.3, 1.3], help="of the worse arms")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ignore-clusters", action="store_true", help="take all users for independent")
     options = parser.parse_args()
     begun = time.perf_counter()
     fleets = [Fleet(users, alike, level) for level in options.levels for users, alike in POPULATIONS]
-    found = {fleet: measure(fleet, options.replications, seed=options.seed) for fleet in fleets}
+    found = {
+        fleet: measure(fleet, options.replications, seed=options.seed, ignore=options.ignore_clusters)
+        for fleet in fleets
+    }
     print(f"{options.replications} replications, {time.perf_counter() - begun:.0f} s. Percent.\n\n{show(found)}")
 
 

@@ -41,18 +41,24 @@ def jackknife_interval(
     crosses it. `python -m bench.coverage` measures how often it holds the truth.
     """
     clusters = len(without)
-    error = math.sqrt((clusters - 1) / clusters * float(np.sum((without - without.mean()) ** 2)))
-    reach = student_t(clusters - 1, confidence) * error
+    student = student_t(clusters - 1, confidence)
+    reach = student * _error(without)
     low, high = bounds
     if reach == 0 or bounds == ANY or not low < estimate < high:
         return max(low, estimate - reach), min(high, estimate + reach)
     if bounds == AMOUNT:
-        factor = math.exp(min(reach / estimate, 700.0))
+        reach = student * _error(np.log(without)) if without.min() > 0 else reach / estimate
+        factor = math.exp(min(reach, 700.0))
         return estimate / factor, estimate * factor
     if bounds != SHARE:
         raise ValueError(f"no scale for the bounds {bounds}")
     middle, reach = special.logit(estimate), reach / (estimate * (1 - estimate))
     return float(special.expit(middle - reach)), float(special.expit(middle + reach))
+
+
+def _error(without: np.ndarray) -> float:
+    clusters = len(without)
+    return math.sqrt((clusters - 1) / clusters * float(np.sum((without - without.mean()) ** 2)))
 
 
 def student_t(freedom: int, confidence: float = 0.95) -> float:

@@ -144,11 +144,11 @@ class _Comparison:
         self.arms = sorted(
             frame["arm"].unique(), key=lambda arm: (list(ARMS).index(arm) if arm in ARMS else len(ARMS), arm)
         )
-        self._cluster = frame.groupby("cluster").ngroup().to_numpy()
-        self._user = frame.groupby(["seed", "user_id"]).ngroup().to_numpy()
-        self._query = frame.groupby(["seed", "user_id", "query_id"]).ngroup().to_numpy()
-        self._asked = frame.groupby(order[:-1]).ngroup().to_numpy()
-        self._pairs = list(zip(frame["prediction"].fillna(""), frame["gold"], strict=True))
+        self._cluster = _numbered(frame, ["cluster"])
+        self._user = _numbered(frame, ["seed", "user_id"])
+        self._query = _numbered(frame, ["seed", "user_id", "query_id"])
+        self._asked = _numbered(frame, order[:-1])
+        self._pairs = list(zip(frame["prediction"].fillna("").tolist(), frame["gold"].tolist(), strict=True))
         self._rows = {arm: np.flatnonzero(frame["arm"] == arm) for arm in self.arms}
 
     def arm_rows(self, arm: str) -> list[Row]:
@@ -266,6 +266,15 @@ class _Comparison:
         said, true = (np.array([place.get(pair[side].strip(), -1) for pair in self._pairs]) for side in (0, 1))
         right = said == true
         return np.where(right, said, -1), np.where(right, -1, said), np.where(right, -1, true)
+
+
+def _numbered(frame: pd.DataFrame, names: list[str]) -> np.ndarray:
+    """A number for each different combination of values, [rows], in the order in which they appear."""
+    numbers = np.zeros(len(frame), dtype=np.int64)
+    for name in names:
+        codes, values = pd.factorize(frame[name])
+        numbers = pd.factorize(numbers * len(values) + codes)[0]
+    return numbers
 
 
 def _ratio(total: np.ndarray) -> np.ndarray:

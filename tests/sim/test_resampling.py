@@ -94,11 +94,15 @@ def test_the_interval_of_clusters_of_one_size_is_that_of_their_means():
 
 
 def test_scales_by_hand():
-    """Values 0.2 and 0.6 without one of two: error 0.2. Amounts: times and over exp(reach / 0.4)."""
+    """Values 0.2 and 0.6 without one of two: error 0.2, of their logarithms log(3) / 2. An amount that one cluster
+    alone makes has no logarithm without it: the error is then divided by the estimate.
+    """
     without, reach = np.array([0.2, 0.6]), stats.t.ppf(0.975, 1) * 0.2
     assert jackknife_interval(0.4, without, ANY) == pytest.approx((0.4 - reach, 0.4 + reach))
-    factor = np.exp(reach / 0.4)
+    factor = np.exp(stats.t.ppf(0.975, 1) * np.log(3) / 2)
     assert jackknife_interval(0.4, without, AMOUNT) == pytest.approx((0.4 / factor, 0.4 * factor))
+    factor = np.exp(stats.t.ppf(0.975, 1) * 0.4 / 0.4)
+    assert jackknife_interval(0.4, np.array([0.0, 0.8]), AMOUNT) == pytest.approx((0.4 / factor, 0.4 * factor))
     odds = 0.4 / 0.6 * np.exp(np.array([-1, 1]) * reach / 0.24)
     assert jackknife_interval(0.4, without, SHARE) == pytest.approx(tuple(odds / (1 + odds)))
     with pytest.raises(ValueError, match="scale"):
