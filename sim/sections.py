@@ -25,7 +25,7 @@ ARMS: dict[str, str] = {
     "synthetic_only": "LoRA on the filtered synthetic samples",
     "unfiltered": "LoRA on real and all synthetic samples",
     "unfiltered_matched": "LoRA on real and as many random synthetic samples as `collaborative` accepted",
-    "placebo": "LoRA on real and as many accepted samples made for another user",
+    "placebo": "LoRA on real and as many accepted samples made for one other user",
     "collaborative": "LoRA on real and filtered synthetic samples (CDCDA-PLM)",
     "cloud": "the cloud model answers with the history in its prompt",
 }
