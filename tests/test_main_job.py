@@ -35,6 +35,11 @@ def test_the_run_directory_holds_the_whole_contract(run):
     environment = run.read_json("environment.json")
     assert environment["prompts"]["samples_user"] and environment["ended"] >= environment["started"]
     assert {name.split()[0] for name in environment["models"]} == {"base", "encoder", "cloud"}
+    written = environment["templates"]["embedded"]
+    assert "<|" in written["template"] and written["template_args"] == {} and written["end_tokens"] == ["<|end|>"]
+    assert len(written["template_sha256"]) == len(written["tokenizer_sha256"]) == 64
+    excluded = run.read_json("summary.json")["facts"]["exclusions"]
+    assert all(reason.startswith("shared: ") for reason in excluded), "embedded users are left out for nothing else"
     assert not (run.path / "state" / "parts").exists(), "parts are gone once the tables hold their rows"
 
 
