@@ -104,7 +104,7 @@ def test_a_cell_like_another_trains_embeds_and_decodes_nothing(tmp_path, monkeyp
 
 def test_models_stay_until_another_is_asked_for(tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr("clients.base.FrozenBase.load", lambda *words: loaded.append(words) or object())
+    monkeypatch.setattr("clients.base.FrozenBase.load", lambda *words, **given: loaded.append(words) or object())
     process, endpoint = WorkerProcess(), Endpoint("http://127.0.0.1:9/v1", "none")
     posts = []
     for number, dtype in enumerate(["float32", "float32", "bfloat16"]):
