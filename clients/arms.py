@@ -23,14 +23,15 @@ class Material:
     """What one device could train on in one round.
 
     `real` is its own history; `accepted` what its filters kept; `unfiltered` all that the cloud wrote but leaks;
-    `foreign` accepted samples of other users, for the placebo: of one, or of two `strangers` where one has too few.
+    `foreign` accepted samples of one other user, for the placebo; `of_second` of them are of a second one, of tasks of
+    which the first has too few.
     """
 
     real: tuple[Interaction, ...]
     accepted: tuple[Sample, ...] = ()
     unfiltered: tuple[Sample, ...] = ()
     foreign: tuple[Sample, ...] = ()
-    strangers: int = 0
+    of_second: int = 0
 
 
 def training_pairs(arm: str, material: Material, seed: int, device_id: str, round: int) -> list[tuple[str, str]]:

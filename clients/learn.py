@@ -61,7 +61,7 @@ def learn(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, A
     """
     rows: dict[str, list[dict[str, Any]]] = {"predictions": [], "metrics": [], "training": [], "events": []}
     devices = worker.devices(shard)
-    strangers: dict[int, tuple[int, bool]] = {}
+    placebos: dict[int, tuple[int, int, bool]] = {}
     rows["ledger"] = ledger_rows(worker.experiment, shard, devices, order)
     versions = _versions(order)
     materials = Materials(worker, shard, order)
@@ -72,7 +72,7 @@ def learn(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, A
     for start in range(0, len(devices), size):
         block = devices[start : start + size]
         report = _reporter(worker, start, len(block))
-        jobs = list(_jobs(worker, shard, block, versions, materials, store, strangers))
+        jobs = list(_jobs(worker, shard, block, versions, materials, store, placebos))
         engine = worker.experiment.engine
         budget = int(engine.memory_gib * 2**30) or None
         results = train_once(
@@ -97,9 +97,7 @@ def learn(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, A
         "outcome": ["ok"] * len(devices),
         "trained_tokens": [trained_tokens[device.device_id] for device in devices],
         "queries": [len(device.queries(shard.round)) for device in devices],
-        "placebos": [int(device.index in strangers) for device in devices],
-        "placebos_of_two": [int(strangers.get(device.index, (0,))[0] > 1) for device in devices],
-        "placebos_short": [int(strangers.get(device.index, (0, False))[1]) for device in devices],
+        **_placebo_columns([placebos.get(device.index) for device in devices]),
     }
     if worker.experiment.drift.policy == "on_drift":
         for on, arm in watched(worker.experiment).items():
@@ -131,11 +129,11 @@ def _reporter(worker: Worker, before: int, devices: int) -> Callable[[int, int],
 
 def _jobs(
     worker: Worker, shard: Shard, block: Sequence[Device], versions: Mapping[int, Sequence[Version]],
-    materials: Materials, store: AdapterStore, strangers: dict[int, tuple[int, bool]],
+    materials: Materials, store: AdapterStore, placebos: dict[int, tuple[int, int, bool]],
 ) -> Iterator[TrainJob]:  # fmt: skip
     """A training job for every adapter of the block that the schedule has trained in this round. Arms share their
-    seeds: the same data gives the same adapter. `strangers` is told of how many other users a device's placebo is, and
-    whether these had too few samples.
+    seeds: the same data gives the same adapter. `placebos` is told of each device's placebo how many samples it has,
+    how many of them are of a second user, and whether both together had too few.
     """
     experiment, tokenizer = worker.experiment, worker.base.tokenizer
     for device in block:
@@ -149,7 +147,7 @@ def _jobs(
                 continue
             if version.arm == "placebo" and material.accepted:
                 others = len(pairs) - len(material.real)
-                strangers[device.index] = material.strangers, others < len(material.accepted)
+                placebos[device.index] = others, material.of_second, others < len(material.accepted)
             lora, training = experiment.for_arm(version.arm)
             settings = TrainSettings.of(training)
             if version.arm == "local_matched":
@@ -166,6 +164,18 @@ def _jobs(
                 init_seed=derive(*words, "adapter"),
                 state=store.load(shard.round - 1, device.device_id, version.arm) if going_on else None,
             )
+
+
+def _placebo_columns(placebos: Sequence[tuple[int, int, bool] | None]) -> dict[str, list[int]]:
+    """How far a placebo is one other user's, to be counted."""
+    found = [placebo or (0, 0, False) for placebo in placebos]
+    return {
+        "placebos": [int(placebo is not None) for placebo in placebos],
+        "placebos_of_two": [int(of_second > 0) for _, of_second, _ in found],
+        "placebos_short": [int(short) for _, _, short in found],
+        "placebo_samples": [samples for samples, _, _ in found],
+        "placebo_samples_of_second": [of_second for _, of_second, _ in found],
+    }
 
 
 def _by_name(results: Mapping[Any, TrainResult]) -> dict[str, dict[str, Any]]:

@@ -54,13 +54,13 @@ class Materials:
         name = device.device_id
         rounds = [round for round in self._rounds.get((device.index, on), ()) if (name, round) in self._samples]
         accepted = self._accepted(name, rounds)
-        foreign, strangers = self._foreign(device, rounds, accepted)
+        foreign, of_second = self._foreign(device, rounds, accepted)
         return Material(
             real=real,
             accepted=tuple(accepted),
             unfiltered=tuple(sample for round in rounds for sample, _ in self._samples[name, round]),
             foreign=tuple(foreign),
-            strangers=strangers,
+            of_second=of_second,
         )
 
     def _accepted(self, name: str, rounds: Sequence[int]) -> list[Sample]:
@@ -68,20 +68,20 @@ class Materials:
         return [sample for samples in found for sample, verdict in samples if verdict == "accepted"]
 
     def _foreign(self, device: Device, rounds: Sequence[int], like: Sequence[Sample]) -> tuple[list[Sample], int]:
-        """What the placebo is drawn from, and of how many other users that is: all that one has, and of a task that one
-        has too little of as much of the next one's as is missing.
+        """What the placebo is drawn from: all that another user has, and of a task that this one has too little of as
+        much of the next one's as is missing; and how many these are.
         """
-        missing, found, strangers = Counter(sample.task for sample in like), [], 0
+        missing, found, of_second = Counter(sample.task for sample in like), [], 0
         for donor in self._donors.get(device.index, ()):
             theirs = self._harmless(device, self._accepted(device_id(donor), rounds))
-            most = missing if strangers else {}
+            most = missing if found else {}
             given = [sample for task in missing for sample in _first(theirs, task, most.get(task))]
             missing = Counter({t: n for t in missing if (n := missing[t] - sum(s.task == t for s in given)) > 0})
-            strangers += bool(given)
+            of_second += len(given) if found else 0
             found += given
             if not missing:
                 break
-        return found, strangers
+        return found, of_second
 
     def _harmless(self, device: Device, samples: Sequence[Sample]) -> list[Sample]:
         """Foreign samples without leaks of this device's own queries (they were checked against their owner's)."""

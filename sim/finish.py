@@ -22,6 +22,8 @@ COMPARED = (
 """Columns of `predictions` that the statistics need."""
 TRAINED = ("kind", "arm", "steps", "tokens_in")
 """Columns of `events` that they need."""
+PLACEBOS = ("placebos", "placebos_of_two", "placebos_short", "placebo_samples", "placebo_samples_of_second")
+"""Counts of the learn passes that say how far a placebo is one other user's."""
 
 
 def finish(
@@ -56,7 +58,7 @@ def finish(
             "failures": [failure for commit in commits if commit for failure in commit["facts"]["failures"]],
             "placebos": {
                 name: int(sum(commit["facts"]["totals"].get(name, 0) for commit in commits if commit))
-                for name in ("placebos", "placebos_of_two", "placebos_short")
+                for name in PLACEBOS
             },
         },
     })

@@ -13,8 +13,10 @@ from fleet import run_in_process, tiny
 
 import clients.learn
 import sim.loop
+from clients.arms import training_pairs
 from clients.augmentation import questions, sample_orders
 from clients.device import Device, Shard
+from clients.materials import Materials
 from clients.worker import Endpoint, Worker
 from server.background import start_background
 from sim.population.source import open_population
@@ -212,3 +214,32 @@ def test_samples_are_counted_alike(runs):
     for task in funnel.tasks:
         assert funnel.count(task, "accepted") == (accepted["task"] == task).sum()
         assert funnel.received(task) == samples["request_id"][samples["task"] == task].isin(arrived).sum()
+
+
+def test_a_placebo_is_one_other_user(runs):
+    """The next one that asked; a second one only fills up tasks of which that one has too little, and is counted."""
+    run, _, _, _ = runs
+    samples = run.read("samples")
+    samples = samples[(samples["round"] == 0) & (samples["verdict"] == "accepted")]
+    owner = samples.set_index("sample_id")["device_id"]
+    has = samples.groupby(["device_id", "task"]).size()
+    endpoint = Endpoint("http://127.0.0.1:9/v1", "none")
+    shard = Shard(1, 0, (0, 1, 2, 3))
+    parts = [str(path.relative_to(run.path)) for path in run.path.rglob("samples/*.parquet")]
+    order = {"due": [0, 1, 2, 3], "sample_parts": parts, "samples.device": [0, 1, 2, 3], "samples.first": [0] * 4,
+             "samples.last": [0] * 4, "samples.on": ["samples"] * 4}  # fmt: skip
+    worker = Worker(str(run.path), endpoint, threads=1)
+    materials, drawn, of_second = Materials(worker, shard, order), 0, 0
+    for device in worker.devices(shard):
+        first, second = (f"d{(device.index + step) % 4:05d}" for step in (1, 2))
+        material = materials.of(device, "samples")
+        assert {owner[sample.sample_id] for sample in material.foreign} <= {first, second}
+        extra = [sample for sample in material.foreign if owner[sample.sample_id] == second]
+        for sample in extra:
+            assert has.get((first, sample.task), 0) < has[device.device_id, sample.task]
+        assert material.of_second == len(extra)
+        pairs = training_pairs("placebo", material, 1, device.device_id, 0)
+        drawn, of_second = drawn + len(pairs) - len(material.real), of_second + len(extra)
+    counted = run.committed(1, 0)["facts"]["totals"]
+    assert counted["placebo_samples"] == drawn > 20 and counted["placebo_samples_of_second"] == of_second
+    assert counted["placebos"] == 4

@@ -188,15 +188,17 @@ def notes(summary: Summary, experiment: Experiment, environment: Mapping[str, An
 
 
 def _placebos(counted: Mapping[str, int]) -> list[str]:
-    """Of how many other users the placebo's samples were."""
+    """How far the placebo's samples were one other user's."""
     made, of_two, short = (int(counted.get(name, 0)) for name in ("placebos", "placebos_of_two", "placebos_short"))
-    if not made:
+    samples, of_second = (int(counted.get(f"placebo_samples{name}", 0)) for name in ("", "_of_second"))
+    if not made or not samples:
         return []
-    text = f"A placebo's samples were written for one other user in {made - of_two} of {_several(made, 'training')}"
+    text = "A placebo's samples were written for one other user"
     if of_two:
-        text += f"; in {of_two} that user had too few and a second one's were taken as well"
+        text += (f"; {of_second / samples:.1%} of all of them ({of_two} of {_several(made, 'training')}) for a second "
+                 "one, where the first had too few of a task")  # fmt: skip
     if short:
-        text += f"; in {short} both together had fewer than the device itself"
+        text += f". In {short} of {_several(made, 'training')} both together had fewer than the device itself"
     return [text + "."]
 
 
