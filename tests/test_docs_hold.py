@@ -183,6 +183,9 @@ def resolves(dotted: str) -> bool:
     try:
         if importlib.util.find_spec(dotted):
             return True
+    except ModuleNotFoundError:  # what stands before the last dot is no package: a module, or nothing
+        pass
+    try:
         return hasattr(importlib.import_module(module), name)
     except ModuleNotFoundError:
         return False
