@@ -29,9 +29,9 @@ from clients.device import Shard
 from clients.executors import InProcess
 from sim.errors import ResumableStop
 from sim.experiment import Experiment
+from sim.material import Material
 from sim.population.source import device_id
 from sim.results import RunDirectory
-from sim.rounds import Material
 
 
 class IdleWorker:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sim.material import LEARNS_FROM
 from sim.population.tasks import get_task
 from sim.records import Interaction, Sample
-from sim.rounds import LEARNS_FROM
 from sim.seeding import generator
 
 NEED_SAMPLES = frozenset(LEARNS_FROM) - {"local"} | {"rag_adapter"}

@@ -9,8 +9,8 @@ from clients.adapters import LoraSpec, save_peft
 from clients.base import FrozenBase
 from clients.base_model import resolve
 from sim.errors import UserError, unknown
+from sim.material import LEARNS_FROM
 from sim.results import RunDirectory
-from sim.rounds import LEARNS_FROM
 
 
 def export_adapter(run: RunDirectory, device: str, arm: str, out: Path, seed: int | None = None) -> Path:

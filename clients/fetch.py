@@ -215,7 +215,7 @@ def _columns(
 
 
 def _material(worker: Worker, shard: Shard, device: Device, judged: Sequence[JudgedSample]) -> dict[str, int]:
-    """What the device could train on, counted (`sim.rounds.Material`)."""
+    """What the device could train on, counted (`sim.material.Material`)."""
     real = device.real_items(worker.experiment, shard.round)
     kinds = {
         "real": real,

@@ -26,10 +26,10 @@ from clients.shared import shared_adapters
 from clients.training import Example, TrainJob, TrainResult, TrainSettings
 from clients.worker import Worker
 from sim.clock import DAY_S
+from sim.material import trained, watched
 from sim.orders import rows as table_rows
 from sim.population.order import latest_s
 from sim.population.source import device_id
-from sim.rounds import trained, watched
 from sim.seeding import derive
 
 BLOCK_ADAPTERS = 256

@@ -77,15 +77,15 @@ def run_rounds(run: RunDirectory, backend: Backend, cloud: Endpoint, progress: P
 
             # 3. schedule: whose answer arrives and when everything ends, from what it really took.
             answers = run.read_rows(parts.pop("events", []))
-            post = virtual.deliver(agenda, sizes_of(answers))
+            delivered = virtual.deliver(agenda, sizes_of(answers))
             owned = materials(asked)
-            if post.short:  # filters must not have seen what never came
-                order = {**post.order(), "devices": post.short, "sample_parts": parts["samples"]}
-                again = send("filter", order, len(post.short))
-                parts["samples"] = run.replace_rows(parts["samples"], post.short, gather(again).get("samples", []))
-                owned = {d: own for d, own in owned.items() if d not in post.short} | materials(again)
+            if delivered.short:  # filters must not have seen what never came
+                order = {**delivered.order(), "devices": delivered.short, "sample_parts": parts["samples"]}
+                again = send("filter", order, len(delivered.short))
+                parts["samples"] = run.replace_rows(parts["samples"], delivered.short, gather(again).get("samples", []))
+                owned = {d: own for d, own in owned.items() if d not in delivered.short} | materials(again)
                 asked += again
-            day = virtual.schedule(post, owned)
+            day = virtual.schedule(delivered, owned)
 
             # 4. learn: train, answer, score.
             if "shared" in experiment.arms and round == 0:  # the adapters that belong to no device, once a seed

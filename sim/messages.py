@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sim.errors import Failure
-from sim.rounds import Material
+from sim.material import Material
 
 _COUNTS = [field.name for field in fields(Material)]
 _NOT_COUNTED = ("device", "outcome", "errors")

@@ -7,26 +7,30 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sim.asking import Ask, Size
 from sim.clock import DAY_S
 from sim.errors import UserError
 from sim.experiment import Experiment
+from sim.material import (
+    ALONE,
+    LEARNS_FROM,
+    SAMPLE_COUNTS,
+    Material,
+    effort,
+    optimizer_steps,
+    total,
+    trained,
+    trained_tokens,
+)
 from sim.orders import columns
 from sim.policies import Policies
 from sim.population.source import Population, device_id
-from sim.sections import Training
 from sim.timeline import Delivery, Plan, Schedule, Timeline
 from sim.timeline_state import REAL, SAMPLES, STALE, Work
-
-LEARNS_FROM = {
-    "local": "real", "local_matched": "real", "synthetic_only": "accepted", "unfiltered": "real received",
-    "unfiltered_matched": "real accepted", "placebo": "real accepted", "collaborative": "real accepted",
-}  # fmt: skip
-"""What each trained arm's examples are counted from. `local_matched` takes its steps from `collaborative`."""
 
 AUGMENT, CLOUD = "augment", "cloud"
 """Lanes: the requests for samples that the arms share, and the cloud arm's questions."""
@@ -34,36 +38,8 @@ AUGMENT, CLOUD = "augment", "cloud"
 KINDS = ("augment", "answer")
 """Of the events that are requests."""
 
-ALONE = "local"
-"""The trained arm that needs no cloud."""
-
 FIRST = ".first"
 """Behind the arm's name: where the first of two adapters of one round is kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What a device could train on in a round, counted: items and their tokens (about four characters each).
-
-    `received` are all samples but leaks; `longest` the tokens of the longest example, `longest_real` of the real ones.
-    """
-
-    real: int
-    real_tokens: int
-    accepted: int = 0
-    accepted_tokens: int = 0
-    received: int = 0
-    received_tokens: int = 0
-    longest: int = 128
-    longest_real: int = 128
-
-    def plus(self, samples: Iterable[Sequence[int]]) -> Material:
-        """With the samples of other rounds, each (accepted, accepted tokens, received, received tokens)."""
-        own = (self.accepted, self.accepted_tokens, self.received, self.received_tokens)
-        return replace(self, **dict(zip(_SAMPLES, map(sum, zip(own, *samples, strict=True)), strict=True)))
-
-
-_SAMPLES = tuple(field.name for field in fields(Material))[2:6]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +64,7 @@ class Agenda:
 
 
 @dataclass(frozen=True, slots=True)
-class Post:
+class Delivered:
     """What became of a round's requests. `sizes`: the real ones; `lost`: (device, request) of answers that were written
     and never reached their device, of each lane.
     """
@@ -115,7 +91,7 @@ class Day:
     `came`: of the devices whose samples came, how many (see `Material.plus`). `trained`: those with data of their own.
     """
 
-    post: Post
+    delivered: Delivered
     schedule: Schedule
     served: Mapping[int, tuple[int, bool]]
     came: Mapping[int, tuple[int, ...]]
@@ -123,7 +99,7 @@ class Day:
 
     @property
     def agenda(self) -> Agenda:
-        return self.post.agenda
+        return self.delivered.agenda
 
 
 def request_names(experiment: Experiment, seed: int, round: int, device: int, tasks: Sequence[str]) -> list[str]:
@@ -139,19 +115,12 @@ def question_names(seed: int, round: int, device: int, tasks_of_queries: Sequenc
     return [f"{name}-{task}-q{number}" for number, task in enumerate(tasks_of_queries)]
 
 
-def optimizer_steps(training: Training, examples: int) -> int:
-    """Optimizer steps on so many examples, as the engine counts them."""
-    if not examples:
-        return 0
-    return training.steps or max(1, math.ceil(training.epochs * math.ceil(examples / training.batch_size)))
-
-
 class Rounds:
     """The virtual time of one seed, as the round loop uses it.
 
     1. `plan(round, devices)`; 2. fetch, by `Agenda.order`; 3. `deliver(agenda, sizes)`, filter again what is `short`,
-    `schedule(post, materials)`; 4. learn, by `order(day)`; write `event_rows`; 5. `advance(day, errors)`, and commit
-    with `state()`.
+    `schedule(delivered, materials)`; 4. learn, by `order(day)`; write `event_rows`; 5. `advance(day, errors)`, and
+    commit with `state()`.
 
     Whether a device is due is decided apart for the arms that learn from samples and for `local`, which needs none:
     neither the cloud's failures nor another arm's errors reach it. Raises UserError where that cannot be decided.
@@ -232,7 +201,7 @@ class Rounds:
 
     # --- 3. schedule ------------------------------------------------------------------------------------------
 
-    def deliver(self, agenda: Agenda, sizes: Mapping[str, Size]) -> Post:
+    def deliver(self, agenda: Agenda, sizes: Mapping[str, Size]) -> Delivered:
         """Whose answer reaches its device, and when. `sizes` of the requests that were made."""
         delivery = self.timeline.deliver(agenda.plan, sizes)
         finals = [delivery.finals[name] for name in sorted(agenda.plan.granted) if name in sizes]
@@ -240,11 +209,11 @@ class Rounds:
             lane: tuple((each.device, each.request_id) for each in finals if each.lane == lane and not each.answered)
             for lane in (AUGMENT, CLOUD)
         }
-        return Post(agenda, delivery, sizes, lost)
+        return Delivered(agenda, delivery, sizes, lost)
 
-    def schedule(self, post: Post, materials: Mapping[int, Material]) -> Day:
+    def schedule(self, delivered: Delivered, materials: Mapping[int, Material]) -> Day:
         """When everything ends. `materials`: what the devices that are due can train on, of what reached them."""
-        agenda, plan, finals = post.agenda, post.agenda.plan, post.delivery.finals
+        agenda, plan, finals = delivered.agenda, delivered.agenda.plan, delivered.delivery.finals
         wanted: dict[int, list[str]] = {device: [] for device in agenda.due}
         for ask in plan.asks:
             if ask.lane == AUGMENT:
@@ -255,7 +224,7 @@ class Rounds:
             for device in devices if device in materials
             for arm in self.learning[on]
         ]  # fmt: skip
-        schedule = self.timeline.train(post.delivery, works)
+        schedule = self.timeline.train(delivered.delivery, works)
         tokens: dict[int, int] = defaultdict(int)
         for attempt in schedule.attempts:
             if attempt.lane == AUGMENT:
@@ -265,9 +234,9 @@ class Rounds:
             done = any(finals[name].outcome == "ok" for name in names)
             served[device] = (tokens[device], done or not names)
             if done and device in materials:
-                came[device] = tuple(getattr(materials[device], name) for name in _SAMPLES)
+                came[device] = tuple(getattr(materials[device], name) for name in SAMPLE_COUNTS)
         own = frozenset(device for device in agenda.alone if device in materials and materials[device].real)
-        return Day(post, schedule, served, came, own)
+        return Day(delivered, schedule, served, came, own)
 
     def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> Work:
         _, training = self.experiment.for_arm(arm)
@@ -275,15 +244,15 @@ class Rounds:
         if arm == "local_matched":
             _, training = self.experiment.for_arm("collaborative")
         material = own.plus(self._samples[device][past] for past in self._earlier(round, device))
-        items, tokens = _total(material, counted)
+        items, tokens = total(material, counted)
         steps = optimizer_steps(training, items)
         if arm == "local_matched":
             steps = optimizer_steps(training, material.real + material.accepted)
-        nothing = replace(own, **dict.fromkeys(_SAMPLES, 0))
+        nothing = replace(own, **dict.fromkeys(SAMPLE_COUNTS, 0))
         had = nothing.plus(self._samples[device][past] for past in self._stale(device))
         return Work(
-            device, arm, steps, _trained_tokens(training, steps, items, tokens),
-            () if arm == ALONE else tuple(requests), *_fallback(training, *_total(had, counted)),
+            device, arm, steps, trained_tokens(training, steps, items, tokens),
+            () if arm == ALONE else tuple(requests), *effort(training, *total(had, counted)),
             row_tokens=material.longest_real if counted == ["real"] else material.longest,
         )
 
@@ -335,7 +304,7 @@ class Rounds:
             "settled": settled, "due": list(day.agenda.due), "measured": json.dumps(self.timeline.measured()),
             **columns("versions", ("device", "arm", "round", "on", "live_s", "as"), versions),
             **columns("samples", ("device", "first", "last", "on"), samples),
-            **columns("lost", ("device", "request"), day.post.lost[CLOUD]),
+            **columns("lost", ("device", "request"), day.delivered.lost[CLOUD]),
             **columns("uploads", ("device", "request", "attempt", "time_s", "copies"), _uploads(day)),
         }
 
@@ -389,44 +358,14 @@ class Rounds:
         }
 
 
-def trained(experiment: Experiment) -> list[str]:
-    """The arms of an experiment that own an adapter (`rag_adapter` uses the collaborative one, so it brings it)."""
-    arms = {*experiment.arms, *(["collaborative"] if "rag_adapter" in experiment.arms else [])}
-    return [arm for arm in LEARNS_FROM if arm in arms]
-
-
-def watched(experiment: Experiment) -> dict[str, str]:
-    """The arms whose answers a device's detector of drift sees, by what those learn from that it decides for: the arms
-    that need samples, or `local`. Never the arms that happen to be compared: adding one must change no other.
-    """
-    arms = trained(experiment)
-    return {on: arm for on, arm in ((SAMPLES, "collaborative"), (REAL, ALONE)) if arm in arms}
-
-
 def _uploads(day: Day) -> Iterator[tuple[int, str, int, float, float]]:
     """(device, request, attempt, time_s, copies): what each attempt that sent anything sent."""
-    sizes = {ask.request_id: ask.size for ask in day.agenda.plan.asks} | dict(day.post.sizes)
+    sizes = {ask.request_id: ask.size for ask in day.agenda.plan.asks} | dict(day.delivered.sizes)
     for attempt in day.schedule.attempts:
         if attempt.bytes_up > 0:
             size = sizes[attempt.request_id]
             copies = attempt.bytes_up / size.bytes_up * size.bodies
             yield attempt.device, attempt.request_id, attempt.number, attempt.start_s, copies
-
-
-def _total(material: Material, counted: Sequence[str]) -> tuple[int, int]:
-    return (
-        sum(getattr(material, what) for what in counted), sum(getattr(material, f"{what}_tokens") for what in counted)
-    )
-
-
-def _trained_tokens(training: Training, steps: int, items: int, tokens: int) -> int:
-    """Tokens of so many steps, when a pass over the items takes ceil(items / batch) of them."""
-    return round(steps * tokens / math.ceil(items / training.batch_size)) if items else 0
-
-
-def _fallback(training: Training, items: int, tokens: int) -> tuple[int, int]:
-    steps = optimizer_steps(training, items)
-    return steps, _trained_tokens(training, steps, items, tokens)
 
 
 def sizes_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Size]:

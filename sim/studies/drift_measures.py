@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 
 from sim.experiment import Experiment
+from sim.material import trained
 from sim.metrics import score
 from sim.population.source import FromWorld
 from sim.population.tasks import get_task
 from sim.population.world.truth import answers as both_answers
 from sim.resampling import ANY, drawn_clusters, widened_tails
 from sim.results import RunDirectory
-from sim.rounds import trained
 from sim.seeding import generator
 from sim.statistics import clustered
 from sim.studies.frames import mean_interval

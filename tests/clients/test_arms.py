@@ -2,8 +2,8 @@
 
 from clients.arms import Material, training_pairs
 from sim.experiment import Experiment
+from sim.material import LEARNS_FROM, trained
 from sim.records import Interaction, Sample
-from sim.rounds import LEARNS_FROM, trained
 
 
 def _sample(name, task="LaMP_4"):

@@ -15,10 +15,11 @@ from clients.jobs import TrainSettings
 from sim.asking import Size
 from sim.errors import UserError
 from sim.experiment import Experiment
+from sim.material import Material, optimizer_steps
 from sim.orders import rows
 from sim.population.source import device_id, open_population
 from sim.results import TABLES
-from sim.rounds import Material, Rounds, optimizer_steps, sizes_of
+from sim.rounds import Rounds, sizes_of
 from sim.sections import Training
 from sim.timeline_state import REAL, SAMPLES, STALE
 
@@ -269,9 +270,9 @@ def test_what_a_round_leaves_and_is_told_does_not_grow(kept):
     sizes, lost = [], 0
     for round in range(40):
         agenda = virtual.plan(round, range(4))
-        post = virtual.deliver(agenda, {name: Size(9000, 4000, 1000, 480) for name in agenda.plan.granted})
-        lost += sum(map(len, post.lost.values()))
-        day = virtual.schedule(post, dict.fromkeys(agenda.asking, MATERIAL))
+        delivered = virtual.deliver(agenda, {name: Size(9000, 4000, 1000, 480) for name in agenda.plan.granted})
+        lost += sum(map(len, delivered.lost.values()))
+        day = virtual.schedule(delivered, dict.fromkeys(agenda.asking, MATERIAL))
         told = len(json.dumps(virtual.order(day)))
         virtual.advance(day)
         sizes.append(told + len(json.dumps(virtual.state())))
