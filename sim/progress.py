@@ -45,6 +45,9 @@ class LiveProgress:
     #: The share of a round's time a stage is taken to need until a round has been measured; 0: it comes once a seed.
     _SHARES = {"fetch": 0.25, "share": 0.0, "learn": 0.75}
 
+    #: The stages in their order. `filter` comes in rounds in which answers were lost, and takes next to nothing.
+    _ORDER = ("fetch", "filter", "share", "learn")
+
     def __init__(self, console: Console | None = None, file: IO[str] | None = None, every_s: float = 5.0):
         self.console = console or make_console(file)
         self._every_s = every_s
@@ -244,7 +247,7 @@ class _Clock(ProgressColumn):
 
 
 def _before(stage: str, other: str) -> bool:
-    order = list(LiveProgress._SHARES)
+    order = LiveProgress._ORDER
     return other not in order or order.index(stage) < order.index(other)
 
 
