@@ -20,7 +20,7 @@ def test_more_hosts_than_workers_learn_the_same(tmp_path):
     """Though answers are lost, so that every kind of message is sent. (As many hosts as workers, or fewer, is what the
     other real runs of the tests have.)
     """
-    experiment = tiny(engine__workers=2, engine__hosts=3, engine__deadline_s=120, **FINITE)
+    experiment = tiny(engine__workers=2, engine__hosts=3, engine__deadline_s=120, **{**FINITE, "rounds": 1})
     (tmp_path / "three.toml").write_text(experiment.to_toml())
     with Untether(str(tmp_path / "three.toml"), "--out", str(tmp_path / "three")) as started:
         code, printed = started.end()
