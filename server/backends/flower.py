@@ -40,7 +40,10 @@ class FlowerBackend:
         """See `sim.loop.Backend`."""
         watch = _Watch(self.run, progress)
         messages = self._messages(work, ConfigRecord({**self._told, **order}))
-        return [_reply(message) for message in exchange(self.grid, messages, self._deadline_s, self.stop, watch)]
+        replies = exchange(self.grid, messages, self._deadline_s, self.stop, watch)
+        if work == "learn":
+            self.strategy.aggregate_train(int(order["round"]), replies)
+        return [_reply(message) for message in replies]
 
     def _messages(self, work: str, order: ConfigRecord) -> list[Message]:
         round = int(order["round"])  # type: ignore[arg-type]
