@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -88,6 +88,7 @@ def test_a_prompt_is_the_same_tomorrow(tmp_path):
     assert plain[0] != plain[1] and "02 Jan 2031" in plain[1], "the clock was not moved"
 
 
+@settings(max_examples=15)  # each compiles two templates
 @given(st.lists(st.sampled_from([*"aAbBdHIjmMpSUwWxXyY", "-d", "-m", "%", "-I"]), max_size=6), st.dates())
 def test_the_fixed_day_is_written_as_the_clock_would_write_it(directives, day):
     """Transformers' own `strftime_now`, with its clock set to that day's midnight, is the oracle."""
