@@ -17,7 +17,7 @@ import torch
 
 from bench import lifecycle, mixed, profile, training_135m
 from bench.workload import Workload
-from sim import limits
+from untether.sim.core import limits
 
 
 def main() -> None:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from bench.measure import Outcome
 from bench.workload import Workload, filters
-from clients.adapters import AdapterStack
-from clients.embedding import Encoder
-from clients.filters import judge
-from clients.generation import GenerationRow, generate
-from clients.training import TrainJob, TrainSettings, train
+from untether.clients.engine.adapters import AdapterStack
+from untether.clients.engine.generation import GenerationRow, generate
+from untether.clients.engine.training import TrainJob, TrainSettings, train
+from untether.clients.filters import judge
+from untether.clients.filters.embedding import Encoder
 
 
 def run(workload: Workload, indices: Sequence[int]) -> Outcome:

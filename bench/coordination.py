@@ -23,15 +23,15 @@ import psutil
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-import clients.app
-import server.app
-from clients.device import Shard
-from clients.executors import InProcess
-from sim.errors import ResumableStop
-from sim.experiment import Experiment
-from sim.material import Material
-from sim.population.source import device_id
-from sim.results import RunDirectory
+import untether.clients.app
+import untether.server.app
+from untether.clients.device.device import Shard
+from untether.clients.hosting.executors import InProcess
+from untether.sim.core.errors import ResumableStop
+from untether.sim.experiment import Experiment
+from untether.sim.population.source import device_id
+from untether.sim.rounds.material import Material
+from untether.sim.run.directory import RunDirectory
 
 
 class IdleWorker:
@@ -69,26 +69,26 @@ class IdleWorker:
         return {"parts": parts, "columns": columns, "models": {}}
 
 
-clients.app._executor = lambda order, context: InProcess(lambda: IdleWorker(order["run"]))
+untether.clients.app._executor = lambda order, context: InProcess(lambda: IdleWorker(order["run"]))
 app = ClientApp()
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Functions of this module: Flower's processes import it to find them, and so put the idle worker to work."""
-    return clients.app.hello(message, context)
+    return untether.clients.app.hello(message, context)
 
 
 @app.query("fetch")
 def fetch(message: Message, context: Context) -> Message:
     """The real pass on the idle worker."""
-    return clients.app.fetch(message, context)
+    return untether.clients.app.fetch(message, context)
 
 
 @app.train()
 def learn(message: Message, context: Context) -> Message:
     """The real pass on the idle worker."""
-    return clients.app.learn(message, context)
+    return untether.clients.app.learn(message, context)
 
 
 def cpu_s() -> float:
@@ -123,7 +123,7 @@ def measure(devices: int, rounds: int) -> None:
     import ray
     from flwr.simulation import run_simulation
 
-    from sim.cluster import runtime_env
+    from untether.sim.launch.cluster import runtime_env
 
     experiment = Experiment.read(None, {
         "population.users": str(devices), "rounds": str(rounds), "cloud.provider": "world", "arms": "local",
@@ -133,7 +133,7 @@ def measure(devices: int, rounds: int) -> None:
     begun = time.perf_counter()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env())
     try:
-        made = server.app.make_app([(run, 1)], watch, threading.Event())
+        made = untether.server.app.make_app([(run, 1)], watch, threading.Event())
         run_simulation(made, app, num_supernodes=2, backend_config={"client_resources": {"num_cpus": 1}})
     finally:
         ray.shutdown()
@@ -162,7 +162,7 @@ def main() -> None:
     devices, rounds = (*words, 10_000, 3)[:2] if len(words) < 2 else words[:2]
     if len(words) == 1:
         devices, rounds = words[0], 3
-    server.app.finish = lambda *_: None  # type: ignore[assignment]  # a report of nothing
+    untether.server.app.finish = lambda *_: None  # type: ignore[assignment]  # a report of nothing
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     for number in sorted({100, devices}):
         try:

@@ -5,8 +5,8 @@
 Populations are drawn whose true scores are known in closed form: whether an answer is right, and how wrong it is,
 follows a normal variable that is the sum of an arm's level, what a cluster of users has in common (in all arms, and
 in each arm alone), what is a user's own, and chance. Users share 24 archetypes drawn anew each time, or each is like
-nobody else, as LaMP's are. Every replication goes through `sim.statistics.summarize`, as a run's tables do. `frozen`
-and `local` are equally good, `collaborative` is better. Prints a Markdown table, a row a population. One core.
+nobody else, as LaMP's are. Every replication goes through `sim.evaluation.statistics.summarize`, as a run's tables do.
+`frozen` and `local` are equally good, `collaborative` is better. Prints a Markdown table, a row a population. One core.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtr
 
-from sim.population.tasks import get_task
-from sim.seeding import generator
-from sim.statistics import summarize
+from untether.sim.core.seeding import generator
+from untether.sim.evaluation.statistics import summarize
+from untether.sim.population.tasks import get_task
 
 ARCHETYPES = 24
 GAIN = 0.3  # of `collaborative`, on the normal variable's scale

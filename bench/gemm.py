@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.measure import synchronize
-from clients.gemm import fast_products
+from untether.clients.engine.kernels.gemm import fast_products
 
 
 def rates(
@@ -17,7 +17,7 @@ def rates(
 ) -> dict[str, float]:
     """FLOP/s of x @ W.T and of its input gradient over all (in, out) shapes with so many rows.
 
-    `plain` is PyTorch as it comes, `fast` with `clients.gemm.fast_products`. By `clock(device)`.
+    `plain` is PyTorch as it comes, `fast` with `clients.engine.kernels.gemm.fast_products`. By `clock(device)`.
     """
 
     def draw(*shape: int) -> torch.Tensor:

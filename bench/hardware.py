@@ -16,10 +16,10 @@ import time
 
 import torch
 
-from clients.adapters import AdapterStack, LoraSpec
-from sim.cost import MODELS, CostModel
-from sim.hardware import Profile
-from sim.this_machine import LORA, answer_s, measure, random_base, step_s
+from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.sim.launch.this_machine import LORA, answer_s, measure, random_base, step_s
+from untether.sim.time.cost import MODELS, CostModel
+from untether.sim.time.hardware import Profile
 
 NAME = "SmolLM2-135M"
 

@@ -17,8 +17,8 @@ from bench import cohort, stock, tuned
 from bench.gemm import rates, shapes_of, training_flops
 from bench.measure import STAGES, Outcome, in_processes
 from bench.workload import Workload
-from clients.training import PASS_TOKENS
-from sim import limits
+from untether.clients.engine.training import PASS_TOKENS
+from untether.sim.core import limits
 
 
 def measure(workload: Workload, workers: int, skip: tuple[str, ...] = ()) -> dict[str, Any]:

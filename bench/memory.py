@@ -76,7 +76,7 @@ def measure(devices: int, rounds: int, more: list[str]) -> None:
     }  # fmt: skip
     words = [word for key, value in fields.items() for word in ("--set", f"{key}={value}")]
     words += [word for pair in more for word in ("--set", pair)]
-    command = [sys.executable, "-m", "sim.cli", "run", "--out", str(path), *words]
+    command = [sys.executable, "-m", "untether", "run", "--out", str(path), *words]
     begun, at_work_s, learned_s = time.perf_counter(), 0.0, 0.0
     seen: dict[int, Seen] = {}
     disk = 0

@@ -16,11 +16,11 @@ from unittest.mock import patch
 import torch
 
 from bench.workload import Workload
-from clients import training
-from clients.base import FrozenBase
-from clients.jobs import TrainJob
-from clients.lines import Beginnings
-from sim.population.world import TASKS
+from untether.clients.engine import training
+from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.jobs import TrainJob
+from untether.clients.engine.kernels.lines import Beginnings
+from untether.sim.population.world import TASKS
 
 REPEATS = 3
 

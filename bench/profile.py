@@ -12,8 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.workload import Workload
-from clients.jobs import TrainJob, TrainSettings
-from clients.training import train
+from untether.clients.engine.jobs import TrainJob, TrainSettings
+from untether.clients.engine.training import train
 
 _GROUPS = {
     "dense products": ("aten::mm", "aten::addmm", "mkldnn"),

@@ -78,7 +78,7 @@ def one_device(workload: Workload, device: DeviceData, folder: Path) -> dict:
     import transformers
     from sentence_transformers import SentenceTransformer
 
-    from clients.filters import judge
+    from untether.clients.filters import judge
 
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()

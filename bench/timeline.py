@@ -14,9 +14,9 @@ import resource
 import time
 from collections import Counter
 
-from sim.asking import Ask, Size
-from sim.experiment import Experiment
-from sim.timeline import Timeline, Work
+from untether.sim.experiment import Experiment
+from untether.sim.time.asking import Ask, Size
+from untether.sim.time.timeline import Timeline, Work
 
 
 def experiment() -> Experiment:

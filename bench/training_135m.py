@@ -15,10 +15,10 @@ import transformers
 
 from bench.gemm import clock, rates, shapes_of, training_flops
 from bench.tuned import TunedLoop
-from clients.adapters import AdapterStack, LoraSpec
-from clients.base import FrozenBase
-from clients.jobs import Example, TrainJob, TrainSettings
-from clients.training import train
+from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.jobs import Example, TrainJob, TrainSettings
+from untether.clients.engine.training import train
 
 ROWS, TOKENS, TARGETS, VOCABULARY = 4, 64, 12, 49152
 

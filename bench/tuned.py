@@ -19,10 +19,10 @@ from torch import Tensor
 
 from bench.measure import Outcome
 from bench.workload import Workload, encoder_path, filters
-from clients.embedding import Encoder
-from clients.filters import judge
-from clients.gemm import fast_products
-from clients.jobs import Example, TrainJob, TrainSettings, batch_plan
+from untether.clients.engine.jobs import Example, TrainJob, TrainSettings, batch_plan
+from untether.clients.engine.kernels.gemm import fast_products
+from untether.clients.filters import judge
+from untether.clients.filters.embedding import Encoder
 
 _SCHEDULES = {
     "linear": transformers.get_linear_schedule_with_warmup,

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 import transformers
 
-from clients.adapters import AdapterStack, LoraSpec
-from clients.base import FrozenBase
-from clients.base_model import resolve
-from clients.encoding import encode_answer, encode_prompt
-from clients.jobs import Example, TrainJob, TrainSettings
-from sim.experiment import Experiment
-from sim.population.tasks import get_task
-from sim.population.world import World
-from sim.records import Interaction, Sample
-from sim.seeding import derive
+from untether.clients.base_model import resolve
+from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.encoding import encode_answer, encode_prompt
+from untether.clients.engine.jobs import Example, TrainJob, TrainSettings
+from untether.sim.core.records import Interaction, Sample
+from untether.sim.core.seeding import derive
+from untether.sim.experiment import Experiment
+from untether.sim.population.tasks import get_task
+from untether.sim.population.world import World
 
 REAL, WRITTEN, QUERIES = 8, 24, 10
 
@@ -106,6 +106,6 @@ def filters():
 
 def encoder_path() -> str:
     """Where the sentence encoder lies."""
-    from clients.embedding import DEFAULT_ENCODER, locate
+    from untether.clients.filters.embedding import DEFAULT_ENCODER, locate
 
     return str(Path(locate(DEFAULT_ENCODER)))

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import time
 
-from clients.augmentation import samples_from, samples_requests
-from clients.cloud_client import CloudClient
-from server.background import start_background
-from sim.experiment import Experiment
-from sim.population.source import open_population
-from sim.population.tasks import get_task
+from untether.clients.cloud.client import CloudClient
+from untether.clients.device.augmentation import samples_from, samples_requests
+from untether.server.background import start_background
+from untether.sim.experiment import Experiment
+from untether.sim.population.source import open_population
+from untether.sim.population.tasks import get_task
 
 TASK, ITEMS, PAIRS, WARM_UP = "LaMP_4", 16, 8, 50
 

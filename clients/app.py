@@ -11,11 +11,12 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.executors import Executor, InProcess, RayExecutor
-from clients.host import call_again, guarded, run_pass
-from clients.worker import Endpoint, Post, WorkerProcess
-from sim.messages import Reply
-from sim.results import RunDirectory
+from untether.clients.device.worker import Endpoint
+from untether.clients.hosting.executors import Executor, InProcess, RayExecutor
+from untether.clients.hosting.host import call_again, guarded, run_pass
+from untether.clients.hosting.process import Post, WorkerProcess
+from untether.sim.rounds.messages import Reply
+from untether.sim.run.directory import RunDirectory
 
 app = ClientApp()
 

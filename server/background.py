@@ -14,13 +14,13 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sim.errors import UserError
+from untether.sim.core.errors import UserError
+from untether.sim.core.package_data import import_root
 
-_ROOT = str(Path(__file__).resolve().parent.parent)
+_ROOT = str(import_root())
 
 
 @dataclass
@@ -83,7 +83,7 @@ def start_background(
     words = [generator, json.dumps(dict(options or {})), str(os.getpid())]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "server.gateway", *words],
+            [sys.executable, "-P", "-m", "untether.server.gateway", *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,

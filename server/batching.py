@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-from server.generator import Completion, GenerationRequest, Generator
+from untether.server.generator import Completion, GenerationRequest, Generator
 
 
 class Batcher:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from server.background import start_background
-from server.generator import names
-from sim.errors import UserError, unknown
-from sim.experiment import Experiment
-from sim.results import RunDirectory
+from untether.server.background import start_background
+from untether.server.generator import GENERATORS
+from untether.sim.core.errors import UserError, unknown
+from untether.sim.experiment import Experiment
+from untether.sim.run.directory import RunDirectory
 
 WORLD_DIALS = (
     "knowledge", "hallucination_rate", "off_topic_rate", "duplicate_rate", "malformed_rate", "verbosity",
@@ -38,7 +38,7 @@ class Cloud:
         """What each sample of the embedded world's generator really was, by (task, input, output)."""
         if self.truth_path is None:
             return {}
-        from server.generator.world import read_truth
+        from untether.server.generator.world import read_truth
 
         return read_truth(self.truth_path)
 
@@ -85,7 +85,7 @@ def _truth_path(cache: str, dials: Mapping[str, Any], run: RunDirectory) -> Path
 def check_cloud(experiment: Experiment) -> None:
     """Raises UserError for an unknown provider, a malformed address or a missing key (before anything starts)."""
     settings = experiment.cloud
-    known = ("openai", *names())
+    known = ("openai", *GENERATORS)
     if settings.provider not in known:
         raise UserError(f"cloud.provider: {unknown('provider', settings.provider, known)}")
     if settings.provider == "openai":

@@ -22,12 +22,11 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from server import generator as generators
-from server.background import Gateway, start_background
-from server.batching import Batcher
-from server.generator import Completion, GenerationRequest, Generator, PromptTooLong
-from sim.errors import UserError
-from sim.protocol import NotARequest
+from untether.server.background import Gateway, start_background
+from untether.server.batching import Batcher
+from untether.server.generator import Completion, GenerationRequest, Generator, PromptTooLong, create
+from untether.sim.core.errors import UserError
+from untether.sim.prompts.protocol import NotARequest
 
 __all__ = ["ApiError", "Gateway", "create_app", "serve", "start_background"]
 
@@ -105,7 +104,7 @@ def serve(
     `announce` gets one line with the base URL and the model once the port is open. Raises UserError where it is taken.
     """
     if isinstance(generator, str):
-        generator = generators.create(generator, options)
+        generator = create(generator, options)
     with _bind(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         announce(f"serving {generator.model_id} at http://{shown}:{listening.getsockname()[1]}/v1 (Ctrl-C stops)")
@@ -214,7 +213,7 @@ def _child() -> None:
     given = parser.parse_args()
     threading.Thread(target=_end_with_parent, args=(given.parent,), daemon=True).start()
     try:
-        made = generators.create(given.generator, given.options)
+        made = create(given.generator, given.options)
         listening = _bind("127.0.0.1", 0)
     except Exception as error:
         kind = "user" if isinstance(error, UserError) else type(error).__name__

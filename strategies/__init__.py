@@ -1,6 +1,12 @@
 """Flower strategies: who takes part, what is shared, how it is aggregated."""
 
-import strategies.private  # noqa: F401  (registers itself)
-from strategies.fleet import FETCH, LEARN, FleetStrategy, make_strategy, register
+from collections.abc import Callable
 
-__all__ = ["FETCH", "LEARN", "FleetStrategy", "make_strategy", "register"]
+from untether.sim.core.registry import Registry
+from untether.strategies.fleet import FETCH, LEARN, FleetStrategy
+
+STRATEGIES: Registry[Callable[[], FleetStrategy]] = Registry(
+    "strategy", "strategy.name", {"private": "untether.strategies.private:Private"}
+)
+
+__all__ = ["FETCH", "LEARN", "STRATEGIES", "FleetStrategy"]

@@ -6,14 +6,13 @@ on partition i mod P. A message names devices by number; what they know never tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from sim.errors import UserError, unknown
-from sim.orders import cut
+from untether.sim.rounds.orders import cut
 
 FETCH = f"{MessageType.QUERY}.fetch"
 """Message type of the fetch pass: ask the cloud, filter what it wrote."""
@@ -76,20 +75,3 @@ class FleetStrategy(Strategy):
 
     def summary(self) -> None:
         """Nothing to print: the run directory holds the experiment."""
-
-
-_FACTORIES: dict[str, Callable[[], FleetStrategy]] = {}
-
-
-def register(name: str, factory: Callable[[], FleetStrategy]) -> None:
-    """Makes a strategy known by name; a name can be given once."""
-    if name in _FACTORIES:
-        raise ValueError(f"strategy `{name}` is registered already")
-    _FACTORIES[name] = factory
-
-
-def make_strategy(name: str) -> FleetStrategy:
-    """The strategy of that name; UserError lists the known ones."""
-    if name not in _FACTORIES:
-        raise UserError(f"strategy.name: {unknown('strategy', name, _FACTORIES)}")
-    return _FACTORIES[name]()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from strategies.fleet import FleetStrategy, register
+from untether.strategies.fleet import FleetStrategy
 
 
 class Private(FleetStrategy):
     """CDCDA-PLM's own setting: adapters, histories and samples stay where they are; only counts come back."""
-
-
-register("private", Private)

@@ -26,7 +26,7 @@ SMALL = {
 def untether(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess:
     """Runs the `untether` command as a user would."""
     environment = {**os.environ, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "sim.cli", *arguments]
+    command = [sys.executable, "-m", "untether", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
 
 

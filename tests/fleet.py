@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from clients.executors import InProcess
-from clients.in_process import InProcessBackend
-from clients.worker import Endpoint, Worker
-from sim.experiment import Experiment
-from sim.loop import run_rounds
-from sim.results import RunDirectory
+from untether.clients.device.worker import Endpoint, Worker
+from untether.clients.hosting.executors import InProcess
+from untether.clients.hosting.in_process import InProcessBackend
+from untether.sim.experiment import Experiment
+from untether.sim.rounds.loop import run_rounds
+from untether.sim.run.directory import RunDirectory
 
 KEYS = ["seed", "round", "device_id", "arm", "task", "query_id"]
 

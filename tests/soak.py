@@ -20,9 +20,9 @@ from fleet import run_in_process, tiny  # noqa: E402
 from survival import Untether, commits, wait_for  # noqa: E402
 from test_survival import assert_whole  # noqa: E402
 
-from clients.worker import Endpoint  # noqa: E402
-from server.background import start_background  # noqa: E402
-from sim.results import RunDirectory  # noqa: E402
+from untether.clients.device.worker import Endpoint  # noqa: E402
+from untether.server.background import start_background  # noqa: E402
+from untether.sim.run.directory import RunDirectory  # noqa: E402
 
 ROUNDS_A_KILL = 2
 MOMENTS = {"start": (0.2, 15.0), "at work": (0.4, 6.0), "committed": (0.4, 3.0)}

@@ -19,7 +19,7 @@ class Untether:
 
     def __init__(self, *arguments: str, command: str = "run", env: dict[str, str] | None = None):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sim.cli", command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "untether", command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, env={**ENVIRONMENT, **(env or {})},
         )
         self.family: list[psutil.Process] = []

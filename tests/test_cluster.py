@@ -13,13 +13,14 @@ from fleet import run_in_process, tiny
 from survival import Untether, commits, wait_for
 from test_survival import assert_whole
 
-from clients.adapter_store import AdapterStore
-from clients.executors import RayExecutor, WorkerDied
-from clients.worker import Endpoint, Post
-from server.background import start_background
-from sim.cluster import runtime_env, start_here
-from sim.errors import ResumableStop
-from sim.results import RunDirectory
+from untether.clients.device.worker import Endpoint
+from untether.clients.hosting.executors import RayExecutor, WorkerDied
+from untether.clients.hosting.process import Post
+from untether.clients.stores.adapter_store import AdapterStore
+from untether.server.background import start_background
+from untether.sim.core.errors import ResumableStop
+from untether.sim.launch.cluster import runtime_env, start_here
+from untether.sim.run.directory import RunDirectory
 
 OBJECTS = 100 << 20
 """Bytes of a node's object store: nothing large goes through it."""

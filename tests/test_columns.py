@@ -11,20 +11,20 @@ from urllib.request import Request, urlopen
 import pytest
 from fleet import run_in_process, tiny
 
-import clients.learn
-import sim.loop
-from clients.arms import training_pairs
-from clients.augmentation import questions, sample_orders
-from clients.device import Device, Shard
-from clients.materials import Materials
-from clients.worker import Endpoint, Worker
-from server.background import start_background
-from sim.population.source import open_population
-from sim.protocol import parse_request
-from sim.report.fleet import Fleet
-from sim.report.funnel import Funnel
-from sim.results import RunDirectory
-from sim.statistics import summarize
+import untether.clients.device.learn
+from untether.clients.device.arms import training_pairs
+from untether.clients.device.augmentation import questions, sample_orders
+from untether.clients.device.device import Device, Shard
+from untether.clients.device.materials import Materials
+from untether.clients.device.worker import Endpoint, Worker
+from untether.server.background import start_background
+from untether.sim.evaluation.statistics import summarize
+from untether.sim.population.source import open_population
+from untether.sim.prompts.protocol import parse_request
+from untether.sim.report.fleet import Fleet
+from untether.sim.report.funnel import Funnel
+from untether.sim.rounds.planner import Rounds
+from untether.sim.run.directory import RunDirectory
 
 HARD = {
     "network__kind": "onoff", "network__availability": 0.5, "network__mean_down_s": 60, "network__uplink_mbps": 0.001,
@@ -64,7 +64,7 @@ class Recorder(BaseHTTPRequestHandler):
 def runs(tmp_path_factory):
     """(run of an undisturbed fleet, run of a hard one; of the first: bodies that it sent, results of the engine)."""
     folder = tmp_path_factory.mktemp("columns")
-    engine, real_train = [], clients.learn.train_once
+    engine, real_train = [], untether.clients.device.learn.train_once
 
     def train_once(base, jobs, *arguments, **options):
         found = real_train(base, jobs, *arguments, **options)
@@ -75,15 +75,15 @@ def runs(tmp_path_factory):
         recorder = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
         recorder.bodies, recorder.to = [], gateway.base_url.removesuffix("/v1")
         threading.Thread(target=recorder.serve_forever, daemon=True).start()
-        patch.setattr(clients.learn, "train_once", train_once)
+        patch.setattr(untether.clients.device.learn, "train_once", train_once)
         url = f"http://127.0.0.1:{recorder.server_address[1]}/v1"
         endpoint = Endpoint(url, gateway.model, gateway.fingerprint)
         common = {"population__users": 4, "rounds": 2, "training__steps": 5, "training__batch_size": 3}
         warm = Worker(str(RunDirectory.create(folder / "warm", tiny()).path), endpoint, threads=1)
         free = run_in_process(folder / "free", tiny(**common), endpoint, hosts=2, worker=warm)
         bodies, trained = list(recorder.bodies), list(engine)
-        states, real_state = [], sim.loop.Rounds.state
-        patch.setattr(sim.loop.Rounds, "state", lambda self: states.append(found := real_state(self)) or found)
+        states, real_state = [], Rounds.state
+        patch.setattr(Rounds, "state", lambda self: states.append(found := real_state(self)) or found)
         hard = run_in_process(folder / "hard", tiny(**{**common, **HARD, "rounds": 3}), endpoint, hosts=2, worker=warm)
         hard.states = json.loads(json.dumps(states))
         yield free, hard, bodies, trained

@@ -11,9 +11,9 @@ import pytest
 from fleet import answers, losses, metrics, run_in_process, tiny, verdicts
 from pandas.testing import assert_frame_equal
 
-from clients.worker import Endpoint, Worker
-from server.background import start_background
-from sim.results import RunDirectory
+from untether.clients.device.worker import Endpoint, Worker
+from untether.server.background import start_background
+from untether.sim.run.directory import RunDirectory
 
 SPLITS = {
     "one adapter at a time": {"engine__cohort": 1},

@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sim.experiment import Experiment, fields
-from sim.results import TABLES, TRUTH, RunDirectory
-from sim.studies import Study
+from untether.sim.experiment import Experiment, fields
+from untether.sim.run.directory import TABLES, TRUTH, RunDirectory
+from untether.sim.studies import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 

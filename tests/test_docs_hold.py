@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 import typer
 
-from sim.cli import app
-from sim.experiment import Experiment, fields
-from sim.results import TABLES, RunDirectory
-from sim.studies import Study
 from tests.sim.timelines import run, timeline
+from untether.sim.experiment import Experiment, fields
+from untether.sim.run.directory import TABLES, RunDirectory
+from untether.sim.studies import Study
+from untether.sim.terminal.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,7 +91,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         if not (main.path / f"{table}.parquet").exists():
             pd.DataFrame({name: [] for name in TABLES[table].names}).to_parquet(main.path / f"{table}.parquet")
     scores = pd.DataFrame({"task": ["LaMP_2"], "arm": ["local"], "metric": ["accuracy"], "value": [0.5]})
-    monkeypatch.setattr("sim.launch.launch", lambda made: scores.to_parquet(made.path / "metrics.parquet"))
+    metrics = "metrics.parquet"
+    monkeypatch.setattr("untether.sim.launch.runtime.launch", lambda made: scores.to_parquet(made.path / metrics))
     for code in python(page):
         exec(compile(code, page.name, "exec"), {})
 
@@ -179,6 +180,8 @@ def test_every_file_and_name_is_there(page):
 
 def resolves(dotted: str) -> bool:
     """Whether a dotted name is a module, or something in one."""
+    if dotted.split(".")[0] in HOUSE[:4]:  # prose names a module without the import name
+        dotted = f"untether.{dotted}"
     module, _, name = dotted.rpartition(".")
     try:
         if importlib.util.find_spec(dotted):

@@ -10,13 +10,13 @@ import pytest
 from fleet import run_in_process, tiny
 from pandas.testing import assert_frame_equal
 
-from clients.worker import Endpoint, Worker
-from server.background import start_background
-from sim.population.source import FromWorld
-from sim.results import RunDirectory
-from sim.studies import Study
-from sim.studies.analysis import make_analysis
-from sim.studies.drift_measures import KEYS, along, paired, read_answers
+from untether.clients.device.worker import Endpoint, Worker
+from untether.server.background import start_background
+from untether.sim.population.source import FromWorld
+from untether.sim.run.directory import RunDirectory
+from untether.sim.studies import Study
+from untether.sim.studies.analysis import ANALYSES
+from untether.sim.studies.drift.measures import KEYS, along, paired, read_answers
 
 TEXT = """
 name = "days"
@@ -135,7 +135,7 @@ def test_the_same_seed_gives_the_same_curve(days):
 
 def test_the_study_tells_it_all(days, tmp_path):
     study, runs, _ = days
-    make_analysis("drift")(study, tmp_path, runs)
+    ANALYSES.get("drift")(study, tmp_path, runs)
     table = pd.read_csv(tmp_path / "table.csv").set_index(["change", "measure"])
     assert set(table.loc["abrupt"].index) >= {
         "score", "regret", "decay", "decay since the change", "half-life", "score on the now gold",

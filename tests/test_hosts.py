@@ -6,13 +6,14 @@ from pandas.testing import assert_frame_equal
 from survival import Untether
 from test_determinism import FINITE
 
-import clients.executors
-from clients.executors import RayExecutor
-from clients.worker import Endpoint, Post, WorkerProcess
-from server.background import start_background
-from sim.cluster import start_here
-from sim.errors import ResumableStop
-from sim.results import RunDirectory
+import untether.clients.hosting.executors
+from untether.clients.device.worker import Endpoint
+from untether.clients.hosting.executors import RayExecutor
+from untether.clients.hosting.process import Post, WorkerProcess
+from untether.server.background import start_background
+from untether.sim.core.errors import ResumableStop
+from untether.sim.launch.cluster import start_here
+from untether.sim.run.directory import RunDirectory
 
 
 @pytest.mark.timeout(600)
@@ -38,7 +39,7 @@ def test_a_worker_that_no_node_takes_says_so(tmp_path, monkeypatch):
     """All that is offered is taken, by an actor that does not go away."""
     import ray
 
-    monkeypatch.setattr(clients.executors, "PLACED_S", 4.0)
+    monkeypatch.setattr(untether.clients.hosting.executors, "PLACED_S", 4.0)
     start_here(2, 0, 1)
     try:
         run = RunDirectory.create(tmp_path / "run", tiny())

@@ -1,38 +1,113 @@
-"""The walls of the house: who may import whom, read from the source itself."""
+"""The walls of the house: who may import whom, read from the source itself (late imports and those for types too)."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-FORBIDDEN = {"clients": {"server", "strategies"}, "server": {"clients"}, "strategies": {"clients"}}
-GROUND = ("sim/experiment.py", "sim/section.py", "sim/sections.py", "sim/virtual_sections.py", "sim/clock.py",
-          "sim/records.py", "sim/seeding.py", "sim/errors.py", "sim/limits.py")  # fmt: skip
+PACKAGES = ("sim", "clients", "server", "strategies")
+FORBIDDEN = {"clients": {"server", "strategies"}, "server": {"clients"}, "strategies": {"clients", "server"}}
+ROOF = {"sim.launch", "sim.studies", "sim.terminal"}
+"""The rooms of `sim` that may know who carries a run out."""
 
 
-def _imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module
+@cache
+def imports() -> dict[str, set[str]]:
+    """Which modules of the project each one imports, without the leading `untether.`."""
+    files = {path: ".".join(path.with_suffix("").parts) for package in PACKAGES for path in Path(package).rglob("*.py")}
+    names = {path: name.removesuffix(".__init__") for path, name in files.items()}
+    known = set(names.values())
+    found = {}
+    for path, name in names.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                said = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: imports are absolute"
+                said = [
+                    whole if (whole := f"{node.module}.{alias.name}").removeprefix("untether.") in known
+                    else node.module for alias in node.names
+                ]  # fmt: skip
+            else:
+                continue
+            assert not {word.split(".")[0] for word in said} & set(PACKAGES), f"{path}: import from `untether`"
+            found[name] |= {word.removeprefix("untether.") for word in said if word.startswith("untether.")} & known
+    return found
+
+
+def room(module: str) -> str:
+    """The folder that a module stands in, at most two deep: `sim.time` of `sim.time.network.link`."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if Path(*parts[:2]).is_dir() else module
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of more than one that reach each other."""
+    reached = {start: set() for start in edges}
+    for start, seen in reached.items():
+        waiting = list(edges[start])
+        while waiting:
+            if (name := waiting.pop()) not in seen:
+                seen.add(name)
+                waiting += edges.get(name, ())
+    groups = {tuple(sorted({a, *(b for b in reached[a] if a in reached.get(b, ()))})) for a in edges}
+    return [list(group) for group in sorted(groups) if len(group) > 1]
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_packages_keep_apart(package):
-    found = [(str(p), name) for p in Path(package).rglob("*.py") for name in _imports(p)
-             if name.split(".")[0] in FORBIDDEN[package]]  # fmt: skip
+    found = [
+        (module, other) for module, others in imports().items() for other in others
+        if module.split(".")[0] == package and other.split(".")[0] in FORBIDDEN[package]
+    ]  # fmt: skip
+    assert found == []
+
+
+def test_only_the_roof_of_sim_knows_who_carries_a_run_out():
+    found = [
+        (module, other) for module, others in imports().items() for other in others
+        if module.startswith("sim.") and room(module) not in ROOF and not other.startswith("sim")
+    ]  # fmt: skip
     assert found == []
 
 
 def test_the_ground_floor_imports_nothing_of_the_project_but_itself():
-    allowed = {name.removesuffix(".py").replace("/", ".") for name in GROUND}
-    for name in GROUND:
-        ours = {i for i in _imports(Path(name)) if i.split(".")[0] in ("sim", "clients", "server", "strategies")}
-        assert ours <= allowed, name
+    found = {other for module, others in imports().items() if room(module) == "sim.core" for other in others}
+    assert {name for name in found if room(name) not in ("sim.core", "sim")} == set()
+
+
+def test_the_engine_stands_alone():
+    """It needs the ground floor, and how a chat template is told what to print."""
+    found = {other for module, others in imports().items() if room(module) == "clients.engine" for other in others}
+    outside = {name for name in found if room(name) not in ("clients.engine", "sim.core")}
+    assert outside <= {"sim.prompts", "sim.prompts.chat_template"}
+
+
+def test_no_module_imports_itself_by_way_of_another():
+    assert circles(imports()) == []
+
+
+def test_no_room_needs_another_that_needs_it():
+    rooms: dict[str, set[str]] = {}
+    for module, others in imports().items():
+        rooms.setdefault(room(module), set()).update(room(other) for other in others if room(other) != room(module))
+    assert circles(rooms) == []
+
+
+def test_a_room_holds_a_dozen_things():
+    folders = {path.parent for package in PACKAGES for path in Path(package).rglob("*.py")}
+    sizes = {
+        str(folder): len({path.stem for path in folder.glob("*.py") if path.stem != "__init__"})
+        + len([path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.py"))])
+        for folder in folders
+    }  # fmt: skip
+    assert {folder: size for folder, size in sizes.items() if size > 12} == {}
 
 
 def test_only_the_clock_waits():
     waiting = [str(p) for package in ("sim", "clients", "strategies") for p in Path(package).rglob("*.py")
                if "time.sleep(" in p.read_text()]  # fmt: skip
-    assert sorted(waiting) == ["clients/answer_cache.py", "sim/clock.py"], "and a locked database, which is waited for"
+    allowed = ["clients/cloud/answer_cache.py", "sim/core/clock.py"]
+    assert sorted(waiting) == allowed, "and a locked database, which is waited for"

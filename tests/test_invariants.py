@@ -5,12 +5,12 @@ import pytest
 from fleet import KEYS, answers, losses, run_in_process, tiny, verdicts
 from pandas.testing import assert_frame_equal
 
-from clients.worker import Endpoint, Worker
-from server.background import start_background
-from sim.clock import DAY_S
-from sim.population.source import open_population
-from sim.results import RunDirectory
-from sim.rounds import question_names, request_names
+from untether.clients.device.worker import Endpoint, Worker
+from untether.server.background import start_background
+from untether.sim.core.clock import DAY_S
+from untether.sim.population.source import open_population
+from untether.sim.rounds.planner import question_names, request_names
+from untether.sim.run.directory import RunDirectory
 
 USERS, ROUNDS = 4, 2
 

@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from clients.base_model import resolve
-from sim.experiment import Experiment
-from sim.population.dates import DAY_S
-from sim.population.order import over_s
-from sim.population.source import device_id, open_population
-from sim.results import TABLES, RunDirectory
 from tests.conftest import ARMS, settings, untether
 from tests.sim.population.lamp_files import article, question, write
+from untether.clients.base_model import resolve
+from untether.sim.experiment import Experiment
+from untether.sim.population.dates import DAY_S
+from untether.sim.population.order import over_s
+from untether.sim.population.source import device_id, open_population
+from untether.sim.run.directory import TABLES, RunDirectory
 
 
 @pytest.fixture(scope="module")

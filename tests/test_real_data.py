@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sim.results import RunDirectory
 from tests.conftest import settings, untether
 from tests.test_main_job import check_order
+from untether.sim.run.directory import RunDirectory
 
 DATA = os.environ.get("UNTETHER_REAL_DATA", "")
 pytestmark = pytest.mark.skipif(not DATA, reason="UNTETHER_REAL_DATA does not name a folder of real data")

@@ -9,13 +9,15 @@ from fleet import answers, losses, metrics, run_in_process, tiny
 from pandas.testing import assert_frame_equal
 from survival import Untether, wait_for
 
-from clients import adapter_cache, answering
-from clients.embedding import Encoder
-from clients.generation import generate
-from clients.training import train
-from clients.worker import Endpoint, Models, Post, WorkerProcess
-from server.background import start_background
-from sim.results import RunDirectory
+from untether.clients.device import answering
+from untether.clients.device.worker import Endpoint, Models
+from untether.clients.engine.generation import generate
+from untether.clients.engine.training import train
+from untether.clients.filters.embedding import Encoder
+from untether.clients.hosting.process import Post, WorkerProcess
+from untether.clients.stores import adapter_cache
+from untether.server.background import start_background
+from untether.sim.run.directory import RunDirectory
 
 TEXT = """
 name = "toy"
@@ -104,7 +106,8 @@ def test_a_cell_like_another_trains_embeds_and_decodes_nothing(tmp_path, monkeyp
 
 def test_models_stay_until_another_is_asked_for(tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr("clients.base.FrozenBase.load", lambda *words, **given: loaded.append(words) or object())
+    load = "untether.clients.engine.base.FrozenBase.load"
+    monkeypatch.setattr(load, lambda *words, **given: loaded.append(words) or object())
     process, endpoint = WorkerProcess(), Endpoint("http://127.0.0.1:9/v1", "none")
     posts = []
     for number, dtype in enumerate(["float32", "float32", "bfloat16"]):

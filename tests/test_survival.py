@@ -13,9 +13,9 @@ from pandas.testing import assert_frame_equal
 from survival import Untether, commits, wait_for
 from test_determinism import assert_same_results
 
-from clients.worker import Endpoint
-from server.background import start_background
-from sim.results import RunDirectory
+from untether.clients.device.worker import Endpoint
+from untether.server.background import start_background
+from untether.sim.run.directory import RunDirectory
 
 #: Rounds that leave something to the next: gaps, batteries, work in flight, samples of earlier days.
 VIRTUAL = {

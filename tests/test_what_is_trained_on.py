@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 from fleet import run_in_process, tiny
 
-from clients.worker import Endpoint
-from server.background import start_background
-from sim.finish import finish
-from sim.population.others import NOT_OLDER, SCORED
-from sim.population.source import open_population
-from sim.usage import Usage
 from tests.sim.population.lamp_files import write
+from untether.clients.device.worker import Endpoint
+from untether.server.background import start_background
+from untether.sim.population.others import NOT_OLDER, SCORED
+from untether.sim.population.source import open_population
+from untether.sim.report.finish import finish
+from untether.sim.run.usage import Usage
 
 ARMS = "shared,rag,local,placebo,collaborative,cloud"
 PEOPLE = [f"author{n}" for n in range(6)]
@@ -41,22 +41,23 @@ def trained_on(tmp_path_factory):
 
         def run(path, **changes):
             learned, prompts = [], []
-            for where in ("clients.shared", "clients.learn"):
+            for where in ("untether.clients.device.shared", "untether.clients.device.learn"):
                 original = __import__(where, fromlist=["train_once"]).train_once
 
                 def spy(base, jobs, *rest, original=original, where=where, **options):
                     for job in jobs:
-                        arm = "shared" if where == "clients.shared" else job.key[1].arm
-                        device = None if where == "clients.shared" else job.key[0]
+                        arm = "shared" if where == "untether.clients.device.shared" else job.key[1].arm
+                        device = None if where == "untether.clients.device.shared" else job.key[0]
                         told = [base.tokenizer.decode([*e.prompt_ids, *e.target_ids]) for e in job.examples]
                         learned.append((arm, device, " ".join(told)))
                     return original(base, jobs, *rest, **options)
 
                 patch.setattr(f"{where}.train_once", spy)
-            import clients.answering
+            import untether.clients.device.answering
 
-            encode = clients.answering.encode_prompt
-            patch.setattr("clients.answering.encode_prompt", lambda t, text: (prompts.append(text), encode(t, text))[1])
+            encode = untether.clients.device.answering.encode_prompt
+            answering = "untether.clients.device.answering"
+            patch.setattr(f"{answering}.encode_prompt", lambda t, text: (prompts.append(text), encode(t, text))[1])
             experiment = tiny(
                 arms=ARMS, population__source="lamp", population__path=path, population__users=3,
                 population__shared_users=3, population__tasks="", training__steps=1, cloud__provider="recombine",

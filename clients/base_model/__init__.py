@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sim.errors import UserError
-from sim.package_data import find
+from untether.sim.core.errors import UserError
+from untether.sim.core.package_data import find
 
 FOLDER = Path(__file__).parent
 """Where the committed checkpoint lies, as a Hugging Face model folder."""

@@ -15,10 +15,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from clients.encoding import encode_answer, encode_prompt
-from sim.population.tasks import get_task, rag_prompt
-from sim.population.world import TASKS, World, world_task
-from sim.seeding import generator
+from untether.clients.engine.encoding import encode_answer, encode_prompt
+from untether.sim.core.seeding import generator
+from untether.sim.population.tasks import get_task, rag_prompt
+from untether.sim.population.world import TASKS, World, world_task
 
 USERS_A_CHUNK = 96
 AUXILIARY_SHARE = 0.25
@@ -113,7 +113,7 @@ def build_tokenizer(seed: int, vocabulary: int, chunks: int = 8) -> PreTrainedTo
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, found: Sequence[Document]) -> list[Encoded]:
-    """Token ids of documents, as `clients.encoding` gives them to a device."""
+    """Token ids of documents, as `clients.engine.encoding` gives them to a device."""
     frame = encode_prompt(tokenizer, "\x00")
     inside = tokenizer("\x00", add_special_tokens=False)["input_ids"]
     at = next(i for i in range(len(frame)) if frame[i : i + len(inside)] == inside)

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from clients.base_model.card import model_card
-from clients.base_model.corpus import Batch, Encoded, batches, build_tokenizer, documents, encode
-from sim.errors import UserError
-from sim.seeding import derive, generator
+from untether.clients.base_model.card import model_card
+from untether.clients.base_model.corpus import Batch, Encoded, batches, build_tokenizer, documents, encode
+from untether.sim.core.errors import UserError
+from untether.sim.core.seeding import derive, generator
 
 
 @dataclass(frozen=True)

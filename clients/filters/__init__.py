@@ -4,8 +4,8 @@ The three filters of CDCDA-PLM (arXiv 2508.21313): semantic consistency, diversi
 validation, a person's review) is a factory registered under a name that `filters.order` then may list.
 """
 
-from clients.filters.case import Case, Examination, Filter, Finding, text_of
-from clients.filters.judging import judge
-from clients.filters.registry import create, known, register
+from untether.clients.filters.case import Case, Examination, Filter, Finding, text_of
+from untether.clients.filters.judging import judge
+from untether.clients.filters.registry import create, known, register
 
 __all__ = ["Case", "Examination", "Filter", "Finding", "create", "judge", "known", "register", "text_of"]

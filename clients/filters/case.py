@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from sim.records import Interaction, Sample
+from untether.sim.core.records import Interaction, Sample
 
 Reads = Literal["input", "output", "pair"]
 

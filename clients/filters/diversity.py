@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clients.filters.case import Case, Finding
+from untether.clients.filters.case import Case, Finding
 
 
 class Diversity:

@@ -7,9 +7,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from clients.filters.case import Case, Filter, text_of
-from clients.filters.registry import create
-from sim.records import Interaction, JudgedSample, Sample
+from untether.clients.filters.case import Case, Filter, text_of
+from untether.clients.filters.registry import create
+from untether.sim.core.records import Interaction, JudgedSample, Sample
 
 Key = TypeVar("Key", bound=Hashable)
 LeakCheck = Callable[[Sample], bool]
@@ -17,7 +17,7 @@ COLUMNS = {"semantic": "semantic", "diversity": "diversity", "length": "length_r
 
 
 class TextEncoder(Protocol):
-    """What `judge` needs of an encoder: see `clients.embedding.Encoder`."""
+    """What `judge` needs of an encoder: see `clients.filters.embedding.Encoder`."""
 
     def encode(self, texts: Sequence[str], *, remember: Any = None) -> np.ndarray:
         """Unit vectors, float32 `[texts, dim]`."""

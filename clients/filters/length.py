@@ -5,10 +5,10 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from clients.filters.case import Case, Finding, Fixed, text_of
-from sim.errors import UserError
-from sim.population.tasks import get_task
-from sim.records import Interaction, Sample
+from untether.clients.filters.case import Case, Finding, Fixed, text_of
+from untether.sim.core.errors import UserError
+from untether.sim.core.records import Interaction, Sample
+from untether.sim.population.tasks import get_task
 
 
 class Length:

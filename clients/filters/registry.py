@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from clients.filters.case import Filter
-from clients.filters.diversity import Diversity
-from clients.filters.length import Length
-from clients.filters.semantic import Semantic
-from sim.errors import UserError
+from untether.clients.filters.case import Filter
+from untether.clients.filters.diversity import Diversity
+from untether.clients.filters.length import Length
+from untether.clients.filters.semantic import Semantic
+from untether.sim.core.errors import UserError
 
 Factory = Callable[[Any], Filter]
 

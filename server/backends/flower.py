@@ -11,10 +11,10 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from server.exchange import exchange, nodes
-from sim.messages import Reply
-from sim.results import RunDirectory
-from strategies import FleetStrategy
+from untether.server.backends.exchange import exchange, nodes
+from untether.sim.rounds.messages import Reply
+from untether.sim.run.directory import RunDirectory
+from untether.strategies import FleetStrategy
 
 _FILTER = f"{MessageType.QUERY}.filter"
 
@@ -37,7 +37,7 @@ class FlowerBackend:
         strategy.hosts = {int(m.content["host"]["partition"]): m.metadata.src_node_id for m in hosts}
 
     def send(self, work: str, order: Mapping[str, Any], progress: Callable[[float], None]) -> list[Reply]:
-        """See `sim.loop.Backend`."""
+        """See `sim.rounds.loop.Backend`."""
         watch = _Watch(self.run, progress)
         messages = self._messages(work, ConfigRecord({**self._told, **order}))
         replies = exchange(self.grid, messages, self._deadline_s, self.stop, watch)

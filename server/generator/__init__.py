@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sim.errors import UserError
+from untether.sim.core.errors import UserError
+from untether.sim.core.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,37 +62,25 @@ class Generator(Protocol):
     structured: bool
 
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
-        """One completion a request, in order. Raises `sim.protocol.NotARequest` for messages it cannot read."""
+        """One completion a request, in order. Raises `sim.prompts.protocol.NotARequest` for messages it cannot read."""
         ...
 
 
-Factory = Callable[..., Generator]
-_factories: dict[str, Factory] = {}
-
-
-def register(name: str, factory: Factory) -> None:
-    """Add a generator under a name. The factory takes the options as keywords. A taken name is a ValueError."""
-    if name in _factories:
-        raise ValueError(f"a generator named {name!r} is registered already")
-    _factories[name] = factory
-
-
-def names() -> tuple[str, ...]:
-    """The names of all registered generators."""
-    return tuple(_factories)
+GENERATORS: Registry[Callable[..., Generator]] = Registry("generator", "", {
+    name: f"untether.server.generator.factories:{name}" for name in ("world", "recombine", "transformers")
+})  # fmt: skip
+"""Factories, which take a generator's options as keywords."""
 
 
 def create(name: str, options: Mapping[str, Any] | None = None) -> Generator:
     """The generator of that name. Raises UserError for an unknown name or option, listing the known ones."""
-    factory = _factories.get(name)
-    if factory is None:
-        raise UserError(f"unknown generator {name!r}: the known ones are {', '.join(_factories)}")
-    options = dict(options or {})
-    _check_options(name, factory, options)
+    factory, options = GENERATORS.get(name), dict(options or {})
+    check_options(name, factory, options)
     return factory(**options)
 
 
-def _check_options(name: str, takes: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def check_options(name: str, takes: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raises UserError where something that makes a generator does not take these options, or lacks one."""
     parameters = inspect.signature(takes).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return  # the factory passes them on, and checks them then
@@ -108,40 +97,3 @@ def fingerprint(*parts: object) -> str:
     """A short digest of whatever determines a generator's answers, in the manner of OpenAI's `system_fingerprint`."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
     return "fp_" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-def _recombine() -> Generator:
-    from server.generator.recombine import RecombineGenerator
-
-    return RecombineGenerator()
-
-
-def _world(**options: Any) -> Generator:
-    from server.generator.fallback import WorldOrRecombine
-    from server.generator.world import WorldGenerator
-
-    _check_options("world", WorldGenerator, options)
-    return WorldOrRecombine(WorldGenerator(**options))
-
-
-def _transformers(
-    model: str, device: str = "", dtype: str = "auto", max_batch: int = 8, threads: int = 0,
-    template_args: Mapping[str, Any] | str | None = None,
-) -> Generator:  # fmt: skip
-    from server.generator.local_model import LocalModelGenerator
-    from sim.sections import check_template_args
-
-    given = template_args or {}
-    try:
-        given = json.loads(given) if isinstance(given, str) else dict(given)
-        check_template_args(given)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"option template_args = {template_args!r}: {error}; give a JSON object") from None
-    return LocalModelGenerator(
-        model, device=device, dtype=dtype, max_batch=max_batch, threads=threads, template_args=given
-    )
-
-
-register("world", _world)
-register("recombine", _recombine)
-register("transformers", _transformers)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from server.generator import Completion, GenerationRequest, Generator, fingerprint
-from server.generator.recombine import RecombineGenerator
+from untether.server.generator import Completion, GenerationRequest, Generator, fingerprint
+from untether.server.generator.recombine import RecombineGenerator
 
 
 class WorldOrRecombine:
@@ -30,7 +30,7 @@ class WorldOrRecombine:
         return [self._one(request) for request in batch]
 
     def _one(self, request: GenerationRequest) -> Completion:
-        from server.generator.world import NotOfThisWorld
+        from untether.server.generator.world import NotOfThisWorld
 
         try:
             return self._world.generate([request])[0]

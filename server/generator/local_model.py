@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from server.generator import Completion, GenerationRequest, PromptTooLong, fingerprint
-from sim import chat_template, limits
-from sim.errors import UserError
+from untether.server.generator import Completion, GenerationRequest, PromptTooLong, fingerprint
+from untether.sim.core import limits
+from untether.sim.core.errors import UserError
+from untether.sim.prompts import chat_template
 
 
 class LocalModelGenerator:
     """A causal LM by name or path, with its chat template where it has one (else the messages, a paragraph each).
 
     `device` empty: a GPU if there is one. `dtype`: `auto` (as saved) or a torch name. `threads` 0: torch's choice,
-    within the cores that are ours. `template_args` is what the template is given (`sim.chat_template`: no thinking and
-    a fixed date by default). Answers cannot be constrained to a schema (`structured` is False). Raises UserError where
-    it does not load.
+    within the cores that are ours. `template_args` is what the template is given (`sim.prompts.chat_template`: no
+    thinking and a fixed date by default). Answers cannot be constrained to a schema (`structured` is False). Raises
+    UserError where it does not load.
     """
 
     name = "transformers"

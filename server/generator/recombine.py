@@ -14,10 +14,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from server.generator import Completion, GenerationRequest, fingerprint
-from sim.protocol import Request, estimate_tokens, format_samples, parse_request
-from sim.records import Interaction
-from sim.seeding import generator as stream
+from untether.server.generator import Completion, GenerationRequest, fingerprint
+from untether.sim.core.records import Interaction
+from untether.sim.core.seeding import generator as stream
+from untether.sim.prompts.protocol import Request, estimate_tokens, format_samples, parse_request
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WORD = re.compile(r"\w+")
@@ -53,7 +53,7 @@ class RecombineGenerator:
     structured = True
 
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
-        """As `Generator.generate`. Tokens are `sim.protocol.estimate_tokens`."""
+        """As `Generator.generate`. Tokens are `sim.prompts.protocol.estimate_tokens`."""
         return [self._one(request) for request in batch]
 
     def _one(self, request: GenerationRequest) -> Completion:

@@ -15,15 +15,15 @@ from functools import lru_cache
 from pathlib import Path
 from random import Random
 
-from server.generator import Completion, GenerationRequest, fingerprint
-from sim.errors import UserError
-from sim.population.world import TASKS, world_task
-from sim.population.world.banks import pick
-from sim.population.world.base import Item, WorldTask
-from sim.population.world.belief import KNOWLEDGE, infer
-from sim.population.world.persona import Taste, archetype, pick_archetype, with_quirks
-from sim.protocol import Request, clean, estimate_tokens, format_samples, parse_request
-from sim.seeding import derive
+from untether.server.generator import Completion, GenerationRequest, fingerprint
+from untether.sim.core.errors import UserError
+from untether.sim.core.seeding import derive
+from untether.sim.population.world import TASKS, world_task
+from untether.sim.population.world.banks import pick
+from untether.sim.population.world.base import Item, WorldTask
+from untether.sim.population.world.belief import KNOWLEDGE, infer
+from untether.sim.population.world.persona import Taste, archetype, pick_archetype, with_quirks
+from untether.sim.prompts.protocol import Request, clean, estimate_tokens, format_samples, parse_request
 
 VERSION = 1
 TRUTHS = ("good", "hallucination", "off_topic", "duplicate", "malformed", "verbose")

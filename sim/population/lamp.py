@@ -12,15 +12,15 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from sim.errors import UserError
-from sim.leaks import scored_texts
-from sim.population.dates import calendar_key, parse_date, strictly_earlier
-from sim.population.lamp_files import TaskFiles, find_files, read_golds, stream_questions
-from sim.population.order import Collected, Key, assemble, one_shot_history, order_of, reveals
-from sim.population.replay import Outlook, Replay, assemble_replayed
-from sim.population.tasks import Task, clean_rating
-from sim.records import Exclusion, Interaction, Query, User
-from sim.seeding import derive
+from untether.sim.core.errors import UserError
+from untether.sim.core.records import Exclusion, Interaction, Query, User
+from untether.sim.core.seeding import derive
+from untether.sim.population.dates import calendar_key, parse_date, strictly_earlier
+from untether.sim.population.lamp_files import TaskFiles, find_files, read_golds, stream_questions
+from untether.sim.population.leaks import scored_texts
+from untether.sim.population.order import Collected, Key, assemble, one_shot_history, order_of, reveals
+from untether.sim.population.replay import Outlook, Replay, assemble_replayed
+from untether.sim.population.tasks import Task, clean_rating
 
 __all__ = ["one_shot_history", "order_of", "read_lamp"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import ijson
 
-from sim.errors import UserError
-from sim.population.tasks import Task, get_task, task_names
+from untether.sim.core.errors import UserError
+from untether.sim.population.tasks import Task, get_task, task_names
 
 _LOCATE_UP_TO_BYTES = 256 * 2**20
 

@@ -11,10 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from sim.leaks import normalize, scored_texts
-from sim.population.dates import DAY_S, strictly_earlier
-from sim.population.tasks import get_task
-from sim.records import Exclusion, Interaction, Query, User
+from untether.sim.core.records import Exclusion, Interaction, Query, User
+from untether.sim.population.dates import DAY_S, strictly_earlier
+from untether.sim.population.leaks import normalize, scored_texts
+from untether.sim.population.tasks import get_task
 
 Key = tuple[int, ...]
 _UNDATED = -float("inf")
@@ -84,7 +84,9 @@ def order_of(user: User, task: str | None = None) -> str:
 
 
 def reveals(item: Interaction, scored: set[str]) -> bool:
-    """Whether a history item holds a scored text (`sim.leaks.scored_texts`). Its label or rating never counts."""
+    """Whether a history item holds a scored text (`sim.population.leaks.scored_texts`). Its label or rating never
+    counts.
+    """
     texts = [item.input, f"{item.input} {item.output}"]
     if item.form != "query" or get_task(item.task).kind == "generation":
         texts.append(item.output)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from sim.leaks import unscored
-from sim.population.order import known_history, over_before
-from sim.population.source import Population
-from sim.records import Interaction, User
+from untether.sim.core.records import Interaction, User
+from untether.sim.population.leaks import unscored
+from untether.sim.population.order import known_history, over_before
+from untether.sim.population.source import Population
 
 NOT_OLDER = "shared: item is not older than every query"
 SCORED = "shared: item holds what a user is scored on"
@@ -24,8 +24,8 @@ def shared_items(
     """The items of a task that the `shared` arm may learn from, and how many were left out why.
 
     Dated items count only if they are surely of a day before any evaluated query; no item may hold the input of an
-    evaluated user's query or, where the task asks for free text, its gold (`sim.leaks.unscored`), whatever its date.
-    `users`: `population.shared_users()`, where they are at hand.
+    evaluated user's query or, where the task asks for free text, its gold (`sim.population.leaks.unscored`), whatever
+    its date. `users`: `population.shared_users()`, where they are at hand.
     """
     users = population.shared_users() if users is None else users
     items = [item for user in users for item in known_history(user, task, 0)]

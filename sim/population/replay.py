@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from sim.leaks import normalize
-from sim.population.dates import first_day, last_day, strictly_earlier
-from sim.population.order import Collected, Key, by_end, told_apart, unique_ids, visible_before
-from sim.population.tasks import get_task
-from sim.records import Exclusion, Interaction, Query, User
+from untether.sim.core.records import Exclusion, Interaction, Query, User
+from untether.sim.population.dates import first_day, last_day, strictly_earlier
+from untether.sim.population.leaks import normalize
+from untether.sim.population.order import Collected, Key, by_end, told_apart, unique_ids, visible_before
+from untether.sim.population.tasks import get_task
 
 
 class Replay(NamedTuple):

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-from sim.experiment import Experiment
-from sim.population.lamp import read_lamp
-from sim.population.order import order_of
-from sim.population.replay import Replay
-from sim.population.tasks import get_task
-from sim.population.world import NOW_S, World
-from sim.population.world import TASKS as WORLD_TASKS
-from sim.population.world.truth import truth_rows
-from sim.records import Exclusion, Query, User
+from untether.sim.core.records import Exclusion, Query, User
+from untether.sim.experiment import Experiment
+from untether.sim.population.lamp import read_lamp
+from untether.sim.population.order import order_of
+from untether.sim.population.replay import Replay
+from untether.sim.population.tasks import get_task
+from untether.sim.population.world import NOW_S, World
+from untether.sim.population.world import TASKS as WORLD_TASKS
+from untether.sim.population.world.truth import truth_rows
 
 
 class Population(Protocol):

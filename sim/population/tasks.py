@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sim.errors import UserError
-from sim.population.dates import date_span
-from sim.records import Interaction
+from untether.sim.core.errors import UserError
+from untether.sim.core.records import Interaction
+from untether.sim.population.dates import date_span
 
 MOVIE_TAGS = (
     "sci-fi", "based on a book", "comedy", "action", "twist ending", "dystopia", "dark comedy", "classic", "psychology",

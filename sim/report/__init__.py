@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sim.results import RunDirectory
+from untether.sim.run.directory import RunDirectory
 
 
 def write_report(run: RunDirectory) -> Path:
@@ -14,6 +14,6 @@ def write_report(run: RunDirectory) -> Path:
     reported as empty. Writing it again gives the same bytes.
     """
     # Imported late: the terminal reads `sim.report.summary` and should not wait for matplotlib.
-    from sim.report.html import write_report as write
+    from untether.sim.report.html import write_report as write
 
     return write(run)

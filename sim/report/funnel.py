@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from sim.experiment import Experiment
+from untether.sim.experiment import Experiment
 
 #: What the world's generator calls a sample without a fault in the `truth` column.
 SOUND = "good"

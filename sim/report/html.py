@@ -16,16 +16,16 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
 
-from sim.experiment import Experiment, fields
-from sim.package_data import find
-from sim.report import figures, prose
-from sim.report import summary as reading
-from sim.report.fleet import Fleet
-from sim.report.funnel import Funnel, faults, precision
-from sim.report.summary import Summary
-from sim.report.tables import write_tables
-from sim.results import TABLES, RunDirectory, write_atomically
-from sim.sections import ARMS
+from untether.sim.core.package_data import find
+from untether.sim.experiment import Experiment, fields
+from untether.sim.experiment.sections import ARMS
+from untether.sim.report import figures, prose
+from untether.sim.report import summary as reading
+from untether.sim.report.fleet import Fleet
+from untether.sim.report.funnel import Funnel, faults, precision
+from untether.sim.report.summary import Summary
+from untether.sim.report.tables import write_tables
+from untether.sim.run.directory import TABLES, RunDirectory, write_atomically
 
 TEXTS = ("input", "output", "prediction", "gold")
 """Columns that the report counts nothing in: most of a large fleet's bytes."""

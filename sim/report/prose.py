@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sim.experiment import Experiment
-from sim.report.summary import Contrast, Summary, amount, interval, metric_name, number, p_value
+from untether.sim.experiment import Experiment
+from untether.sim.report.summary import Contrast, Summary, amount, interval, metric_name, number, p_value
 
 _FEW_USERS = 20
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sim.errors import UserError
-from sim.population.tasks import get_task, higher_is_better, unit
-from sim.sections import ARMS
+from untether.sim.core.errors import UserError
+from untether.sim.experiment.sections import ARMS
+from untether.sim.population.tasks import get_task, higher_is_better, unit
 
 #: The contrasts of the design, in reading order: arm, reference, and what the comparison settles.
 CONTRASTS: tuple[tuple[str, str, str], ...] = (

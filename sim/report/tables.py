@@ -12,9 +12,9 @@ import json
 
 import pandas as pd
 
-from sim.population.tasks import higher_is_better
-from sim.report.summary import Contrast, Summary, interval, metric_name, number, p_value
-from sim.results import RunDirectory, write_atomically
+from untether.sim.population.tasks import higher_is_better
+from untether.sim.report.summary import Contrast, Summary, interval, metric_name, number, p_value
+from untether.sim.run.directory import RunDirectory, write_atomically
 
 SUMMARY_COLUMNS = (
     "task", "metric", "arm", "mean", "ci_low", "ci_high", "n_users", "n_clusters", "n_queries", "steps", "tokens",

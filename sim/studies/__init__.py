@@ -1,6 +1,6 @@
 """Studies: a grid of runs over a few fields; the figures, table and sentences that answer a question."""
 
-from sim.studies.runner import run_study
-from sim.studies.study import Cell, Study
+from untether.sim.studies.runner import run_study
+from untether.sim.studies.study import Cell, Study
 
 __all__ = ["Cell", "Study", "run_study"]

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from sim.errors import UserError, unknown
-from sim.results import RunDirectory
+from untether.sim.core.registry import Registry
+from untether.sim.run.directory import RunDirectory
 
-if TYPE_CHECKING:
-    from sim.studies.study import Study
+Analysis = Callable[[Any, Path, Mapping[str, RunDirectory]], None]
+"""Writes `table.csv`, `figures/` and `findings.md` of a `Study` into a folder, from the finished runs by their cells'
+names."""
 
-Analysis = Callable[["Study", Path, Mapping[str, RunDirectory]], None]
-"""Writes `table.csv`, `figures/` and `findings.md` into a folder, from the finished runs by their cells' names."""
-
-_FACTORIES: dict[str, Callable[[], Analysis]] = {}
-
-
-def register(name: str, factory: Callable[[], Analysis]) -> None:
-    """Makes an analysis known by name; a name can be given once. The factory is called when the cells are finished."""
-    if name in _FACTORIES:
-        raise ValueError(f"analysis `{name}` is registered already")
-    _FACTORIES[name] = factory
-
-
-def check_analysis(name: str) -> None:
-    """Raises UserError, which lists the known ones, for an unknown name."""
-    if name not in _FACTORIES:
-        raise UserError(f"analysis: {unknown('analysis', name, _FACTORIES)}")
-
-
-def make_analysis(name: str) -> Analysis:
-    """The analysis of that name."""
-    check_analysis(name)
-    return _FACTORIES[name]()
-
-
-def _in(module: str) -> Callable[[], Analysis]:
-    """A module's `analyse`, imported late: reading a study should not wait for matplotlib."""
-    return lambda: importlib.import_module(module).analyse
-
-
-register("gain", _in("sim.studies.gain"))
-register("scale", _in("sim.studies.scale"))
-register("connectivity", _in("sim.studies.connectivity"))
-register("drift", _in("sim.studies.drift"))
-register("away", _in("sim.studies.away"))
+# Imported when the cells are finished: reading a study should not wait for matplotlib.
+ANALYSES: Registry[Analysis] = Registry("analysis", "analysis", {
+    "gain": "untether.sim.studies.gain:analyse",
+    "scale": "untether.sim.studies.scale.scale:analyse",
+    "connectivity": "untether.sim.studies.connectivity.connectivity:analyse",
+    "drift": "untether.sim.studies.drift.drift:analyse",
+    "away": "untether.sim.studies.drift.away:analyse",
+})  # fmt: skip

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sim.report.figures import save
-from sim.results import write_atomically
-from sim.studies.study import Study
+from untether.sim.report.figures import save
+from untether.sim.run.directory import write_atomically
+from untether.sim.studies.study import Study
 
 
 def write_table(out: Path, frame: pd.DataFrame) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from sim.resampling import ANY, cluster_interval
-from sim.results import RunDirectory
-from sim.statistics import clustered
-from sim.studies.study import Cell, Study
+from untether.sim.evaluation.resampling import ANY, cluster_interval
+from untether.sim.evaluation.statistics import clustered
+from untether.sim.run.directory import RunDirectory
+from untether.sim.studies.study import Cell, Study
 
 Runs = Mapping[str, RunDirectory]
 """Finished runs by the name of their cell."""
@@ -58,7 +58,8 @@ def mean_interval(
     """(mean, low, high) of one value a user: 95% over clusters of users; no interval (nan) for fewer than two.
 
     A series whose index has the level `cluster`, as with `frame.set_index(USER)`, says which users are alike; otherwise
-    each value is a cluster. `bounds`: `SHARE` and `AMOUNT` of `sim.resampling` keep the interval within them.
+    each value is a cluster. `bounds`: `SHARE` and `AMOUNT` of `sim.evaluation.resampling` keep the interval within
+    them.
     """
     users = np.asarray(values, dtype=float)
     named = isinstance(values, pd.Series) and "cluster" in values.index.names

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sim.errors import UserError
-from sim.population.tasks import get_task, higher_is_better
-from sim.report.figures import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, VERMILION, style
-from sim.report.summary import metric_name
-from sim.studies.answer import save_figure, write_findings, write_table
-from sim.studies.frames import Runs, summaries
-from sim.studies.study import Study
+from untether.sim.core.errors import UserError
+from untether.sim.population.tasks import get_task, higher_is_better
+from untether.sim.report.figures import BLUE, FAINT, GREEN, ORANGE, PURPLE, SKY, VERMILION, style
+from untether.sim.report.summary import metric_name
+from untether.sim.studies.answer import save_figure, write_findings, write_table
+from untether.sim.studies.frames import Runs, summaries
+from untether.sim.studies.study import Study
 
 _COLOURS = (BLUE, ORANGE, SKY, GREEN, PURPLE, VERMILION)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")

@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 import tomlkit
 
-from sim.report.html import inline, template
-from sim.results import write_atomically
-from sim.studies.frames import Runs, each_cell
-from sim.studies.study import Study
+from untether.sim.report.html import inline, template
+from untether.sim.run.directory import write_atomically
+from untether.sim.studies.frames import Runs, each_cell
+from untether.sim.studies.study import Study
 
 
 def write_study_report(study: Study, out: Path, runs: Runs, command: str = "") -> Path:

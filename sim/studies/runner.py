@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sim.experiment import Experiment
-from sim.launch import check
-from sim.results import RunDirectory
-from sim.studies.analysis import make_analysis
-from sim.studies.study import Study
+from untether.sim.experiment import Experiment
+from untether.sim.launch.runtime import check
+from untether.sim.run.directory import RunDirectory
+from untether.sim.studies.analysis import ANALYSES
+from untether.sim.studies.study import Study
 
 
 def run_study(
@@ -21,9 +21,9 @@ def run_study(
 ) -> Path:
     """Runs the cells that are not finished yet, then writes table, figures, findings and `report.html`.
 
-    `run_cells` runs run directories to their end, all but the finished ones (`sim.launch.launch`). `command` is what
-    was asked for, for the report. Returns `out`. Raises UserError where a cell is invalid, or where `out` holds a cell
-    of that name with another experiment.
+    `run_cells` runs run directories to their end, all but the finished ones (`sim.launch.runtime.launch`). `command`
+    is what was asked for, for the report. Returns `out`. Raises UserError where a cell is invalid, or where `out`
+    holds a cell of that name with another experiment.
     """
     runs = {cell.name: RunDirectory(out / "cells" / cell.name) for cell in study.cells}
     experiments = {cell.name: _sharing(cell.experiment, out.resolve() / "cache") for cell in study.cells}
@@ -33,9 +33,9 @@ def run_study(
     for name, run in runs.items():
         _make(run, experiments[name])
     run_cells(list(runs.values()))
-    from sim.studies.report import write_study_report  # late: reading a study should not wait for matplotlib
+    from untether.sim.studies.report import write_study_report  # late: reading a study should not wait for matplotlib
 
-    make_analysis(study.spec.analysis)(study, out, runs)
+    ANALYSES.get(study.spec.analysis)(study, out, runs)
     write_study_report(study, out, runs, command)
     return out
 

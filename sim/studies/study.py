@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from sim.errors import UserError, unknown
-from sim.experiment import Experiment, fields, parse_plain
-from sim.section import Section
-from sim.sections import ARMS
-from sim.studies.analysis import check_analysis
+from untether.sim.core.errors import UserError, unknown
+from untether.sim.experiment import Experiment, fields, parse_plain
+from untether.sim.experiment.section import Section
+from untether.sim.experiment.sections import ARMS
+from untether.sim.studies.analysis import ANALYSES
 
 FOLDER = Path(__file__).parent
 
@@ -135,7 +135,7 @@ class Study:
             lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
             raise UserError(f"{path} is not a valid study:\n  " + "\n  ".join(lines)) from None
         try:
-            check_analysis(spec.analysis)
+            ANALYSES.check(spec.analysis)
             axes = _axes(spec, grid or {})
             if spec.figure.x and spec.figure.x not in axes:
                 raise UserError(f"figure.x: {unknown('axis', spec.figure.x, axes)}")

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from clients.augmentation import samples_requests
-from clients.cloud_client import CloudClient
-from sim.population.tasks import get_task
-from sim.protocol import format_samples
-from sim.records import Interaction
+from untether.clients.cloud.client import CloudClient
+from untether.clients.device.augmentation import samples_requests
+from untether.sim.core.records import Interaction
+from untether.sim.population.tasks import get_task
+from untether.sim.prompts.protocol import format_samples
 
 KEY = "UNTETHER_TEST_KEY"
 

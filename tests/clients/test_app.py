@@ -8,12 +8,12 @@ from fleet import tiny
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients import app as host
-from clients.device import Shard
-from server.app import coordinate
-from sim.leaks import normalize
-from sim.population.source import open_population
-from sim.results import RunDirectory
+from untether.clients import app as host
+from untether.clients.device.device import Shard
+from untether.server.app import coordinate
+from untether.sim.population.leaks import normalize
+from untether.sim.population.source import open_population
+from untether.sim.run.directory import RunDirectory
 
 
 class Recorder:
@@ -30,8 +30,8 @@ class Recorder:
 
 
 def _ask(monkeypatch, tmp_path, kind, **order):
-    from sim.experiment import Experiment
-    from sim.results import RunDirectory
+    from untether.sim.experiment import Experiment
+    from untether.sim.run.directory import RunDirectory
 
     run = RunDirectory.create(tmp_path / "run", Experiment())
     monkeypatch.setattr(host, "_executor", lambda *_: Recorder())
@@ -133,7 +133,7 @@ def test_no_text_of_a_user_travels(tmp_path, monkeypatch):
 
 
 def test_workers_take_the_gpus_of_a_machine_in_turn(finished, monkeypatch):
-    from clients.worker import Endpoint, Worker
+    from untether.clients.device.worker import Endpoint, Worker
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     nowhere = Endpoint("http://127.0.0.1:9/v1", "none")

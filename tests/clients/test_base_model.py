@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clients.base_model import FOLDER, corpus
-from clients.base_model.corpus import batches, documents, encode
-from clients.base_model.pretrain import Recipe, held_out_loss, pretrain
-from clients.encoding import decode_answer, encode_answer, encode_prompt
-from sim.errors import UserError
-from sim.population.tasks import get_task
-from sim.population.world import World
-from sim.seeding import generator
+from untether.clients.base_model import FOLDER, corpus
+from untether.clients.base_model.corpus import batches, documents, encode
+from untether.clients.base_model.pretrain import Recipe, held_out_loss, pretrain
+from untether.clients.engine.encoding import decode_answer, encode_answer, encode_prompt
+from untether.sim.core.errors import UserError
+from untether.sim.core.seeding import generator
+from untether.sim.population.tasks import get_task
+from untether.sim.population.world import World
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path, 
         save(folder, *arguments)
         raise Stop
 
-    from clients.base_model import pretrain as module
+    from untether.clients.base_model import pretrain as module
 
     save = module._save
     with pytest.MonkeyPatch.context() as patch:

@@ -8,9 +8,9 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from server import exchange as module
-from server.exchange import exchange, nodes
-from sim.errors import Failure, ResumableStop, UserError
+from untether.server.backends import exchange as module
+from untether.server.backends.exchange import exchange, nodes
+from untether.sim.core.errors import Failure, ResumableStop, UserError
 
 
 class Clock:

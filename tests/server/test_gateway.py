@@ -16,16 +16,16 @@ import psutil
 import pytest
 from fastapi.testclient import TestClient
 
-from clients.augmentation import samples_from, samples_requests
-from clients.cloud_client import CloudClient
-from server.batching import Batcher
-from server.gateway import create_app, serve, start_background
-from server.generator import Completion, GenerationRequest, create
-from sim.errors import UserError
-from sim.population.tasks import get_task
-from sim.protocol import build_samples_request, parse_samples
-from sim.records import Interaction
-from sim.sections import Cloud
+from untether.clients.cloud.client import CloudClient
+from untether.clients.device.augmentation import samples_from, samples_requests
+from untether.server.batching import Batcher
+from untether.server.gateway import create_app, serve, start_background
+from untether.server.generator import Completion, GenerationRequest, create
+from untether.sim.core.errors import UserError
+from untether.sim.core.records import Interaction
+from untether.sim.experiment.sections import Cloud
+from untether.sim.population.tasks import get_task
+from untether.sim.prompts.protocol import build_samples_request, parse_samples
 
 ITEMS = [Interaction(f"i{k}", "LaMP_4", f"One {k}. Two {k}. Three {k}. Four {k}.", f"title {k}") for k in range(4)]
 MESSAGES = list(build_samples_request(get_task("LaMP_4"), ITEMS, 3).messages)
@@ -183,7 +183,7 @@ def test_a_generator_that_fails_is_a_server_error_and_the_endpoint_goes_on():
 
 
 def test_starting_what_cannot_start_says_why():
-    with pytest.raises(UserError, match="unknown generator 'oracle'.*recombine"):
+    with pytest.raises(UserError, match="unknown generator `oracle`.*recombine"):
         start_background("oracle")
     with pytest.raises(UserError, match="no option 'colour'"):
         start_background("recombine", {"colour": "red"})
@@ -196,7 +196,7 @@ def test_a_taken_port_is_the_users_mistake(gateway):
 
 
 def test_serving_in_the_foreground_says_where_and_ends_with_an_interrupt():
-    code = "from server.gateway import serve; serve('recombine', port=0, api_key='k')"
+    code = "from untether.server.gateway import serve; serve('recombine', port=0, api_key='k')"
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
@@ -220,7 +220,8 @@ def test_stop_ends_the_process():
 
 def test_the_gateway_dies_with_its_parent():
     code = (
-        "import json, sys, time; from server.gateway import start_background; g = start_background('recombine');"
+        "import json, sys, time; from untether.server.gateway import start_background;"
+        "g = start_background('recombine');"
         "print(g.pid, flush=True); time.sleep(60)"
     )
     root = str(Path(__file__).resolve().parents[2])

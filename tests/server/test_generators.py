@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from clients.augmentation import answer_request, samples_requests
-from clients.cloud_client import CloudClient
-from server import generator as generators
-from server.background import start_background
-from server.generator import Completion, GenerationRequest, PromptTooLong
-from server.generator.local_model import LocalModelGenerator
-from sim.errors import UserError
-from sim.population.tasks import get_task
-from sim.protocol import NotARequest, build_answer_request, build_samples_request, parse_samples
-from sim.records import Interaction
-from sim.sections import Cloud
+from untether.clients.cloud.client import CloudClient
+from untether.clients.device.augmentation import answer_request, samples_requests
+from untether.server import generator as generators
+from untether.server.background import start_background
+from untether.server.generator import Completion, GenerationRequest, PromptTooLong
+from untether.server.generator.local_model import LocalModelGenerator
+from untether.sim.core.errors import UserError
+from untether.sim.core.records import Interaction
+from untether.sim.experiment.sections import Cloud
+from untether.sim.population.tasks import get_task
+from untether.sim.prompts.protocol import NotARequest, build_answer_request, build_samples_request, parse_samples
 
 recombine = generators.create("recombine")
 
@@ -44,8 +44,8 @@ def answer(task: str, contents, query: str) -> str:
 
 def test_the_registry_refuses_a_taken_name_and_lists_the_known_ones():
     with pytest.raises(ValueError, match="registered already"):
-        generators.register("recombine", lambda: recombine)
-    with pytest.raises(UserError, match="unknown generator 'gpt'.*world.*recombine.*transformers"):
+        generators.GENERATORS.register("recombine", lambda: recombine)
+    with pytest.raises(UserError, match="unknown generator `gpt`.*world.*recombine.*transformers"):
         generators.create("gpt")
     with pytest.raises(UserError, match="'size'.*model"):
         generators.create("transformers", {"size": 7})

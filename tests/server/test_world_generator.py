@@ -7,13 +7,13 @@ from collections import Counter
 
 import pytest
 
-from server.generator import GenerationRequest
-from server.generator.world import NotOfThisWorld, WorldGenerator, read_truth
-from sim.errors import UserError
-from sim.population.tasks import get_task
-from sim.population.world import TASKS, World, world_task
-from sim.protocol import Request, build_answer_request, build_samples_request, parse_samples
-from sim.records import Interaction
+from untether.server.generator import GenerationRequest
+from untether.server.generator.world import NotOfThisWorld, WorldGenerator, read_truth
+from untether.sim.core.errors import UserError
+from untether.sim.core.records import Interaction
+from untether.sim.population.tasks import get_task
+from untether.sim.population.world import TASKS, World, world_task
+from untether.sim.prompts.protocol import Request, build_answer_request, build_samples_request, parse_samples
 
 SOUND = {
     "hallucination_rate": 0.0,
@@ -129,9 +129,9 @@ def test_impossible_dials_are_refused():
 
 def test_truth_lies_beside_the_answers_that_runs_share(tmp_path):
     """Two runs with one cache and the same dials: the second, which is answered from it, knows the truth as well."""
-    from server.cloud import open_cloud
-    from sim.experiment import Experiment
-    from sim.results import RunDirectory
+    from untether.server.cloud import open_cloud
+    from untether.sim.experiment import Experiment
+    from untether.sim.run.directory import RunDirectory
 
     def cloud(name, **changes):
         values = {"cloud.cache": str(tmp_path / "answers.sqlite"), **changes}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sim.asking import Ask, Size
-from sim.experiment import Experiment
-from sim.timeline import Schedule, Timeline, Version, Work
+from untether.sim.experiment import Experiment
+from untether.sim.time.asking import Ask, Size
+from untether.sim.time.timeline import Schedule, Timeline, Version, Work
 
 SIZE = Size(4000, 2000, 1000, 500)
 QUICK = {"downlink_mbps": 1e6, "uplink_mbps": 1e6, "rtt_s": 0.0, "ask_within_h": 0.0}

@@ -13,18 +13,26 @@ from functools import cached_property
 from random import Random
 from typing import NamedTuple
 
-from sim.errors import UserError
-from sim.population.world.base import Item, Scene, WorldTask
-from sim.population.world.citations import Citations
-from sim.population.world.drift import DAY_S, progress
-from sim.population.world.news import News
-from sim.population.world.papers import Papers
-from sim.population.world.persona import ARCHETYPES, Taste, archetype, blend, pick_archetype, stream, with_quirks
-from sim.population.world.plots import Plots
-from sim.population.world.posts import Posts
-from sim.population.world.reviews import Reviews
-from sim.records import Interaction, Query, User
-from sim.virtual_sections import Drift
+from untether.sim.core.errors import UserError
+from untether.sim.core.records import Interaction, Query, User
+from untether.sim.experiment.virtual_sections import Drift
+from untether.sim.population.world.base import Item, Scene, WorldTask
+from untether.sim.population.world.drift import DAY_S, progress
+from untether.sim.population.world.persona import (
+    ARCHETYPES,
+    Taste,
+    archetype,
+    blend,
+    pick_archetype,
+    stream,
+    with_quirks,
+)
+from untether.sim.population.world.tasks.citations import Citations
+from untether.sim.population.world.tasks.news import News
+from untether.sim.population.world.tasks.papers import Papers
+from untether.sim.population.world.tasks.plots import Plots
+from untether.sim.population.world.tasks.posts import Posts
+from untether.sim.population.world.tasks.reviews import Reviews
 
 __all__ = ["NOW_S", "SPLITS", "TASKS", "Persona", "World", "world_task"]
 

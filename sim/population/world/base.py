@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from sim.population.world.persona import Taste, Traits
+from untether.sim.population.world.persona import Taste, Traits
 
 
 class Scene(NamedTuple):
@@ -20,7 +20,7 @@ class Scene(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A history item before it gets a date: input, output and form as in `sim.records.Interaction`."""
+    """A history item before it gets a date: input, output and form as in `sim.core.records.Interaction`."""
 
     input: str
     output: str

@@ -11,8 +11,8 @@ from functools import cache
 
 import numpy as np
 
-from sim.population.world.base import Evidence, WorldTask
-from sim.population.world.persona import ARCHETYPES, QUIRK, Taste, Traits, archetype, stream
+from untether.sim.population.world.base import Evidence, WorldTask
+from untether.sim.population.world.persona import ARCHETYPES, QUIRK, Taste, Traits, archetype, stream
 
 KNOWLEDGE = {
     "none": (),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sim.virtual_sections import Drift
+from untether.sim.experiment.virtual_sections import Drift
 
 DAY_S = 86_400.0
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sim.errors import UserError
-from sim.population.tasks import get_task
-from sim.population.world import NOW_S, TASKS, World, world_task
-from sim.population.world.truth import changed_on
-from sim.records import Interaction, User
-from sim.virtual_sections import Drift
+from untether.sim.core.errors import UserError
+from untether.sim.core.records import Interaction, User
+from untether.sim.experiment.virtual_sections import Drift
+from untether.sim.population.tasks import get_task
+from untether.sim.population.world import NOW_S, TASKS, World, world_task
+from untether.sim.population.world.truth import changed_on
 
 SCHEMA_VERSION = "1"
 

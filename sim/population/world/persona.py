@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
-from sim.seeding import derive
+from untether.sim.core.seeding import derive
 
 WORLD = 2024  # the seed of everything that all runs share: schools and archetypes
 SCHOOLS = 6

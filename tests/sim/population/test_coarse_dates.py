@@ -7,12 +7,12 @@ from types import SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim.population.dates import DAY_S, calendar_key, date_span, parse_date, strictly_earlier
-from sim.population.order import Collected, assemble, known_history, latest_s, one_shot_history, over_before
-from sim.population.others import NOT_OLDER, SCORED, shared_items
-from sim.population.replay import Replay, assemble_replayed
-from sim.population.tasks import get_task
-from sim.records import Query, User
+from untether.sim.core.records import Query, User
+from untether.sim.population.dates import DAY_S, calendar_key, date_span, parse_date, strictly_earlier
+from untether.sim.population.order import Collected, assemble, known_history, latest_s, one_shot_history, over_before
+from untether.sim.population.others import NOT_OLDER, SCORED, shared_items
+from untether.sim.population.replay import Replay, assemble_replayed
+from untether.sim.population.tasks import get_task
 
 years, months, days, hours = (st.integers(*span) for span in ((2018, 2020), (1, 12), (1, 28), (0, 23)))
 dates = st.one_of(

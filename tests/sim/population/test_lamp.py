@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.errors import UserError
-from sim.population.dates import calendar_key, strictly_earlier
-from sim.population.lamp import one_shot_history, order_of, read_lamp
 from tests.sim.population.lamp_files import article, question, reasons, write
+from untether.sim.core.errors import UserError
+from untether.sim.population.dates import calendar_key, strictly_earlier
+from untether.sim.population.lamp import one_shot_history, order_of, read_lamp
 
 
 def test_growing_profiles_are_united_and_each_query_sees_strictly_earlier_days(tmp_path):

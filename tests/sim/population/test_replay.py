@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim.errors import UserError
-from sim.experiment import Experiment
-from sim.population.dates import DAY_S, first_day, last_day, parse_date, strictly_earlier
-from sim.population.lamp import read_lamp
-from sim.population.order import Collected, asked, known_history, one_shot_history
-from sim.population.replay import Outlook, Replay, assemble_replayed
-from sim.population.source import open_population
-from sim.records import Interaction, Query, User
 from tests.sim.population.lamp_files import HEADLINE, reasons, write
+from untether.sim.core.errors import UserError
+from untether.sim.core.records import Interaction, Query, User
+from untether.sim.experiment import Experiment
+from untether.sim.population.dates import DAY_S, first_day, last_day, parse_date, strictly_earlier
+from untether.sim.population.lamp import read_lamp
+from untether.sim.population.order import Collected, asked, known_history, one_shot_history
+from untether.sim.population.replay import Outlook, Replay, assemble_replayed
+from untether.sim.population.source import open_population
 
 
 def item(name: str, round: int, task: str = "LaMP_4") -> Interaction:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sim.errors import UserError
-from sim.population.dates import parse_date
-from sim.population.tasks import get_task, rag_prompt, register, task_names
-from sim.records import Interaction
+from untether.sim.core.errors import UserError
+from untether.sim.core.records import Interaction
+from untether.sim.population.dates import parse_date
+from untether.sim.population.tasks import get_task, rag_prompt, register, task_names
 
 CITATION = (
     'For an author who has written the paper with the title "On A", which reference is related? Just answer with [1] '

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim.errors import UserError
-from sim.population.tasks import get_task
-from sim.population.world import NOW_S, TASKS, World, world_task
-from sim.population.world.banks import Finder
-from sim.population.world.base import Item
-from sim.population.world.belief import infer
-from sim.population.world.drift import DAY_S, progress
-from sim.population.world.export import write_lamp
-from sim.population.world.persona import ARCHETYPES, Taste
-from sim.virtual_sections import Drift
+from untether.sim.core.errors import UserError
+from untether.sim.experiment.virtual_sections import Drift
+from untether.sim.population.tasks import get_task
+from untether.sim.population.world import NOW_S, TASKS, World, world_task
+from untether.sim.population.world.banks import Finder
+from untether.sim.population.world.base import Item
+from untether.sim.population.world.belief import infer
+from untether.sim.population.world.drift import DAY_S, progress
+from untether.sim.population.world.export import write_lamp
+from untether.sim.population.world.persona import ARCHETYPES, Taste
 
 
 def test_the_six_tasks_have_their_official_labels():

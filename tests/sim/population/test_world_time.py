@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim.errors import UserError
-from sim.experiment import Experiment
-from sim.population.order import asked, known_history
-from sim.population.source import open_population
-from sim.population.world import NOW_S, TASKS, World, world_task
-from sim.population.world.drift import DAY_S
-from sim.population.world.export import write_lamp
-from sim.population.world.truth import answers, changed_on, query_time_s, truth_rows
-from sim.results import RunDirectory
-from sim.virtual_sections import Drift
+from untether.sim.core.errors import UserError
+from untether.sim.experiment import Experiment
+from untether.sim.experiment.virtual_sections import Drift
+from untether.sim.population.order import asked, known_history
+from untether.sim.population.source import open_population
+from untether.sim.population.world import NOW_S, TASKS, World, world_task
+from untether.sim.population.world.drift import DAY_S
+from untether.sim.population.world.export import write_lamp
+from untether.sim.population.world.truth import answers, changed_on, query_time_s, truth_rows
+from untether.sim.run.directory import RunDirectory
 
 DRIFTS = [Drift(kind=kind, day=3, rate=0.1, period=8, jitter_days=4) for kind in ("gradual", "abrupt", "recurring")]
 lives = st.tuples(

@@ -1,0 +1,241 @@
+"""How devices answer their users, offline: every query, by every arm, in batches on the one resident base model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from untether.clients.device.device import Device, Shard
+from untether.clients.device.retrieval import Retriever
+from untether.clients.device.scoring import answered, prediction_row
+from untether.clients.device.worker import Worker
+from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.encoding import decode_answer, encode_answer, encode_prompt
+from untether.clients.engine.generation import GenerationRow, generate, label_scores
+from untether.clients.stores.adapter_cache import ENGINE
+from untether.sim.core.records import Interaction, Query
+from untether.sim.core.seeding import derive
+from untether.sim.experiment import Experiment
+from untether.sim.population.order import latest_s
+from untether.sim.population.tasks import get_task, rag_prompt
+from untether.sim.rounds.orders import rows as table_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARED = "shared"
+RETRIEVING = ("rag", "rag_adapter")
+
+Owner = tuple[object, str]
+"""Who an adapter belongs to: (device index, arm), or (SHARED, task)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One adapter: since when it answers (virtual time), and the date of the latest item that it may have seen."""
+
+    spec: LoraSpec
+    state: Mapping[str, Tensor]
+    version: str
+    live_s: float | None = None
+    until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    row: dict[str, Any]
+    device: int
+    query: Query
+    prompt: str
+    adapter: Adapter | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+
+
+def answer(
+    worker: Worker, shard: Shard, devices: Sequence[Device], adapters: Mapping[Owner, Sequence[Adapter]],
+    measured: str = "{}",
+) -> list[dict]:  # fmt: skip
+    """Prediction rows, scored, of these devices for every arm that they answer themselves (all but `cloud`).
+
+    Of an owner's adapters, in the order in which they go live, the newest that is live when the query comes answers:
+    the last one where queries wait for the round's end. Without any the base alone answers.
+    """
+    timeline, rows, questions = worker.timeline(shard.seed, measured), [], []
+    for device in devices:
+        items = device.real_items(worker.experiment, shard.round)
+        newest_s = {task: _newest_s(items, task) for task in device.user.tasks}
+        for number, query, arm, prompt in _asked(worker.experiment, device, shard.round, items):
+            asked_s = timeline.query_time_s(shard.round, device.index, number)
+            row = prediction_row(device, query, arm, answered_by="base") | {"answered_time_s": asked_s}
+            rows.append(row)
+            if arm == "majority":
+                row |= {"answered_by": "majority", "data_until_s": newest_s[query.task]}
+                answered(row, _majority(items, query.task))
+                continue
+            if arm in RETRIEVING:
+                row["data_until_s"] = newest_s[query.task]
+            adapter = _live(worker.experiment, adapters.get(_owner(device, query, arm), ()), asked_s)
+            if adapter is not None:
+                row["answered_by"] = SHARED if arm == SHARED else "adapter"
+                row |= {"adapter_version": adapter.version, "adapter_time_s": adapter.live_s}
+                row.setdefault("data_until_s", adapter.until_s)
+            questions.append(_Question(row, device.index, query, prompt, adapter))
+    for question, found in zip(questions, _decode(worker, shard, questions), strict=True):
+        answered(question.row, found.text)
+        question.row["answered_time_s"] += timeline.answer_s(
+            question.device, question.row["arm"], found.prompt_tokens, found.new_tokens
+        )
+    return rows
+
+
+def cloud_answers(
+    worker: Worker, shard: Shard, devices: Sequence[Device], order: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Prediction rows of the `cloud` arm, from what the fetch pass got: `no_answer` where nothing came back, or where
+    what came never reached its device. When it came stands in the request's event.
+    """
+    lost = {name for (name,) in table_rows(order, "lost", "request")}  # of these very devices
+    staged = worker.run.read_rows(order["answer_parts"], [device.device_id for device in devices])
+    came = {(row["device_id"], row["query_id"]): row for row in staged if row["request_id"] not in lost}
+    rows = []
+    for device in devices:
+        items = device.real_items(worker.experiment, shard.round)
+        for query in device.queries(shard.round):
+            found = came.get((device.device_id, query.query_id), {"outcome": "no_answer", "text": ""})
+            row = prediction_row(device, query, "cloud", answered_by="cloud")
+            row["data_until_s"] = _newest_s(items, query.task)
+            rows.append(answered(row, found["text"], found["outcome"]))
+    return rows
+
+
+def _newest_s(items: Sequence[Interaction], task: str) -> float | None:
+    """The date of the latest item of a task; None where there is none."""
+    return latest_s(item for item in items if item.task == task)
+
+
+def _live(experiment: Experiment, adapters: Sequence[Adapter], time_s: float) -> Adapter | None:
+    if experiment.hardware.queries == "day":
+        adapters = [adapter for adapter in adapters if adapter.live_s is None or adapter.live_s <= time_s]
+    return adapters[-1] if adapters else None
+
+
+def _owner(device: Device, query: Query, arm: str) -> Owner:
+    if arm == SHARED:
+        return SHARED, query.task
+    return device.index, "collaborative" if arm == "rag_adapter" else arm
+
+
+def _asked(
+    experiment: Experiment, device: Device, round: int, items: Sequence[Interaction]
+) -> Iterable[tuple[int, Query, str, str]]:
+    """(number, query, arm, prompt) for every query of a device's round and every arm that the device answers."""
+    retrievers = {task: Retriever([item for item in items if item.task == task]) for task in device.user.tasks}
+    for number, query in enumerate(device.queries(round)):
+        task, retrieved = get_task(query.task), None
+        plain = task.prompt(query.input)
+        for arm in experiment.arms:
+            if arm == "cloud" or (arm == "majority" and task.kind == "generation"):
+                continue
+            if arm not in RETRIEVING:
+                yield number, query, arm, plain
+                continue
+            if retrieved is None:
+                found = retrievers[query.task].retrieve(query.input, experiment.generation.rag_items)
+                retrieved = rag_prompt(task, found, query.input)
+            yield number, query, arm, retrieved
+
+
+def _majority(items: Sequence[Interaction], task: str) -> str:
+    """The most frequent output; among equals, the one seen last."""
+    outputs = [item.output for item in items if item.task == task]
+    counts = Counter(outputs)
+    return max(reversed(outputs), key=counts.__getitem__) if outputs else ""
+
+
+def _decode(worker: Worker, shard: Shard, questions: Sequence[_Question]) -> list[_Answer]:
+    """The answer to every question: labels by likelihood where that is configured, everything else by decoding.
+
+    Questions with the very same prompt and equal adapters are decoded once, and not at all where `engine.cache` has it.
+    """
+    names = [(id(question.adapter), question.prompt) for question in questions]
+    unique = dict(zip(names, questions, strict=True))
+    prepared = {name: _prepared(worker, shard, question) for name, question in unique.items()}
+    asked = {one.content: one for one in prepared.values()}
+    store = worker.answers
+    kept = store.get(list(asked)) if store else {}
+    answers = {content: _Answer(*json.loads(value)) for content, value in kept.items()}
+    missing = [one for content, one in asked.items() if content not in answers]
+    if missing:
+        new = {one.content: found for one, found in zip(missing, _decoded(worker, missing), strict=True)}
+        if store:
+            store.put({content: json.dumps(astuple(found)).encode() for content, found in new.items()})
+        answers |= new
+    return [answers[prepared[name].content] for name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What an answer is made of. `labels`: to choose from by likelihood; none: decode up to `limit` tokens."""
+
+    adapter: Adapter | None
+    prompt_ids: list[int]
+    labels: tuple[str, ...]
+    limit: int
+    seed: int
+    content: bytes
+    """A digest of all that, the base model and the way of drawing: equal contents, equal answers."""
+
+
+def _prepared(worker: Worker, shard: Shard, question: _Question) -> _Prepared:
+    settings, task, adapter = worker.experiment.generation, get_task(question.query.task), question.adapter
+    prompt_ids = encode_prompt(worker.base.tokenizer, question.prompt)
+    labels = tuple(task.labels or ()) if settings.classify == "likelihood" else ()
+    limit = 0 if labels else settings.max_new_tokens or task.max_new_tokens
+    seed = derive(shard.seed, question.row["device_id"], shard.round, "decode", question.query.query_id)
+    drawn = (settings.temperature, seed) if settings.temperature > 0 and not labels else ()
+    worn = (adapter.version, astuple(adapter.spec)) if adapter else ()
+    words = f"{ENGINE} {worker.base.fingerprint} {worker.base.dtype} {worn!r} {labels!r} {limit} {drawn!r}"
+    digest = hashlib.blake2b(words.encode(), digest_size=20)
+    digest.update(np.asarray(prompt_ids, dtype="<i4").tobytes())
+    return _Prepared(adapter, prompt_ids, labels, limit, seed, digest.digest())
+
+
+def _decoded(worker: Worker, asked: Sequence[_Prepared]) -> list[_Answer]:
+    worn = list({id(one.adapter): one.adapter for one in asked if one.adapter is not None}.values())
+    stack = AdapterStack.of_states(
+        worker.base, [adapter.spec for adapter in worn], [dict(adapter.state) for adapter in worn]
+    ) if worn else None  # fmt: skip
+    slots = {id(adapter): number for number, adapter in enumerate(worn)}
+    rows = [GenerationRow(one.prompt_ids, slots.get(id(one.adapter))) for one in asked]
+    generated = [number for number, one in enumerate(asked) if not one.labels]
+    ranked = [number for number, one in enumerate(asked) if one.labels]
+    answers: dict[int, _Answer] = {}
+    if generated:
+        tokens = generate(
+            worker.base, stack, [rows[number] for number in generated],
+            max_new_tokens=[asked[number].limit for number in generated],
+            temperature=worker.experiment.generation.temperature,
+            seeds=[asked[number].seed for number in generated],
+        )  # fmt: skip
+        for number, ids in zip(generated, tokens, strict=True):
+            text = decode_answer(worker.base.tokenizer, ids)
+            answers[number] = _Answer(text, len(rows[number].prompt_ids), len(ids))
+    if ranked:
+        ids_of = [[encode_answer(worker.base.tokenizer, name) for name in asked[number].labels] for number in ranked]
+        scores = label_scores(worker.base, stack, [rows[number] for number in ranked], ids_of)
+        for number, ids, of_label in zip(ranked, ids_of, scores, strict=True):
+            best = max(range(len(of_label)), key=of_label.__getitem__)
+            answers[number] = _Answer(asked[number].labels[best], len(rows[number].prompt_ids), len(ids[best]))
+    return [answers[number] for number in range(len(asked))]

@@ -1,0 +1,69 @@
+"""What each arm trains on. An arm is one treatment of the same device on the same data (see `sim.experiment.ARMS`).
+
+Nothing here depends on which other arms run: every draw comes from (seed, device, round, purpose), so adding an arm
+changes no other arm's row, and an arm that accepted nothing trains exactly like `local`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from untether.sim.core.records import Interaction, Sample
+from untether.sim.core.seeding import generator
+from untether.sim.population.tasks import get_task
+from untether.sim.rounds.material import LEARNS_FROM
+
+NEED_SAMPLES = frozenset(LEARNS_FROM) - {"local"} | {"rag_adapter"}
+"""Arms that depend on what the cloud wrote (`local_matched` by its number of steps)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What one device could train on in one round.
+
+    `real` is its own history; `accepted` what its filters kept; `unfiltered` all that the cloud wrote but leaks;
+    `foreign` accepted samples of one other user, for the placebo; `of_second` of them are of a second one, of tasks of
+    which the first has too few.
+    """
+
+    real: tuple[Interaction, ...]
+    accepted: tuple[Sample, ...] = ()
+    unfiltered: tuple[Sample, ...] = ()
+    foreign: tuple[Sample, ...] = ()
+    of_second: int = 0
+
+
+def training_pairs(arm: str, material: Material, seed: int, device_id: str, round: int) -> list[tuple[str, str]]:
+    """The (prompt, answer) pairs that one arm of one device trains on: real items first, in history order."""
+    real: Sequence[Interaction] = () if arm == "synthetic_only" else material.real
+    return [_pair(item) for item in (*real, *_synthetic(arm, material, seed, device_id, round))]
+
+
+def _synthetic(arm: str, material: Material, seed: int, device_id: str, round: int) -> Sequence[Sample]:
+    if arm in ("collaborative", "synthetic_only"):
+        return material.accepted
+    if arm == "unfiltered":
+        return material.unfiltered
+    if arm == "unfiltered_matched":
+        return _as_many(material.unfiltered, material.accepted, seed, device_id, round, "unfiltered_matched")
+    if arm == "placebo":
+        return _as_many(material.foreign, material.accepted, seed, device_id, round, "placebo")
+    return ()
+
+
+def _as_many(
+    pool: Sequence[Sample], like: Sequence[Sample], seed: int, device_id: str, round: int, purpose: str
+) -> list[Sample]:
+    """A random draw from `pool` with as many samples of each task as `like` has (fewer where the pool has fewer)."""
+    drawn: list[Sample] = []
+    for task in dict.fromkeys(sample.task for sample in like):
+        wanted = sum(sample.task == task for sample in like)
+        candidates = [sample for sample in pool if sample.task == task]
+        order = generator(seed, device_id, round, purpose, task).permutation(len(candidates))
+        drawn.extend(candidates[index] for index in sorted(order[:wanted]))
+    return drawn
+
+
+def _pair(item: Interaction | Sample) -> tuple[str, str]:
+    return get_task(item.task).prompt(item.input, item.form), item.output

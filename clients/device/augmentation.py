@@ -1,0 +1,152 @@
+"""What a device asks the cloud for, and what it keeps of the replies: orders for samples in, synthetic samples out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from untether.clients.cloud.records import CloudReply, CloudRequest
+from untether.clients.device.arms import NEED_SAMPLES
+from untether.clients.device.device import Device, Shard
+from untether.sim.core.records import Interaction, Query, Sample
+from untether.sim.experiment import Experiment
+from untether.sim.population.tasks import get_task
+from untether.sim.prompts.protocol import TaskLike, build_answer_request, build_samples_request
+
+
+def samples_requests(
+    task: TaskLike,
+    items: Sequence[Interaction],
+    count: int,
+    *,
+    request_id: str,
+    device_id: str,
+    seed: int,
+    round: int,
+    purpose: str = "augment",
+    samples_per_request: int = 8,
+    show_items: int = 16,
+    show_chars: int = 12_000,
+) -> list[CloudRequest]:
+    """An order for `count` samples as requests of at most `samples_per_request`, named `request_id`, `request_id+1`...
+
+    Every request shows the newest of `items` (one task's, history order) and is a draw of its own. Each uploads what it
+    shows: the privacy ledger counts all of them.
+    """
+    requests = []
+    for part, wanted in enumerate(_split(count, samples_per_request)):
+        prompt = build_samples_request(task, items, wanted, max_items=show_items, max_chars=show_chars)
+        requests.append(
+            CloudRequest(
+                request_id=request_id if part == 0 else f"{request_id}+{part}",
+                device_id=device_id,
+                task=task.name,
+                messages=prompt.messages,
+                purpose=f"{purpose}/{task.name}/{part}",
+                count=wanted,
+                seed=seed,
+                round=round,
+                labels=prompt.labels,
+                uploaded=prompt.uploaded,
+            )
+        )
+    return requests
+
+
+def answer_request(
+    task: TaskLike,
+    items: Sequence[Interaction],
+    query: str,
+    query_id: str,
+    *,
+    request_id: str,
+    device_id: str,
+    seed: int,
+    round: int,
+    show_items: int = 16,
+    show_chars: int = 12_000,
+    temperature: float = 0.0,
+) -> CloudRequest:
+    """A query for the cloud model to answer with the history in its prompt (the `cloud` arm); greedy by default."""
+    prompt = build_answer_request(
+        task, items, query, query_id=query_id, max_items=show_items, max_chars=show_chars
+    )  # fmt: skip
+    return CloudRequest(
+        request_id=request_id,
+        device_id=device_id,
+        task=task.name,
+        messages=prompt.messages,
+        purpose=f"answer/{task.name}/{query_id}",
+        seed=seed,
+        round=round,
+        kind="answer",
+        labels=prompt.labels,
+        uploaded=prompt.uploaded,
+        temperature=temperature,
+    )
+
+
+def sample_orders(experiment: Experiment, shard: Shard, device: Device) -> list[CloudRequest]:
+    """All requests for synthetic samples that a device may make in a round: per task, from what it knows by then."""
+    cloud = experiment.cloud
+    if not cloud.samples or not NEED_SAMPLES.intersection(experiment.arms):
+        return []
+    items = device.real_items(experiment, shard.round)
+    return [
+        request
+        for task in device.user.tasks
+        for request in samples_requests(
+            get_task(task), [item for item in items if item.task == task], cloud.samples,
+            request_id=f"s{shard.seed}-r{shard.round}-{device.device_id}-{task}", device_id=device.device_id,
+            seed=shard.seed, round=shard.round, samples_per_request=cloud.samples_per_request,
+            show_items=cloud.show_items, show_chars=cloud.show_chars,
+        )
+    ]  # fmt: skip
+
+
+def questions(experiment: Experiment, shard: Shard, device: Device) -> list[tuple[CloudRequest, Query]]:
+    """The cloud arm's requests of a device: every query of the round with the history in its prompt."""
+    cloud = experiment.cloud
+    if "cloud" not in experiment.arms:
+        return []
+    items = device.real_items(experiment, shard.round)
+    return [
+        (
+            answer_request(
+                get_task(query.task), [item for item in items if item.task == query.task], query.input, query.query_id,
+                request_id=f"s{shard.seed}-r{shard.round}-{device.device_id}-{query.task}-q{number}",
+                device_id=device.device_id, seed=shard.seed, round=shard.round, show_items=cloud.show_items,
+                show_chars=cloud.show_chars,
+            ),
+            query,
+        )
+        for number, query in enumerate(device.queries(shard.round))
+    ]
+
+
+def samples_from(requests: Sequence[CloudRequest], replies: Sequence[CloudReply]) -> list[Sample]:
+    """The samples of the replies, in the order of the requests, with ids `request_id/number`.
+
+    Labels are written as the task writes them where they differ in case or outer spaces only.
+    """
+    by_id: Mapping[str, CloudReply] = {reply.request_id: reply for reply in replies}
+    samples = []
+    for request in requests:
+        reply = by_id.get(request.request_id)
+        spelling = {label.strip().lower(): label for label in request.labels}
+        for number, pair in enumerate(reply.pairs if reply is not None else ()):
+            output = spelling.get(pair.output.lower(), pair.output)
+            sample_id = f"{request.request_id}/{number}"
+            samples.append(Sample(sample_id, request.request_id, request.task, pair.input, output))
+    return samples
+
+
+def merge_outcomes(replies: Sequence[CloudReply]) -> str:
+    """The outcome of an order that was split: `ok` if any part brought samples, else that of its first part."""
+    if any(reply.ok for reply in replies):
+        return "ok"
+    return replies[0].outcome if replies else "no_samples"
+
+
+def _split(count: int, size: int) -> list[int]:
+    full, rest = divmod(count, size)
+    return [size] * full + ([rest] if rest else [])

@@ -1,0 +1,50 @@
+"""Device: one user's simulated device, and a shard of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from untether.sim.core.records import Interaction, Query, User
+from untether.sim.experiment import Experiment
+from untether.sim.population.order import asked, known_history
+from untether.sim.population.source import device_id
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One user's simulated device: its number in the fleet and whose it is."""
+
+    index: int
+    user: User
+
+    @property
+    def device_id(self) -> str:
+        """The device's name in every table."""
+        return device_id(self.index)
+
+    def real_items(self, experiment: Experiment, round: int) -> tuple[Interaction, ...]:
+        """What the device may train on, retrieve and show to the cloud in a round: per task, what it knows by then."""
+        most = experiment.population.max_history
+        return tuple(item for task in self.user.tasks for item in known_history(self.user, task, round, most))
+
+    def queries(self, round: int) -> tuple[Query, ...]:
+        """The queries that its user asks in a round."""
+        return asked(self.user, round)
+
+    def held_out(self, round: int) -> tuple[Query, ...]:
+        """The queries of this round and those still to come: nothing that the device learns from may hold them."""
+        return tuple(query for query in self.user.queries if query.round is None or query.round >= round)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Devices that a worker handles in one call, of one seed and round. `name` names the parts it writes."""
+
+    seed: int
+    round: int
+    devices: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Unique among the shards of a pass, however they are split."""
+        return f"{device_id(self.devices[0])}-{device_id(self.devices[-1])}-{len(self.devices)}"

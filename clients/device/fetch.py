@@ -1,0 +1,234 @@
+"""The fetch pass: a shard of devices asks the cloud, over HTTP, and filters what comes back.
+
+Also where the `cloud` arm's queries are asked, of the same endpoint. Whether the answers reach their device is for the
+schedule to say, so the learn pass records them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from untether.clients.cloud.client import CloudClient
+from untether.clients.cloud.records import CloudReply, CloudRequest
+from untether.clients.device.augmentation import merge_outcomes, questions, sample_orders, samples_from
+from untether.clients.device.device import Device, Shard
+from untether.clients.device.worker import Worker
+from untether.clients.filters import judge
+from untether.sim.core.clock import DAY_S
+from untether.sim.core.records import Interaction, JudgedSample, Query, Sample
+from untether.sim.population.leaks import LeakChecker
+from untether.sim.population.tasks import get_task
+from untether.sim.prompts.protocol import estimate_tokens
+from untether.sim.rounds.orders import rows as table_rows
+
+COHORT = 64
+"""Devices whose samples are embedded and judged together."""
+
+LEAK = "rejected_by:leak"
+"""The verdict of the evaluator, who knows what is held out."""
+
+NOT_RECEIVED = "not_received"
+"""The verdict on a sample that the cloud wrote and that never reached its device."""
+
+ASKING = 0.4
+"""Share of the pass that asking takes, for the progress display."""
+
+
+def fetch(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs the pass and stages its tables: samples with every filter's score, attempts, and the cloud's answers to
+    queries. Devices that are `due` ask for samples; requests that are `held` are not made. Returns columns a device and
+    the parts written.
+    """
+    due, held = set(order["due"]), {name for (name,) in table_rows(order, "held", "request")}
+    devices = worker.devices(shard)
+    experiment = worker.experiment
+    orders = {
+        device.index: [
+            request
+            for request in (sample_orders(experiment, shard, device) if device.index in due else ())
+            if request.request_id not in held
+        ]
+        for device in devices
+    }
+    asked = {
+        device.index: [each for each in questions(experiment, shard, device) if each[0].request_id not in held]
+        for device in devices
+    }
+    requests = [r for index in orders for r in (*orders[index], *(request for request, _ in asked[index]))]
+    replies = _ask(worker, shard, requests, len(devices)) if requests else []
+    candidates = {device.index: samples_from(orders[device.index], replies) for device in devices}
+    judged = _judge(worker, shard, devices, candidates)
+    by_id = {reply.request_id: reply for reply in replies}
+    tables = {
+        "samples": [_sample_row(device, item) for device in devices for item in judged[device.index]],
+        "events": [row for request in requests for row in _event_rows(shard, request, by_id[request.request_id])],
+        "answers": [
+            _answer_row(device, query, by_id[request.request_id])
+            for device in devices for request, query in asked[device.index]
+        ],
+    }  # fmt: skip
+    columns = _columns(devices, orders, by_id, judged)
+    models = {f"cloud {reply.model}": reply.fingerprint for reply in replies if reply.model}
+    return _reply(worker, shard, "fetch", tables, devices, judged, columns, models)
+
+
+def filter_again(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs the filters of devices that lost some answers on the others, as if those had never been written: a sample
+    that is not there makes no other one a duplicate. Those of the `lost` requests are `NOT_RECEIVED`.
+
+    `sample_parts` are what the fetch passes of this round wrote, of all shards. Returns as `fetch` does.
+    """
+    lost = {name for (name,) in table_rows(order, "lost", "request")}
+    devices = worker.devices(shard)
+    by_name = {device.device_id: device.index for device in devices}
+    came: dict[int, list[Sample]] = {device.index: [] for device in devices}
+    missed: dict[int, list[JudgedSample]] = {device.index: [] for device in devices}
+    for row in worker.run.read_rows(order["sample_parts"], list(by_name)):
+        sample, device = Sample(*(row[name] for name in Sample.__dataclass_fields__)), by_name[row["device_id"]]
+        if sample.request_id in lost:
+            missed[device].append(JudgedSample(sample, None, None, None, NOT_RECEIVED))
+        else:
+            came[device].append(sample)
+    judged = _judge(worker, shard, devices, came)
+    rows = [_sample_row(device, item) for device in devices for item in (*judged[device.index], *missed[device.index])]
+    columns = {"device": [device.index for device in devices], "outcome": ["ok"] * len(devices)}
+    return _reply(worker, shard, "filter", {"samples": rows}, devices, judged, columns, {})
+
+
+def _reply(
+    worker: Worker, shard: Shard, name: str, tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    devices: Sequence[Device], judged: Mapping[int, Sequence[JudgedSample]], columns: dict[str, list[Any]],
+    models: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """The pass's tables written, and what goes to the server: `columns`, with what each device could train on."""
+    parts = {
+        table: [worker.run.write_part(table, shard.seed, shard.round, f"{name}-{shard.name}", found)]
+        for table, found in tables.items()
+    }
+    if any(judged.values()):
+        models[f"encoder {worker.experiment.filters.encoder}"] = f"{worker.encoder.fingerprint} {worker.encoder.dtype}"
+    for device in devices:
+        for kind, count in _material(worker, shard, device, judged[device.index]).items():
+            columns.setdefault(kind, []).append(count)
+    return {"parts": parts, "columns": columns, "models": models}
+
+
+def _ask(worker: Worker, shard: Shard, requests: Sequence[CloudRequest], devices: int) -> list[CloudReply]:
+    waiting = Counter(request.device_id for request in requests)
+    owner = {request.request_id: request.device_id for request in requests}
+
+    def on_done(reply: CloudReply) -> None:
+        device = owner[reply.request_id]
+        waiting[device] -= 1
+        if not waiting[device]:
+            del waiting[device]
+            worker.progress(ASKING * (devices - len(waiting)))
+
+    cloud = worker.experiment.cloud
+    client = CloudClient(
+        cloud, base_url=worker.endpoint.base_url, model=worker.endpoint.model, variant=worker.endpoint.fingerprint,
+        cache=cloud.cache or worker.run.path / "state" / "answers.sqlite",
+        api_key=None if cloud.provider == "openai" else "",  # the run's own gateway never sees the user's key
+    )
+    return client.ask_sync(requests, on_done)
+
+
+def _judge(
+    worker: Worker, shard: Shard, devices: Sequence[Device], candidates: dict[int, list[Sample]]
+) -> dict[int, list[JudgedSample]]:
+    """Filters the devices' candidates, a cohort embedded in one pass; leaks are the evaluator's to find."""
+    checkers = {device.index: LeakChecker(device.held_out(shard.round)) for device in devices}
+    owner = {sample.sample_id: index for index, samples in candidates.items() for sample in samples}
+
+    def leaks(sample: Sample) -> bool:
+        return checkers[owner[sample.sample_id]].is_leak(sample.task, sample.input, sample.output)
+
+    judged: dict[int, list[JudgedSample]] = {device.index: [] for device in devices}
+    for start in range(0, len(devices) if owner else 0, COHORT):
+        worker.progress(ASKING * len(devices) + (1 - ASKING) * start)
+        some = devices[start : start + COHORT]
+        real = {device.index: device.real_items(worker.experiment, shard.round) for device in some}
+        theirs = {device.index: candidates[device.index] for device in some}
+        judged |= judge(theirs, real, worker.experiment.filters, worker.encoder, leaks)
+    return judged
+
+
+def _answer_row(device: Device, query: Query, reply: CloudReply) -> dict[str, Any]:
+    return {
+        "device_id": device.device_id, "request_id": reply.request_id, "query_id": query.query_id,
+        "outcome": "ok" if reply.ok else "no_answer", "text": reply.text.strip() if reply.ok else "",
+    }  # fmt: skip
+
+
+def _sample_row(device: Device, item: JudgedSample) -> dict[str, Any]:
+    sample = item.sample
+    return {
+        "sample_id": sample.sample_id, "request_id": sample.request_id, "device_id": device.device_id,
+        "user_id": device.user.user_id, "task": sample.task, "form": sample.form, "input": sample.input,
+        "output": sample.output, "semantic": item.semantic, "diversity": item.diversity,
+        "length_ratio": item.length_ratio, "verdict": LEAK if is_leak(item) else item.verdict,
+    }
+
+
+def is_leak(item: JudgedSample) -> bool:
+    """Whether the evaluator found a held-out text in it: no arm may learn from it."""
+    return bool(item.extra.get("leak"))
+
+
+def _event_rows(shard: Shard, request: CloudRequest, reply: CloudReply) -> list[dict[str, Any]]:
+    """A row an attempt; the last one carries the request's own outcome."""
+    rows = []
+    for attempt in reply.attempts:
+        last = attempt is reply.attempts[-1]
+        details = [attempt.detail, attempt.model, attempt.fingerprint, "cached" if attempt.cached else ""]
+        rows.append({
+            "time_s": shard.round * DAY_S, "event_id": f"{request.request_id}#{attempt.attempt}",
+            "request_id": request.request_id, "attempt": attempt.attempt, "device_id": request.device_id,
+            "arm": "cloud" if request.kind == "answer" else None,
+            "kind": "answer" if request.kind == "answer" else "augment",
+            "outcome": reply.outcome if last else attempt.outcome, "duration_s": attempt.duration_s,
+            "bytes_up": attempt.bytes_up, "bytes_down": attempt.bytes_down, "tokens_in": attempt.tokens_in,
+            "tokens_out": attempt.tokens_out, "detail": " ".join(filter(None, details)),
+        })
+    return rows
+
+
+def _columns(
+    devices: Sequence[Device],
+    orders: dict[int, list[CloudRequest]],
+    replies: dict[str, CloudReply],
+    judged: dict[int, list[JudgedSample]],
+) -> dict[str, list[Any]]:
+    """What goes to the server: counts and outcomes, no text."""
+    columns: dict[str, list[Any]] = defaultdict(list)
+    for device in devices:
+        own = [replies[request.request_id] for request in orders[device.index]]
+        columns["device"].append(device.index)
+        columns["outcome"].append(merge_outcomes(own))
+        columns["requests"].append(len(own))
+        columns["candidates"].append(len(judged[device.index]))
+        for name in ("bytes_up", "bytes_down", "tokens_in", "tokens_out"):
+            columns[name].append(sum(reply.total(name) for reply in own))
+    return dict(columns)
+
+
+def _material(worker: Worker, shard: Shard, device: Device, judged: Sequence[JudgedSample]) -> dict[str, int]:
+    """What the device could train on, counted (`sim.rounds.material.Material`)."""
+    real = device.real_items(worker.experiment, shard.round)
+    kinds = {
+        "real": real,
+        "accepted": [item.sample for item in judged if item.accepted and not is_leak(item)],
+        "received": [item.sample for item in judged if not is_leak(item)],
+    }
+    tokens = {kind: [_tokens(item) for item in items] for kind, items in kinds.items()}
+    counts = {name: count for kind in kinds for name, count in (
+        (kind, len(tokens[kind])), (f"{kind}_tokens", sum(tokens[kind]))
+    )}  # fmt: skip
+    longest = max(tokens["real"], default=0)
+    return {**counts, "longest": max([longest, *tokens["received"]]), "longest_real": longest}
+
+
+def _tokens(item: Interaction | Sample) -> int:
+    return estimate_tokens(get_task(item.task).prompt(item.input, item.form) + item.output)

@@ -1,0 +1,337 @@
+"""Many LoRA adapters stacked on one frozen base, and their way in and out of PEFT's format.
+
+All weights of adapter k lie in row k of one matrix `flat` [adapters, size], layer after layer, A as [rank, in] and B
+transposed as [rank, out], ranks zero-padded to the largest. So clipping and the optimizer work on rows, and a batch
+gathers the adapters it wears with one copy. Layers that the base runs as one product (q, k, v; gate, up) have their As
+side by side. Zero padding stays zero: its gradients are zero by construction.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.lora_layers import Fusion, Part, Piece, Route, is_linear, weight_of
+from untether.sim.core.errors import UserError
+
+_PREFIX = "base_model.model."
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """An adapter's shape. Fields mean what they mean in `peft.LoraConfig` (there: r, lora_alpha, lora_dropout)."""
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = "all-linear"
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"LoRA rank {self.rank}: it must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA dropout {self.dropout}: it must be at least 0 and less than 1")
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
+
+    @classmethod
+    def of(cls, section) -> LoraSpec:
+        """From an experiment's `[lora]` section, or anything with the same fields."""
+        targets = tuple(section.target_modules)
+        whole = targets[0] if targets == ("all-linear",) else targets
+        return cls(section.rank, section.alpha, section.dropout, whole, section.use_rslora)
+
+    @property
+    def scaling(self) -> float:
+        """What B A x is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def to_peft(self, base_name: str | None = None, conv1d: bool = False) -> peft.LoraConfig:
+        """The same adapter as PEFT's configuration."""
+        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,
+            target_modules=targets, use_rslora=self.use_rslora, fan_in_fan_out=conv1d,
+            base_model_name_or_path=base_name,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapted layer: where its A [rank, in] and its B transposed [rank, out] begin in a row of the flat matrix."""
+
+    name: str
+    inputs: int
+    outputs: int
+    at_A: int
+    at_B: int
+
+
+class Layout:
+    """Where each target's weights lie in a flat row.
+
+    shapes: (name, in, out) of every target in the model's order. fusions: names of layers that the base runs together;
+    their As lie side by side.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[str, int, int]], rank: int, fusions: Sequence[Fusion] = ()):
+        self.rank = rank
+        self.targets: dict[str, Target] = {}
+        self.fused: dict[Fusion, list[tuple[str, int]]] = {}
+        by_name = {name: (inputs, outputs) for name, inputs, outputs in shapes}
+        offset = 0
+        for names in [*fusions, *((name,) for name, _, _ in shapes)]:
+            own = [(name, member) for member, name in enumerate(names) if name in by_name and name not in self.targets]
+            if len(names) > 1 and own:
+                self.fused[names] = own
+            at_B = offset + sum(rank * by_name[name][0] for name, _ in own)
+            for name, _ in own:
+                inputs, outputs = by_name[name]
+                self.targets[name] = Target(name, inputs, outputs, offset, at_B)
+                offset += rank * inputs
+                at_B += rank * outputs
+            offset = at_B if own else offset
+        self.size = offset
+
+    def A(self, flat: Tensor, name: str) -> Tensor:
+        """View [adapters, rank, in] of a target's A."""
+        target = self.targets[name]
+        return flat[:, target.at_A : target.at_A + self.rank * target.inputs].unflatten(1, (self.rank, target.inputs))
+
+    def B(self, flat: Tensor, name: str) -> Tensor:
+        """View [adapters, rank, out] of a target's B, transposed."""
+        target = self.targets[name]
+        return flat[:, target.at_B : target.at_B + self.rank * target.outputs].unflatten(1, (self.rank, target.outputs))
+
+    def parts(self, flat: Tensor, grad: Tensor | None, fused: bool) -> dict[str | Fusion, Part]:
+        """The parts that a route serves: each target under its name and, if `fused`, each fusion under its names."""
+        parts: dict[str | Fusion, Part] = {name: self._part(flat, grad, [(name, 0)]) for name in self.targets}
+        if fused:
+            parts |= {names: self._part(flat, grad, members) for names, members in self.fused.items()}
+        return parts
+
+    def _part(self, flat: Tensor, grad: Tensor | None, members: list[tuple[str, int]]) -> Part:
+        first = self.targets[members[0][0]]
+        rows = len(members) * self.rank
+        span = slice(first.at_A, first.at_A + rows * first.inputs)
+        pieces = []
+        for index, (name, member) in enumerate(members):
+            grad_B = None if grad is None else self.B(grad, name)
+            pieces.append(Piece(self.B(flat, name), grad_B, index * self.rank, (index + 1) * self.rank, member))
+        A = flat[:, span].unflatten(1, (rows, first.inputs))
+        grad_A = None if grad is None else grad[:, span].unflatten(1, (rows, first.inputs))
+        return Part(tuple(name for name, _ in members), A, grad_A, pieces)
+
+
+class AdapterStack:
+    """K adapters on a base. `flat` [adapters, size] holds every weight; float32, or float64 on a float64 base."""
+
+    def __init__(self, base: FrozenBase, specs: Sequence[LoraSpec]):
+        self.base, self.specs = base, list(specs)
+        self.targets_of = [target_names(base, spec) for spec in self.specs]
+        wanted = set().union(*self.targets_of)
+        shapes = [
+            (name, weight_of(module).shape[1], weight_of(module).shape[0])
+            for name, module in base.routing.names.items()
+            if name in wanted
+        ]
+        self.layout = Layout(shapes, max(spec.rank for spec in self.specs), base.routing.fusions)
+        self.dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        self.flat = torch.zeros(len(self.specs), self.layout.size, dtype=self.dtype, device=base.device)
+        self._set_scale()
+
+    @classmethod
+    def create(cls, base: FrozenBase, specs: Sequence[LoraSpec], seeds: Sequence[int]) -> AdapterStack:
+        """Fresh adapters, initialised as PEFT does (A kaiming uniform, a = sqrt 5; B zero), each from its own seed."""
+        stack = cls(base, specs)
+        for k, (_, seed) in enumerate(zip(specs, seeds, strict=True)):
+            stack.reset(k, seed)
+        return stack
+
+    @classmethod
+    def of_states(
+        cls, base: FrozenBase, specs: Sequence[LoraSpec], states: Sequence[dict[str, Tensor]]
+    ) -> AdapterStack:
+        """Adapters from their states under PEFT's keys."""
+        stack = cls(base, specs)
+        for k, (_, state) in enumerate(zip(specs, states, strict=True)):
+            stack.load(k, state)
+        return stack
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    @property
+    def bytes_per_adapter(self) -> int:
+        """Bytes an adapter takes while it trains: weights, gradient and Adam's two moments."""
+        return 4 * self.layout.size * self.flat.element_size()
+
+    def assign(self, k: int, spec: LoraSpec, seed: int, state: dict[str, Tensor] | None = None) -> None:
+        """Put another adapter into slot k: from a PEFT state if given, else freshly initialised."""
+        self.specs[k], self.targets_of[k] = spec, target_names(self.base, spec)
+        self._set_scale()
+        if state is None:
+            self.reset(k, seed)
+        else:
+            self.load(k, state)
+
+    def reset(self, k: int, seed: int) -> None:
+        """Initialise adapter k anew from its seed."""
+        rank, names = self.specs[k].rank, self.targets_of[k]
+        draw = torch.Generator().manual_seed(seed % (1 << 63))
+        widths = [rank * self.layout.targets[name].inputs for name in names]
+        values = torch.empty(sum(widths), dtype=torch.float32).uniform_(-1, 1, generator=draw).to(self.dtype)
+        row = self._empty_row()
+        for name, part in zip(names, values.split(widths), strict=True):
+            inputs = self.layout.targets[name].inputs
+            self.layout.A(row, name)[0, :rank] = part.view(rank, inputs) / math.sqrt(inputs)
+        self.flat[k] = row[0]
+
+    def state(self, k: int) -> dict[str, Tensor]:
+        """Adapter k under PEFT's keys: lora_A.weight [rank, in] and lora_B.weight [out, rank], on the CPU."""
+        row, rank = self.flat[k : k + 1].detach().cpu(), self.specs[k].rank
+        state = {}
+        for name in self.targets_of[k]:
+            state[f"{_PREFIX}{name}.lora_A.weight"] = self.layout.A(row, name)[0, :rank].clone()
+            state[f"{_PREFIX}{name}.lora_B.weight"] = self.layout.B(row, name)[0, :rank].t().contiguous()
+        return state
+
+    def load(self, k: int, state: dict[str, Tensor]) -> None:
+        """Set adapter k from PEFT's keys. Raises UserError if keys or shapes are not this adapter's."""
+        rank = self.specs[k].rank
+        expected = {f"{_PREFIX}{name}.lora_{side}.weight" for name in self.targets_of[k] for side in "AB"}
+        if set(state) != expected:
+            odd = sorted(set(state) ^ expected)[0]
+            raise UserError(
+                f"adapter state {'lacks' if odd in expected else 'has the unexpected'} key {odd!r}; its target modules "
+                f"must be {self.specs[k].target_modules!r} on this base"
+            )
+        row = self._empty_row()
+        for name in self.targets_of[k]:
+            A, B = state[f"{_PREFIX}{name}.lora_A.weight"], state[f"{_PREFIX}{name}.lora_B.weight"]
+            target = self.layout.targets[name]
+            if A.shape != (rank, target.inputs) or B.shape != (target.outputs, rank):
+                raise UserError(
+                    f"adapter state {name!r}: A {tuple(A.shape)} and B {tuple(B.shape)} where rank {rank} needs "
+                    f"{(rank, target.inputs)} and {(target.outputs, rank)}; give the rank the adapter was made with"
+                )
+            self.layout.A(row, name)[0, :rank] = A
+            self.layout.B(row, name)[0, :rank] = B.t()
+        self.flat[k] = row[0]
+
+    def _empty_row(self) -> Tensor:
+        """An adapter's row, to be filled on the CPU: a GPU takes a whole row as fast as one of its parts."""
+        return torch.zeros(1, self.layout.size, dtype=self.dtype)
+
+    def save_peft(self, k: int, folder: str | Path) -> None:
+        """Write adapter k as a PEFT folder that `PeftModel.from_pretrained` loads."""
+        save_peft(folder, self.specs[k], self.state(k), self.base)
+
+    def load_peft(self, k: int, folder: str | Path) -> None:
+        """Set adapter k, weights and shape, from a PEFT folder."""
+        spec, state = load_peft(folder)
+        if spec.rank > self.layout.rank or not set(target_names(self.base, spec)) <= set(self.layout.targets):
+            raise UserError(f"{folder}: rank {spec.rank} or its target modules do not fit into this stack")
+        self.assign(k, spec, 0, state)
+
+    def route(
+        self, slots: Sequence[int], counts: Sequence[int], rows: int, flat: Tensor | None = None,
+        grad: Tensor | None = None, dropout=None,
+    ) -> Route:  # fmt: skip
+        """The route of a batch of `rows` rows: counts[i] rows wear slots[i], in order; the rest wear none.
+
+        flat, grad [slots, size]: weights gathered already and where their gradients go (training).
+        """
+        index = torch.tensor(list(slots), dtype=torch.long, device=self.flat.device)
+        if flat is None:
+            whole = list(slots) == list(range(len(self)))
+            flat = self.flat if whole else self.flat[index]
+        parts = self.layout.parts(flat, grad, fused=dropout is None)
+        return Route(counts, rows, parts, self._scale[index].view(-1, 1, 1), dropout)
+
+    @contextmanager
+    def wearing(self, route: Route) -> Iterator[None]:
+        """While open, the base's layers follow the route."""
+        before, self.base.routing.route = self.base.routing.route, route
+        try:
+            yield
+        finally:
+            self.base.routing.route = before
+
+    def _set_scale(self) -> None:
+        self._scale = torch.tensor([spec.scaling for spec in self.specs], dtype=self.dtype, device=self.base.device)
+
+
+def target_names(base: FrozenBase, spec: LoraSpec) -> tuple[str, ...]:
+    """The layers that PEFT itself would adapt for this spec, in the model's order."""
+    if spec.target_modules not in base.targets:
+        base.targets[spec.target_modules] = _find_targets(base.model, spec.target_modules)
+    return base.targets[spec.target_modules]
+
+
+def _find_targets(model: torch.nn.Module, target_modules: tuple[str, ...] | str) -> tuple[str, ...]:
+    with torch.device("meta"):
+        empty = type(model)(copy.deepcopy(model.config))
+    try:
+        wrapped = peft.get_peft_model(empty, LoraSpec(rank=1, target_modules=target_modules).to_peft())
+    except ValueError as error:
+        raise UserError(f"target_modules {target_modules!r} do not fit the base model: {error}") from error
+    names = tuple(name for name, module in wrapped.base_model.model.named_modules() if isinstance(module, LoraLayer))
+    layers = dict(model.named_modules())
+    for name in names:
+        if not is_linear(layers[name]):
+            kind = type(layers[name]).__name__
+            raise UserError(
+                f"target_modules {target_modules!r} match {name!r}, a {kind}; only linear layers can be adapted"
+            )
+    return names
+
+
+def save_peft(folder: str | Path, spec: LoraSpec, state: dict[str, Tensor], base: FrozenBase) -> None:
+    """Write a PEFT folder (adapter_config.json, adapter_model.safetensors) from a state under PEFT's keys."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = base.routing.names
+    conv1d = any(type(layers[name]) is not torch.nn.Linear for name in target_names(base, spec))
+    config = spec.to_peft(base.model.config._name_or_path or None, conv1d).to_dict()
+    config["inference_mode"] = True
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / _WEIGHTS, metadata={"format": "pt"})
+
+
+def load_peft(folder: str | Path) -> tuple[LoraSpec, dict[str, Tensor]]:
+    """Read a PEFT LoRA folder. Raises UserError if it is none, or uses what the stack does not do (DoRA, bias, ...)."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / _CONFIG).read_text())
+        state = load_file(folder / _WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a PEFT adapter folder ({error}); it needs {_CONFIG} and {_WEIGHTS}") from error
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder / _CONFIG}: peft_type {config.get('peft_type')!r}; only LORA can be loaded")
+    beyond = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias")
+    used = [name for name in beyond if config.get(name)] + (["bias"] if config.get("bias", "none") != "none" else [])
+    if used:
+        raise UserError(f"{folder / _CONFIG}: {', '.join(used)} cannot be loaded; only plain LoRA and rsLoRA can")
+    targets = config["target_modules"]
+    spec = LoraSpec(
+        rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_rslora=config.get("use_rslora", False),
+    )  # fmt: skip
+    return spec, state

@@ -1,0 +1,197 @@
+"""The frozen base: one resident Hugging Face causal LM that every adapter of a cohort shares.
+
+It is loaded once a worker, never trained, and its linear layers ask a `Routing` which adapters the rows of the current
+batch wear (see `clients.engine.lora_layers`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from untether.clients.engine import lora_layers
+from untether.clients.engine.decoder import LeanDecoder
+from untether.sim.core.errors import UserError
+from untether.sim.prompts import chat_template
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_UNBOUNDED_CONTEXT = 1 << 20
+
+
+class FrozenBase:
+    """A frozen causal LM in eval mode with its tokenizer.
+
+    Attributes: `model`, `tokenizer` (None for a bare model), `device`, `dtype`, `context_length` (tokens),
+    `end_ids` (token ids that end an answer), `fingerprint` (sha256 of configuration, weights and all that turns a
+    text into token ids and back). `lean=False` keeps the model's own forward pass even where `clients.engine.decoder`
+    has a faster one. `template_args`: see `sim.prompts.chat_template`.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer=None, source: Path | None = None, lean: bool = True,
+        template_args: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
+        model.requires_grad_(False)
+        model.eval()
+        self.model = model
+        self.tokenizer = tokenizer
+        if tokenizer is not None and template_args is not None:
+            chat_template.tell(tokenizer, template_args)
+        self._source = source
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.context_length = _context_length(model.config)
+        self.end_ids = _end_ids(model, tokenizer)
+        self.routing = lora_layers.attach(model)
+        self.lean = LeanDecoder(model, self.routing) if lean and LeanDecoder.supports(model) else None
+        self.targets: dict[tuple[str, ...] | str, tuple[str, ...]] = {}
+        self._select: Callable[[Tensor], Tensor] | None = None
+        getattr(model, model.base_model_prefix).register_forward_hook(self._keep_selected)
+
+    @classmethod
+    def load(
+        cls, name_or_path: str, dtype: str = "auto", device: str = "auto", attention: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> FrozenBase:  # fmt: skip
+        """Load a model by folder or hub name.
+
+        dtype: `float32`, `bfloat16`, `float64`, or `auto`: float32 on a CPU, bfloat16 on a GPU that has it.
+        device: `auto` takes the GPU if there is one. attention: Hugging Face's `attn_implementation`.
+        template_args: what the chat template is given (`sim.prompts.chat_template`).
+        Raises UserError if there is no such model or the names above are unknown.
+        """
+        where = _device(device)
+        number = _dtype(dtype, where)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                name_or_path, dtype=number, trust_remote_code=False, attn_implementation=attention
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            config_file = cached_file(str(name_or_path), "config.json")
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"base model {str(name_or_path)!r} cannot be loaded ({reason}); give a folder with config.json, "
+                "weights and tokenizer files, or the name of a causal LM on the Hugging Face hub"
+            ) from error
+        source = Path(config_file).parent if config_file else None
+        return cls(model.to(where), tokenizer, source, template_args=template_args)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the model's and, where it has a tokenizer, over how prompts are written and answers ended
+        (`sim.prompts.chat_template.fingerprint`). The same wherever the files lie.
+        """
+        if self.tokenizer is None:
+            return self._model_fingerprint()
+        written = chat_template.fingerprint(self.tokenizer, self.end_ids)
+        return hashlib.sha256(f"{self._model_fingerprint()} {written}".encode()).hexdigest()
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """How prompts are written and answers ended, in full (`sim.prompts.chat_template.facts`); empty for a bare
+        model.
+        """
+        return chat_template.facts(self.tokenizer, self.end_ids) if self.tokenizer is not None else {}
+
+    def _model_fingerprint(self) -> str:
+        """sha256 over config.json and the weight files, or over the weights in memory where there are no files."""
+        digest = hashlib.sha256()
+        if self._source is not None:
+            files = sorted([self._source / "config.json", *self._source.glob("*.safetensors")])
+            files = files if len(files) > 1 else sorted([*files, *self._source.glob("*.bin")])
+            for file in files:
+                digest.update(file.name.encode())
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 22):
+                        digest.update(block)
+            return digest.hexdigest()
+        config = self.model.config.to_dict()
+        config = {key: config[key] for key in config if key not in ("transformers_version", "_name_or_path")}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the output head."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def logits_at(self, positions: Tensor, input_ids: Tensor, **inputs) -> Tensor:
+        """Logits [positions, vocabulary] of chosen positions only; the head never sees the others.
+
+        positions: indices [n] into the flattened [rows * tokens] of input_ids, in row order; on the CPU, so that nobody
+        waits for a GPU to tell them. inputs: attention_mask, position_ids, past_key_values and use_cache as in Hugging
+        Face's forward, and packing (see `LeanDecoder.hidden_at`).
+        """
+        whole = self.routing.route
+
+        def select(hidden: Tensor) -> Tensor:
+            if whole is not None:
+                rows = torch.div(positions, input_ids.shape[1], rounding_mode="floor")
+                self.routing.route = whole.select(rows)
+            return hidden.reshape(-1, 1, hidden.shape[-1])[positions.to(hidden.device)]
+
+        try:
+            if self.lean is not None:
+                hidden = self.lean.hidden_at(positions, input_ids, **inputs)
+                return self.model.get_output_embeddings()(hidden)[:, 0]
+            self._select = select
+            return self.model(input_ids=input_ids, **inputs).logits[:, 0]
+        finally:
+            self._select = None
+            self.routing.route = whole
+
+    def _keep_selected(self, module: nn.Module, arguments, output):
+        if self._select is None:
+            return None
+        output.last_hidden_state = self._select(output.last_hidden_state)
+        return output
+
+
+def _context_length(config) -> int:
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return _UNBOUNDED_CONTEXT
+
+
+def _end_ids(model: nn.Module, tokenizer) -> frozenset[int]:
+    found: set[int] = set()
+    for holder in (tokenizer, getattr(model, "generation_config", None), model.config):
+        value = getattr(holder, "eos_token_id", None)
+        if value is not None:
+            found.update(value if isinstance(value, (list, tuple)) else [value])
+    return frozenset(found)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:<index>") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r} is asked for and PyTorch sees no GPU; use auto or cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

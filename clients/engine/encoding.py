@@ -1,0 +1,61 @@
+"""Text to token ids and back, in one place, so that training, decoding and scoring can never disagree on a prompt.
+
+A prompt is one user message in the tokenizer's chat template, generation prompt included, or the text and a line break
+where the tokenizer has no template; what the template is told beside it is for `sim.prompts.chat_template` to say. An
+answer is its text and the end-of-sequence token, which an adapter learns to write: generation stops there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from untether.sim.core.errors import UserError
+from untether.sim.prompts.chat_template import render, template_of
+
+_HEAD_SHARE = 0.75
+"""Instructions come first and the generation prompt last; of a prompt that is too long the middle says least."""
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt: chat template with generation prompt, or [bos] + text + newline where there is none."""
+    written = render(tokenizer, [{"role": "user", "content": text}])
+    if template_of(tokenizer):
+        return list(tokenizer(written, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(written + "\n", add_special_tokens=False)["input_ids"]
+    return ([tokenizer.bos_token_id] if _adds_bos(tokenizer) else []) + list(ids)
+
+
+def encode_answer(tokenizer, text: str) -> list[int]:
+    """Token ids of an answer: the text without special tokens, then end of sequence."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so an answer could never end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def decode_answer(tokenizer, ids: Sequence[int]) -> str:
+    """The text of generated ids, special tokens skipped and white space at both ends removed."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def truncate_prompt(ids: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` ids: the first three quarters and the last quarter of the room, the middle left out.
+
+    The head holds the instruction, the tail the end of the content and the template's turn markers.
+    """
+    if limit < 1:
+        raise ValueError(f"a prompt needs at least one token, not {limit}")
+    if len(ids) <= limit:
+        return list(ids)
+    head = max(1, int(limit * _HEAD_SHARE))
+    tail = limit - head
+    return [*ids[:head], *ids[len(ids) - tail :]]
+
+
+def _adds_bos(tokenizer) -> bool:
+    if tokenizer.bos_token_id is None:
+        return False
+    probe = tokenizer("a")["input_ids"]
+    return bool(probe) and probe[0] == tokenizer.bos_token_id

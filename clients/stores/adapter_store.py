@@ -1,0 +1,143 @@
+"""Private adapters on disk: one safetensors file an arm and block of devices, tensors stacked over its devices.
+
+`adapters/seed-S/round-R/<arm>/<block>.safetensors` holds every LoRA tensor as [devices, ...]; its metadata names the
+devices and what they were trained `on`. A device's adapter is the one of the latest round that trained it. A round may
+train it twice, first on what there is and then `on` samples: the second is the round's own, the first is kept under
+`<arm>.first`. Written whole or not at all; `prune` deletes what later rounds have superseded, so that a run of many
+rounds holds two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from untether.sim.core.durable import make_folder, settle
+from untether.sim.core.errors import ResumableStop
+from untether.sim.rounds.planner import FIRST
+from untether.sim.run.directory import cannot_write
+
+State = Mapping[str, Tensor]
+"""One adapter: PEFT's key -> tensor."""
+
+
+def adapter_version(state: State, digest_size: int = 6) -> str:
+    """A fingerprint of an adapter's weights, short unless asked for more bytes: equal adapters have equal versions."""
+    digest = hashlib.blake2b(digest_size=digest_size)
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class AdapterStore:
+    """The adapters of one seed of a run."""
+
+    def __init__(self, run: str | Path, seed: int):
+        self.root = Path(run) / "adapters" / f"seed-{seed}"
+        self._index: dict[tuple[int, str], dict[str, tuple[Path, int]]] = {}
+
+    def save(self, round: int, block: str, by_arm: Mapping[str, Mapping[str, State]]) -> list[str]:
+        """Writes the adapters of a block, by arm and device id. Returns the paths, relative to the store's root."""
+        written = []
+        for arm, states in by_arm.items():
+            devices = list(states)
+            names = list(next(iter(states.values())))
+            stacked = {name: torch.stack([states[device][name].cpu() for device in devices]) for name in names}
+            path = self.root / f"round-{round}" / arm / f"{block}.safetensors"
+            self._write(path, stacked, {"devices": json.dumps(devices)})
+            written.append(str(path.relative_to(self.root)))
+            self._index.pop((round, arm), None)
+        return written
+
+    def load(self, round: int, device: str, arm: str) -> dict[str, Tensor] | None:
+        """The device's adapter as of `round` (the latest at or before it), or None."""
+        for earlier in range(round, -1, -1):
+            if (found := self.load_exactly(earlier, device, arm)) is not None:
+                return found
+        return None
+
+    def load_exactly(self, round: int, device: str, arm: str) -> dict[str, Tensor] | None:
+        """The adapter that the device trained in this very round, or None."""
+        place = self._devices(round, arm).get(device)
+        return None if place is None else self._read(*place)
+
+    def devices(self, round: int, arm: str) -> Sequence[str]:
+        """The devices that trained this arm in this round."""
+        return sorted(self._devices(round, arm))
+
+    def prune(self, round: int) -> int:
+        """Deletes files of rounds before `round` whose every device has a later adapter, at or before it.
+
+        Call it once `round` is committed and what it trained is live: nothing older is needed then, nor the first of
+        two adapters of one round. Returns how many files went. The arm `shared` is trained once and stays.
+        """
+        older = sorted(number for number in self._rounds() if number < round)
+        arms = {path.name for number in older for path in _listed(self.root / f"round-{number}")} - {"shared"}
+        gone = 0
+        for arm in arms:
+            later = set(self._devices(round, arm))
+            for number in reversed(older):
+                folder = self.root / f"round-{number}" / arm
+                mine = self._devices(number, arm)
+                for path in _listed(folder, "*.safetensors"):
+                    if arm.endswith(FIRST) or all(d in later for d, (place, _) in mine.items() if place == path):
+                        path.unlink(missing_ok=True)
+                        gone += 1
+                later |= set(mine)
+                with contextlib.suppress(OSError):  # not empty, or another worker was first
+                    folder.rmdir()
+                    folder.parent.rmdir()
+        self._index.clear()
+        return gone
+
+    @staticmethod
+    def _read(path: Path, row: int) -> dict[str, Tensor]:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name)[row].clone() for name in file.keys()}
+
+    def _rounds(self) -> list[int]:
+        return [int(path.name.removeprefix("round-")) for path in self.root.glob("round-*")]
+
+    def _devices(self, round: int, arm: str) -> dict[str, tuple[Path, int]]:
+        if (round, arm) not in self._index:
+            found: dict[str, tuple[Path, int]] = {}
+            for path in _listed(self.root / f"round-{round}" / arm, "*.safetensors"):
+                try:
+                    with safe_open(path, framework="pt") as file:
+                        devices = json.loads(file.metadata()["devices"])
+                except (OSError, RuntimeError):
+                    if path.exists():
+                        raise
+                    continue  # another worker has just pruned it
+                found |= {device: (path, row) for row, device in enumerate(devices)}
+            self._index[round, arm] = found
+        return self._index[round, arm]
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            make_folder(path.parent)
+            save_file(tensors, temporary, metadata=metadata)
+            settle(temporary, path)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise ResumableStop(cannot_write(path, error)) from error
+
+
+def _listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """What a folder holds, in order; nothing where another worker has just pruned it."""
+    try:
+        return sorted(folder.glob(pattern))
+    except FileNotFoundError:
+        return []

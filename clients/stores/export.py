@@ -1,0 +1,30 @@
+"""`untether export`: one device's private adapter as a PEFT folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from untether.clients.base_model import resolve
+from untether.clients.engine.adapters import LoraSpec, save_peft
+from untether.clients.engine.base import FrozenBase
+from untether.clients.stores.adapter_store import AdapterStore
+from untether.sim.core.errors import UserError, unknown
+from untether.sim.rounds.material import LEARNS_FROM
+from untether.sim.run.directory import RunDirectory
+
+
+def export_adapter(run: RunDirectory, device: str, arm: str, out: Path, seed: int | None = None) -> Path:
+    """Writes the adapter as of the last round. UserError names what there is where device, arm or seed is not."""
+    experiment = run.experiment
+    if arm not in LEARNS_FROM:
+        raise UserError(f"--arm: {unknown('arm with an adapter', arm, LEARNS_FROM)}")
+    seed = experiment.seeds[0] if seed is None else seed
+    store = AdapterStore(run.path, seed)
+    state = store.load(experiment.rounds - 1, device, arm)
+    if state is None:
+        devices = store.devices(experiment.rounds - 1, arm)
+        there = f"its devices run from {devices[0]} to {devices[-1]}" if devices else "it has no adapters of that arm"
+        raise UserError(f"{run.path}: no adapter of device `{device}`, arm `{arm}`, seed {seed}; {there}")
+    base = FrozenBase.load(resolve(experiment.model.base), dtype="float32", device="cpu")
+    save_peft(out, LoraSpec.of(experiment.for_arm(arm)[0]), state, base)
+    return out

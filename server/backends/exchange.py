@@ -1,0 +1,101 @@
+"""Sending messages to hosts and waiting for what they say: with a deadline, a stop event and a heartbeat.
+
+Flower's own `send_and_receive` waits without looking up, so a Ctrl-C would hang; here every wait has an end.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from untether.sim.core.clock import WallClock
+from untether.sim.core.errors import Failure, ResumableStop, UserError
+
+POLL_S = 0.05
+TRIES = 3
+"""How often a host is asked before its failure inside Flower (a dead actor) counts. A pass may be run again."""
+
+
+def nodes(grid: Grid, at_least: int, deadline_s: float, stop: threading.Event) -> list[int]:
+    """The node ids, once at least so many are there and no more arrive: nodes register while the server starts.
+
+    Raises ResumableStop when `stop` is set or the deadline passes.
+    """
+    clock = WallClock()
+    end_s = clock.now_s() + deadline_s
+    last, steady = -1, 0
+    while steady < 3:
+        found = sorted(grid.get_node_ids())
+        steady = steady + 1 if len(found) == last and len(found) >= at_least else 0
+        last = len(found)
+        if stop.is_set():
+            raise ResumableStop("interrupted")
+        if clock.now_s() > end_s:
+            raise ResumableStop(f"{last} of {at_least} Flower nodes registered within {deadline_s} s")
+        clock.sleep(POLL_S)
+    return found
+
+
+def exchange(
+    grid: Grid,
+    messages: Iterable[Message],
+    deadline_s: float,
+    stop: threading.Event,
+    heartbeat: Callable[[], object] = lambda: None,
+) -> list[Message]:
+    """Pushes the messages and returns the replies in the order of the messages.
+
+    `heartbeat` is called at every look; while what it returns changes, and whenever a reply comes, the deadline starts
+    anew. Raises ResumableStop when `stop` is set or the deadline passes, UserError and ResumableStop as the hosts say,
+    and Failure with the host's traceback for anything else.
+    """
+    clock, messages = WallClock(), list(messages)
+    end_s = clock.now_s() + deadline_s
+    waiting = dict(zip(grid.push_messages(messages), range(len(messages)), strict=True))
+    replies: dict[int, Message] = {}
+    beat: object = None
+    tries = [1] * len(messages)
+    while waiting:
+        for reply in grid.pull_messages(list(waiting)):
+            place = waiting.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error() and tries[place] < TRIES:
+                tries[place] += 1
+                again = _copy(messages[place])
+                waiting[next(iter(grid.push_messages([again])))] = place
+            else:
+                replies[place] = reply
+            end_s = clock.now_s() + deadline_s
+        if (now := heartbeat()) != beat:
+            beat, end_s = now, clock.now_s() + deadline_s
+        if stop.is_set():
+            raise ResumableStop("interrupted")
+        if clock.now_s() > end_s:
+            late = f"{len(waiting)} of {len(messages)} hosts"
+            raise ResumableStop(f"{late} neither answered nor got on within {deadline_s:.0f} s (engine.deadline_s)")
+        if waiting:
+            clock.sleep(POLL_S)
+    return [_checked(replies[place]) for place in range(len(messages))]
+
+
+def _copy(message: Message) -> Message:
+    return Message(
+        message.content, dst_node_id=message.metadata.dst_node_id, message_type=message.metadata.message_type
+    )
+
+
+def _checked(reply: Message) -> Message:
+    if reply.has_error():
+        raise Failure(f"a host failed inside Flower: {reply.error.reason}")
+    result = reply.content.get("result")
+    if result is not None and "error" in result:
+        kind, message, trace = (json.loads(str(result[name])) for name in ("error", "message", "traceback"))
+        if kind == "UserError":
+            raise UserError(message)
+        if kind == "ResumableStop":
+            raise ResumableStop(message)
+        raise Failure(f"{message}\n{trace}")
+    return reply

@@ -1,0 +1,110 @@
+"""LaMP's official metrics, one answer at a time and over a set of answers.
+
+They follow the benchmark's public evaluation script (github.com/LaMP-Benchmark/LaMP, `eval/evaluation.py`):
+
+- both sides are stripped, nothing else is cleaned: "Sports" is not "sports";
+- accuracy, and macro-F1 over the task's labels, where a prediction that is no label is wrong. The script divides by the
+  full label list, so a label that is nobody's right answer counts 0 and even a perfect classifier stays below 1. Here
+  the labels averaged over are those that occur among the golds, whatever is predicted: the same ones for every arm. The
+  script's value is this one times the share of the label list that occurs; the two are equal where all of it does;
+- MAE and RMSE, where a prediction that is no number counts as whichever of 1 and 5 is further from the gold;
+- F-measure of ROUGE-1 and ROUGE-L from `rouge-score`, without stemming (the default of the script's `evaluate`).
+  The script reports the median of a random bootstrap of the mean; here it is the mean itself.
+
+An answer that is missing (None) is scored as the empty text. Values are fractions, 0 to 1, except MAE and RMSE, in
+stars.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+
+from untether.sim.population.tasks import get_task, higher_is_better
+
+__all__ = ["corpus_score", "f1_counts", "higher_is_better", "macro_f1", "rating_error", "score"]
+
+
+def score(task: str, prediction: str | None, gold: str) -> dict[str, float]:
+    """The query-level metrics of one answer: `accuracy`; or `mae` (the absolute error); or `rouge1` and `rougeL`.
+
+    Macro-F1 and RMSE belong to a set of answers: see `corpus_score`. Raises UserError for an unknown task.
+    """
+    kind = get_task(task).kind
+    prediction, gold = (prediction or "").strip(), gold.strip()
+    if kind == "classification":
+        return {"accuracy": float(prediction == gold)}
+    if kind == "rating":
+        return {"mae": abs(rating_error(prediction, gold))}
+    return dict(zip(("rouge1", "rougeL"), _rouge(prediction, gold), strict=True))
+
+
+def corpus_score(task: str, predictions: Sequence[str | None], golds: Sequence[str]) -> dict[str, float]:
+    """Every metric of a task over a set of answers, all weighing the same. Raises ValueError for none."""
+    if not golds:
+        raise ValueError("no answers to score")
+    pairs = list(zip(predictions, golds, strict=True))
+    single = [score(task, prediction, gold) for prediction, gold in pairs]
+    means = {metric: float(np.mean([values[metric] for values in single])) for metric in single[0]}
+    for metric in get_task(task).metrics:
+        if metric == "macro_f1":
+            means[metric] = float(macro_f1(sum(f1_counts(task, prediction, gold) for prediction, gold in pairs)))
+        elif metric == "rmse":
+            means[metric] = math.sqrt(np.mean([values["mae"] ** 2 for values in single]))
+    return means
+
+
+def rating_error(prediction: str | None, gold: str) -> float:
+    """Prediction minus gold, in stars; the worst case of 1 and 5 where the prediction is no finite number.
+
+    A number outside 1 to 5 stays what it is. Raises ValueError for a gold that is no number.
+    """
+    true = float(gold)
+    try:
+        value = float(prediction or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        value = 1.0 if abs(1 - true) > abs(5 - true) else 5.0
+    return value - true
+
+
+def f1_counts(task: str, prediction: str | None, gold: str) -> np.ndarray:
+    """One answer's part of macro-F1: int array [labels, 3] of true positives, false positives, false negatives."""
+    labels = get_task(task).labels or ()
+    prediction, gold = (prediction or "").strip(), gold.strip()
+    counts = np.zeros((len(labels), 3), dtype=np.int64)
+    if prediction == gold and gold in labels:
+        counts[labels.index(gold), 0] = 1
+        return counts
+    if prediction in labels:
+        counts[labels.index(prediction), 1] = 1
+    if gold in labels:
+        counts[labels.index(gold), 2] = 1
+    return counts
+
+
+def macro_f1(counts: np.ndarray) -> np.ndarray:
+    """Macro-F1 of summed counts [..., labels, 3]: the mean of 2 TP / (2 TP + FP + FN) over the labels with a gold.
+
+    0 where no label has one.
+    """
+    hits = 2.0 * counts[..., 0]
+    occurs = counts[..., 0] + counts[..., 2] > 0
+    values = np.divide(hits, hits + counts[..., 1] + counts[..., 2], out=np.zeros_like(hits), where=occurs)
+    return values.sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1)
+
+
+@lru_cache(maxsize=65_536)
+def _rouge(prediction: str, gold: str) -> tuple[float, float]:
+    scores = _scorer().score(target=gold, prediction=prediction)
+    return scores["rouge1"].fmeasure, scores["rougeL"].fmeasure
+
+
+@lru_cache(maxsize=1)
+def _scorer() -> RougeScorer:
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)

@@ -1,0 +1,278 @@
+"""Experiment: the frozen, validated description of a run. TOML in, TOML out; every field says what it means.
+
+Ground floor, with its tables in `sim.experiment.sections`. A mistake in an experiment ends in one readable message
+that names the field, the value, the rule and the fix (exit code 2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import tomlkit
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from untether.sim.core.errors import UserError, unknown
+from untether.sim.experiment.section import Section
+from untether.sim.experiment.sections import (
+    ARMS,
+    ArmSettings,
+    Cloud,
+    Engine,
+    Evaluation,
+    Filters,
+    Generation,
+    Lora,
+    Model,
+    Population,
+    Strategy,
+    Training,
+)
+from untether.sim.experiment.virtual_sections import Drift, Hardware, Network
+
+
+class Experiment(Section):
+    """The whole run. Read with `Experiment.read`, written with `to_toml`."""
+
+    name: str = Field("main", description="a name for reports and run directories")
+    seeds: tuple[int, ...] = Field((1,), min_length=1, description="each seed draws its own, disjoint users")
+    rounds: int = Field(1, ge=1, description="rounds of virtual time; each asks the cloud and trains again")
+    arms: tuple[str, ...] = Field(
+        ("frozen", "majority", "rag", "local", "local_matched", "unfiltered_matched", "placebo", "collaborative",
+         "cloud"),
+        min_length=1, description="treatments compared on the same devices: " + ", ".join(ARMS),
+    )
+    population: Population = Population()
+    model: Model = Model()
+    lora: Lora = Lora()
+    training: Training = Training()
+    generation: Generation = Generation()
+    cloud: Cloud = Cloud()
+    filters: Filters = Filters()
+    network: Network = Network()
+    hardware: Hardware = Hardware()
+    drift: Drift = Drift()
+    strategy: Strategy = Strategy()
+    engine: Engine = Engine()
+    evaluation: Evaluation = Evaluation()
+    by_arm: dict[str, ArmSettings] = Field({}, description="hyper-parameters by arm")
+
+    @field_validator("arms")
+    @classmethod
+    def _arms_known(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        for arm in arms:
+            if arm not in ARMS:
+                raise ValueError(unknown("arm", arm, ARMS))
+        return tuple(arm for arm in ARMS if arm in arms)
+
+    @field_validator("by_arm")
+    @classmethod
+    def _by_arm_known(cls, by_arm: dict[str, ArmSettings]) -> dict[str, ArmSettings]:
+        for arm in by_arm:
+            if arm not in ARMS:
+                raise ValueError(unknown("arm", arm, ARMS))
+        for name in ("steps", "epochs"):
+            if name in by_arm.get("local_matched", ArmSettings()).training:
+                raise ValueError(
+                    f"local_matched.training.{name}: this arm takes as many steps as collaborative. Set "
+                    f"by_arm.collaborative.training.{name}, or leave it out"
+                )
+        return by_arm
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
+            raise ValueError(f"seeds = {list(seeds)}: give distinct integers, none negative")
+        return seeds
+
+    @model_validator(mode="after")
+    def _users_can_change(self) -> Experiment:
+        if self.drift.kind == "none":
+            return self
+        changes = f'drift.kind = "{self.drift.kind}"'
+        if self.population.source == "lamp":
+            raise ValueError(
+                f'{changes} with population.source = "lamp": real users change by themselves. Leave it at "none"'
+            )
+        if not self.population.replay:
+            raise ValueError(
+                f"{changes} without population.replay: every round would have the same history and queries, so nobody "
+                "would change. Set population.replay = true"
+            )
+        return self
+
+    @classmethod
+    def read(cls, path: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> Experiment:
+        """Reads a TOML file (none: the default experiment) and applies dotted overrides such as `lora.rank=4`.
+
+        Raises UserError naming the file or override, the field, the value, the rule and the nearest known key.
+        """
+        where, data = "the default experiment", {}
+        if path is not None:
+            where = str(path)
+            try:
+                data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                raise UserError(f"{path}: no such experiment file. `untether experiment show` prints one.") from None
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+                raise UserError(f"{path}: not a TOML file: {error}") from None
+        return cls.build(data, overrides, where)
+
+    @classmethod
+    def build(cls, data: dict[str, Any], overrides: Mapping[str, str] | None, where: str) -> Experiment:
+        """An experiment from TOML data and dotted overrides; `where` names the source in a UserError."""
+        for key, text in (overrides or {}).items():
+            _assign(data, key, parse_value(cls, key, text))
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(_explain(error, where)) from None
+
+    def for_arm(self, arm: str) -> tuple[Lora, Training]:
+        """The LoRA and training settings of one arm, with `by_arm` applied."""
+        own = self.by_arm.get(arm, ArmSettings())
+        return (
+            Lora.model_validate({**self.lora.model_dump(), **own.lora}),
+            Training.model_validate({**self.training.model_dump(), **own.training}),
+        )
+
+    def to_toml(self, comments: bool = False) -> str:
+        """The resolved experiment as TOML; with `comments`, each field followed by its meaning."""
+        document = tomlkit.document()
+        _write(document, self, comments)
+        return tomlkit.dumps(document)
+
+
+def fields(model: type[BaseModel] = Experiment, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every field of the experiment as (dotted name, default, meaning), sections opened up."""
+    for name, info in model.model_fields.items():
+        section = _section(info.annotation)
+        if section is not None:
+            yield from fields(section, f"{prefix}{name}.")
+        else:
+            default = info.get_default(call_default_factory=True)
+            yield f"{prefix}{name}", list(default) if isinstance(default, tuple) else default, info.description or ""
+
+
+def parse_value(model: type[BaseModel], key: str, text: Any) -> Any:
+    """A `--set` or run-config text as a value: TOML where it parses as TOML, else the text; lists may be a,b,c, and
+    tables JSON.
+    """
+    if not isinstance(text, str):
+        return text
+    annotation = _annotation_of(model, key)
+    wants_list = get_origin(annotation) is tuple
+    if annotation is str:
+        stripped = text.strip()
+        return stripped[1:-1] if len(stripped) > 1 and stripped[0] == stripped[-1] == '"' else text
+    if get_origin(annotation) is dict:
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(text)
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if wants_list and not isinstance(value, list):
+        parts = [part.strip() for part in str(value).split(",") if part.strip()]
+        value = [parse_plain(part) for part in parts]
+    return value
+
+
+def parse_plain(text: str) -> Any:
+    """One item of a comma-separated list: an integer or float where it is one, else the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _annotation_of(model: type[BaseModel], key: str) -> Any:
+    annotation: Any = model
+    for part in key.split("."):
+        section = _section(annotation)
+        if section is None or part not in section.model_fields:
+            return None
+        annotation = section.model_fields[part].annotation
+    return annotation
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if get_origin(annotation) in (Annotated, Union):
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {key}: `{part}` is a value, not a section")
+    data[last] = value
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _keys_at(item["loc"][:-1])
+            lines.append(f"{path}: {unknown('key', str(item['loc'][-1]), known)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = "" if isinstance(item["input"], (dict, BaseModel)) else f" (got {item['input']!r})"
+            lines.append(f"{path}: {message}{value}" if path else message + value)
+    return f"{where} is not a valid experiment:\n  " + "\n  ".join(lines)
+
+
+def _keys_at(place: tuple[int | str, ...]) -> list[str]:
+    """The keys that the table at `place` may have."""
+    if place[:1] == ("by_arm",):
+        if len(place) == 2:
+            return list(ArmSettings.model_fields)
+        place = place[2:]  # an arm's own tables are those of the experiment
+    section: type[BaseModel] = Experiment
+    for part in place:
+        section = _section(section.model_fields[str(part)].annotation) or section
+    return list(section.model_fields)
+
+
+def _inline(value: dict[str, Any]) -> Any:
+    """A table on one line, tables inside it too: what follows it still belongs to its section."""
+    table = tomlkit.inline_table()
+    for name, inner in value.items():
+        table.add(name, _inline(inner) if isinstance(inner, dict) else inner)
+    return table
+
+
+def _write(table: Any, model: BaseModel, comments: bool) -> None:
+    sections = []
+    for name, info in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel) or name == "by_arm":
+            sections.append((name, value))
+            continue
+        value = list(value) if isinstance(value, tuple) else value
+        item = _inline(value) if isinstance(value, dict) else tomlkit.item(value)
+        if comments and info.description:
+            item.comment(info.description)
+        table.add(name, item)
+    for name, value in sections:
+        inner = tomlkit.table()
+        if isinstance(value, BaseModel):
+            if comments and type(value).__doc__:
+                inner.add(tomlkit.comment(" ".join(type(value).__doc__.split())))
+            _write(inner, value, comments)
+        else:
+            if not value:
+                continue
+            for arm, settings in value.items():
+                inner.add(arm, {k: v for k, v in settings.model_dump().items() if v})
+        table.add(name, inner)

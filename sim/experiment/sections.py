@@ -1,0 +1,301 @@
+"""The tables of an experiment: frozen, validated, every field with its default and meaning.
+
+Ground floor. What an experiment says of its virtual time stands in `sim.experiment.virtual_sections`.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import date
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from untether.sim.experiment.section import Section
+from untether.sim.experiment.virtual_sections import CloudCapacity
+
+ARMS: dict[str, str] = {
+    "frozen": "the shared base model, trained on nothing: the floor",
+    "majority": "the history's most frequent label (classification and rating): what needs no model",
+    "shared": "one LoRA a task from disjoint users",
+    "rag": "the base model with the BM25 top-k of the history in its prompt",
+    "rag_adapter": "the collaborative adapter with the same retrieval",
+    "local": "LoRA on the user's real history",
+    "local_matched": "the same, with as many optimizer steps as `collaborative`",
+    "synthetic_only": "LoRA on the filtered synthetic samples",
+    "unfiltered": "LoRA on real and all synthetic samples",
+    "unfiltered_matched": "LoRA on real and as many random synthetic samples as `collaborative` accepted",
+    "placebo": "LoRA on real and as many accepted samples made for one other user",
+    "collaborative": "LoRA on real and filtered synthetic samples (CDCDA-PLM)",
+    "cloud": "the cloud model answers with the history in its prompt",
+}
+
+Reads = Literal["input", "output", "pair"]
+
+
+NOW, SYSTEM = "strftime_now", "system_prompt"
+"""Template arguments with a meaning of their own: the day that `strftime_now` tells, and the text of a system turn."""
+
+_NOT_ARGUMENTS = frozenset((
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
+    "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
+    "self", "tokenize", "tokenizer_kwargs", "tools", "truncation",
+))  # fmt: skip
+"""What transformers' `apply_chat_template` is told by whoever asks, never by an experiment."""
+
+
+def check_template_args(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a chat template (see `sim.prompts.chat_template`). Raises ValueError, saying the fix, for what is
+    none.
+    """
+    for name, value in given.items():
+        if not name.isidentifier() or name in _NOT_ARGUMENTS:
+            raise ValueError(f"{name!r} cannot be set: give variables that the chat template reads (date_string, ...)")
+        if name == SYSTEM and not isinstance(value, str):
+            raise ValueError(f"{SYSTEM} = {value!r}: give the system turn's text")
+        if not _plain(value):
+            raise ValueError(f"{name} = {value!r}: give text, a number, true, false, or lists and tables of these")
+    try:
+        date.fromisoformat(given.get(NOW, "2024-07-26"))
+    except (TypeError, ValueError):
+        raise ValueError(f'{NOW} = {given[NOW]!r}: give the day that it tells, such as "2024-07-26"') from None
+    return given
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _plain(inner) for name, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return isinstance(value, (str, bool, int)) or (isinstance(value, float) and math.isfinite(value))
+
+
+TemplateArgs = Annotated[dict[str, Any], AfterValidator(check_template_args)]
+
+
+class Population(Section):
+    """Who the users are."""
+
+    source: Literal["world", "lamp"] = Field("world", description="`world` (embedded, synthetic) or `lamp` (files)")
+    path: str = Field("", description="folder of LaMP files (one task's, or a parent of several); only for `lamp`")
+    split: str = Field(
+        "", description="lamp: file prefix (empty: `dev`); world: `evaluation` or `validation` (empty: `evaluation`)"
+    )
+    users: int = Field(12, ge=1, description="how many users, so devices, each seed draws (disjoint across seeds)")
+    tasks: tuple[str, ...] = Field((), description="tasks such as LaMP_4; empty: all that the source has")
+    history: tuple[int, int] = Field((4, 8), description="world: least and most history items a user and task")
+    queries: int = Field(10, ge=1, description="most queries a user and task")
+    min_history: int = Field(3, ge=1, description="users with fewer items (of a task) are excluded and counted")
+    max_history: int = Field(0, ge=0, description="train on at most the latest so many items a task; 0: all")
+    shared_users: int = Field(48, ge=0, description="disjoint users that the `shared` arm's adapter is trained on")
+    replay: bool = Field(
+        False, description="rounds deliver later interactions in order of time and ask each query in the round of its "
+        "date; false: every round has the history before the first query, and asks all queries"
+    )
+    arrivals: float = Field(0.5, ge=0, description="world, replay: new interactions a user, task and round")
+    round_days: float = Field(30.0, gt=0, description="files, replay: days of a real history that a round stands for")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Population:
+        if self.source == "lamp" and not self.path:
+            raise ValueError('source = "lamp" needs population.path, a folder with LaMP files')
+        if self.history[0] < 1 or self.history[1] < self.history[0]:
+            raise ValueError(f"history = {list(self.history)}: give [least, most] with 1 <= least <= most")
+        return self
+
+
+class Model(Section):
+    """The on-device base model, frozen."""
+
+    base: str = Field("embedded", description="`embedded`, or any Hugging Face causal LM by name or path")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto", description="of the frozen base; adapters stay float32. auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    template_args: TemplateArgs = Field(
+        {}, description="what the chat template is given, such as {enable_thinking = true}; also `strftime_now` "
+        "(the day that it tells) and `system_prompt`. Unless named: no thinking, and a fixed date"
+    )
+
+
+class Lora(Section):
+    """The private adapter (PEFT's meaning of every field)."""
+
+    rank: int = Field(8, ge=1, le=1024, description="LoRA rank r")
+    alpha: float = Field(16.0, gt=0, description="scaling is alpha / rank (rsLoRA: alpha / sqrt(rank))")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: tuple[str, ...] = Field(("all-linear",), description="module suffixes, or all-linear")
+    use_rslora: bool = Field(False, description="rank-stabilised scaling")
+
+
+class Training(Section):
+    """How an adapter is trained on its device (loss on the answer only)."""
+
+    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
+    epochs: float = Field(4.0, gt=0, description="passes over the device's samples")
+    steps: int = Field(0, ge=0, description="optimizer steps; 0: follow epochs")
+    batch_size: int = Field(8, ge=1, description="samples a step")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after warm-up")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, an adapter at a time")
+    start: Literal["continue", "anew"] = Field("continue", description="later rounds: go on, or start anew")
+
+
+class Generation(Section):
+    """How a device answers."""
+
+    max_new_tokens: int = Field(0, ge=0, description="0: the task's own limit")
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    classify: Literal["generate", "likelihood"] = Field(
+        "generate", description="classification and rating: decode freely, or pick the likeliest label"
+    )
+    rag_items: int = Field(3, ge=1, description="history items in the prompt of the rag arms")
+
+
+class Cloud(Section):
+    """The cloud that writes synthetic samples: any OpenAI-compatible chat-completions endpoint."""
+
+    provider: str = Field(
+        "world", description="`openai`: an endpoint at base_url. Otherwise the generator that the run itself serves on "
+        "loopback: `world`, `recombine`, `transformers`"
+    )
+    base_url: str = Field("", description="endpoint, such as https://api.openai.com/v1 (provider = openai)")
+    model: str = Field("", description="model name at the endpoint; for `transformers`: model name or path")
+    template_args: TemplateArgs = Field(
+        {}, description="transformers: what the model's chat template is given (see model.template_args)"
+    )
+    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    samples: int = Field(16, ge=0, description="synthetic samples asked for a user and task")
+    samples_per_request: int = Field(8, ge=1, description="larger orders are split into requests of so many")
+    show_items: int = Field(16, ge=1, description="most history items shown in a request (latest first)")
+    show_chars: int = Field(12000, ge=200, description="most characters of history shown in a request")
+    temperature: float = Field(0.8, ge=0, description="sampling temperature")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling")
+    max_tokens: int = Field(2048, ge=16, description="most tokens an answer may have")
+    structured: bool = Field(True, description="ask for JSON by schema where the endpoint supports it")
+    timeout_s: float = Field(60.0, gt=0, description="a request's time limit")
+    max_retries: int = Field(4, ge=0, description="retries of a request after its first attempt")
+    concurrency: int = Field(8, ge=1, description="requests in flight at once, a worker")
+    cache: str = Field("", description="SQLite file of answers already paid for (may be shared); empty: the run's own")
+    knowledge: Literal["none", "pretraining", "full"] = Field(
+        "pretraining", description="world: archetypes that the cloud model knows; `full` is an oracle"
+    )
+    hallucination_rate: float = Field(0.10, ge=0, le=1, description="world: right form, wrong persona")
+    off_topic_rate: float = Field(0.05, ge=0, le=1, description="world: samples about something else")
+    duplicate_rate: float = Field(0.05, ge=0, le=1, description="world: copies of the user's own items")
+    malformed_rate: float = Field(0.03, ge=0, le=1, description="world: broken pairs")
+    verbosity: float = Field(0.05, ge=0, le=1, description="world: share of outputs that ramble")
+    capacity: CloudCapacity = CloudCapacity()
+
+    @model_validator(mode="after")
+    def _endpoint(self) -> Cloud:
+        if self.provider == "openai" and not (self.base_url and self.model):
+            raise ValueError('provider = "openai" needs cloud.base_url and cloud.model')
+        if self.provider != "openai" and self.base_url:
+            raise ValueError(
+                f'base_url = "{self.base_url}" is for provider = "openai", but provider = "{self.provider}" is served '
+                'by the run itself. Set cloud.provider = "openai", or leave base_url empty'
+            )
+        if self.provider != "transformers" and self.template_args:
+            raise ValueError(
+                f'template_args is for provider = "transformers", and this is "{self.provider}". Leave it empty'
+            )
+        if self.provider == "transformers" and not self.model:
+            raise ValueError('provider = "transformers" needs cloud.model, a causal LM by name or path')
+        return self
+
+
+class SemanticFilter(Section):
+    """Is the sample about what this user's samples are about? Cosine to the user's real samples."""
+
+    enabled: bool = Field(True, description="apply this filter")
+    reads: Reads = Field("pair", description="what is embedded: input, output or the pair")
+    reduce: Literal["mean", "max"] = Field("max", description="over the user's real samples of the task")
+    low: float = Field(0.15, ge=-1, le=1, description="least cosine accepted")
+    high: float = Field(0.98, ge=-1, le=1, description="greatest cosine accepted (above: a copy)")
+
+
+class DiversityFilter(Section):
+    """Is it new? No near-duplicate of a real or an already accepted sample."""
+
+    enabled: bool = Field(True, description="apply this filter")
+    reads: Reads = Field("pair", description="what is embedded: input, output or the pair")
+    max_similarity: float = Field(0.9, ge=-1, le=1, description="greatest cosine to a real or accepted sample")
+
+
+class LengthFilter(Section):
+    """Is it as long as what the user writes? Words relative to the median of the user's own."""
+
+    enabled: bool = Field(True, description="apply this filter")
+    reads: Reads = Field("output", description="whose words are counted: input, output or the pair")
+    low: float = Field(0.4, ge=0, description="least ratio accepted")
+    high: float = Field(2.5, gt=0, description="greatest ratio accepted")
+
+
+class Filters(Section):
+    """What a device keeps of the samples that the cloud wrote for it."""
+
+    order: tuple[str, ...] = Field(("semantic", "diversity", "length"), description="the filters, first to last")
+    encoder: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2", description="sentence-transformers model, by name or path"
+    )
+    semantic: SemanticFilter = SemanticFilter()
+    diversity: DiversityFilter = DiversityFilter()
+    length: LengthFilter = LengthFilter()
+
+
+class Strategy(Section):
+    """The Flower strategy: who takes part, what is shared, how it is aggregated."""
+
+    name: str = Field("private", description="`private`: nothing is shared")
+
+
+class Engine(Section):
+    """How the simulation runs on this machine; changes the speed, never the numbers."""
+
+    workers: int = Field(0, ge=0, description="worker processes; 0: one a core (one where there is a GPU)")
+    hosts: int = Field(0, ge=0, description="Flower nodes; 0: one a worker")
+    threads: int = Field(0, ge=0, description="torch threads a worker; 0: the cores divided by the workers")
+    memory_gib: float = Field(
+        0.0, ge=0, description="a worker's budget for a cohort; 0: its part of half of what is free"
+    )
+    cohort: int = Field(0, ge=0, description="most adapters trained together; 0: what the budget allows")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    shard: int = Field(256, ge=1, description="most devices a worker handles at once: bounds a host's memory")
+    strict: bool = Field(False, description="stop at the first worker that dies, instead of retrying its devices")
+    deadline_s: float = Field(3600.0, gt=0, description="longest a worker may go without getting on")
+    cache: str = Field(
+        "", description="folder that keeps adapters, embeddings and answers, so that no run makes again what another "
+        "one made; empty: none"
+    )
+
+
+class Evaluation(Section):
+    """How arms are compared (paired, over clusters of users)."""
+
+    margin: float = Field(
+        0.02, ge=0, le=1, description="non-inferiority margin where the primary metric is a share (accuracy, ROUGE)"
+    )
+    margin_stars: float = Field(
+        0.1, ge=0, le=4, description="non-inferiority margin where it is an error in stars (MAE)"
+    )
+    resamples: int = Field(10_000, ge=100, description="permutations, where there are too many to try them all")
+
+
+class ArmSettings(Section):
+    """Hyper-parameters of one arm that differ from the common ones: `[by_arm.local.training] learning_rate = 1e-3`."""
+
+    training: dict[str, Any] = Field({}, description="fields of [training]")
+    lora: dict[str, Any] = Field({}, description="fields of [lora]")
+
+    @field_validator("training")
+    @classmethod
+    def _training_known(cls, own: dict[str, Any]) -> dict[str, Any]:
+        Training.model_validate(own)
+        return own
+
+    @field_validator("lora")
+    @classmethod
+    def _lora_known(cls, own: dict[str, Any]) -> dict[str, Any]:
+        Lora.model_validate(own)
+        return own

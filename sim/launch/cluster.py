@@ -1,0 +1,78 @@
+"""Ray: started on this machine for a run, or a cluster that somebody else started (`untether run --ray-address`).
+
+On a cluster the driver, and with it the round loop and the run's own cloud gateway, stays on this machine. Workers go
+wherever a node offers the resource `worker`; all nodes see run directory and code under the same path. See
+docs/cluster.md.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from untether.sim.core import limits
+from untether.sim.core.errors import ResumableStop, UserError
+from untether.sim.core.package_data import import_root
+
+STORE_SHARE, LEAST_STORE_BYTES, MOST_STORE_BYTES = 0.3, 100_000_000, 10_000_000_000
+"""Of the object store: Ray's own default share and (about) its own minimum."""
+
+
+def runtime_env() -> dict[str, Any]:
+    """What Ray's processes need to import this program as it runs here."""
+    root = str(import_root())
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    return {"env_vars": {"PYTHONPATH": path}}
+
+
+def memory_here() -> dict[str, int]:
+    """What Ray may count on, in its own names: it looks at the limit of the outermost group that it sees, and at no
+    other. Its object store holds little here (orders and replies), so it takes the share that Ray would give it, up
+    to 10 GB.
+    """
+    available = limits.available_bytes()
+    store = max(LEAST_STORE_BYTES, int(min(STORE_SHARE * available, MOST_STORE_BYTES)))
+    return {"object_store_memory": store, "_memory": max(LEAST_STORE_BYTES, available - store)}
+
+
+def start_here(cpus: int, gpus: int, workers: int) -> None:
+    """Starts Ray on this machine with room for so many workers; it ends with this process.
+
+    Raises ResumableStop where its processes are not up within the 30 s that Ray gives them.
+    """
+    import ray
+
+    try:
+        ray.init(
+            address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, log_to_driver=False,
+            configure_logging=False, resources={"worker": workers}, runtime_env=runtime_env(),
+            **memory_here(),
+        )
+    except Exception as error:  # a plain one is what Ray raises
+        raise ResumableStop(f"Ray did not start; is this machine too busy? ({_first_line(error)})") from error
+
+
+def join_cluster(address: str) -> int:
+    """Connects to a cluster and returns how many workers it has room for.
+
+    Raises UserError where there is no cluster, or one that does not offer the resource `worker` or has no CPU.
+    """
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False, runtime_env=runtime_env())
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"--ray-address {address}: no Ray cluster answers there ({_first_line(error)})") from error
+    resources = ray.cluster_resources()
+    workers = int(resources.get("worker", 0))
+    if workers < 1 or resources.get("CPU", 0) < 1:
+        ray.shutdown()
+        raise UserError(
+            f"--ray-address {address}: no node offers the resource `worker` (or none has a CPU). Start its nodes with: "
+            "ray start ... --resources '{\"worker\": N}'"
+        )
+    return workers
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,316 @@
+"""Runs an Experiment: on Flower's simulation runtime (Ray) in this process, or inside `flwr run`.
+
+Flower and Ray print a lot, some of it from C++. During a run, file descriptors 1 and 2 go to `log.txt` in the run
+directory and our own lines to a duplicate of the terminal's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+
+from untether.sim.core import limits
+from untether.sim.core.clock import WallClock
+from untether.sim.core.errors import Failure, ResumableStop, UserError, disk_is_full
+from untether.sim.experiment import Experiment, fields, parse_value
+from untether.sim.launch.cluster import join_cluster, start_here
+from untether.sim.launch.console import LiveProgress
+from untether.sim.population.source import open_population
+from untether.sim.rounds.planner import Rounds
+from untether.sim.run.directory import RunDirectory
+from untether.sim.run.environment import describe
+from untether.sim.run.lock import RunLock
+
+GRACE_S = 6.0
+"""How long an interrupted run may take to end by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a run is spread over this machine: worker processes, Flower nodes, torch threads a worker, GPUs."""
+
+    workers: int
+    hosts: int
+    threads: int
+    gpus: int
+
+    @classmethod
+    def of(cls, experiment: Experiment, devices: int) -> Layout:
+        """From `[engine]`, the cores that are ours and the GPUs: one worker a core, or one a GPU."""
+        engine, cores = experiment.engine, limits.cores()
+        gpus = _gpus() if engine.device in ("auto", "cuda") else 0
+        workers = max(1, min(engine.workers or (gpus or cores), devices))
+        hosts = max(1, min(engine.hosts or workers, devices))
+        return cls(workers, hosts, engine.threads or max(1, cores // workers), gpus)
+
+
+def prepare(experiment: Experiment, out: Path | None) -> RunDirectory:
+    """Checks what can be checked before anything heavy starts, then makes the run directory.
+
+    Raises UserError for an unknown strategy or task, missing data, a missing key, an `out` that holds a run.
+    """
+    check(experiment)
+    path = out or next_run_directory(experiment.name)
+    run = RunDirectory.create(path, experiment)
+    run.write_json("environment.json", describe(experiment))
+    return run
+
+
+def reopen(path: Path, experiment: Experiment | None = None) -> RunDirectory:
+    """The run directory of a run that stopped, to go on with it.
+
+    `experiment` is what its user says it holds (None: whatever it holds); it may differ in `[engine]`, which is then
+    taken over. Raises UserError naming what differs otherwise, for another version, or where data or a key are missing.
+    """
+    run = RunDirectory.open(path)
+    run.check_resumable(experiment)
+    if experiment is not None:
+        run.take_over(experiment)
+    check(run.experiment)
+    environment = run.read_json("environment.json") or describe(run.experiment)
+    resumed = [*environment.get("resumed", []), WallClock().timestamp()]
+    run.write_json("environment.json", {**environment, "resumed": resumed})
+    return run
+
+
+def check(experiment: Experiment) -> None:
+    """Raises UserError for whatever would stop the run later: strategy, generator, key, tasks, data."""
+    from untether.clients.filters import create as create_filters
+    from untether.server.cloud import check_cloud
+    from untether.strategies import STRATEGIES
+
+    STRATEGIES.check(experiment.strategy.name)
+    create_filters(experiment.filters)
+    check_cloud(experiment)
+    check_model(experiment.model.base)
+    kept = Path(experiment.engine.cache).expanduser()
+    if experiment.engine.cache and kept.exists() and not kept.is_dir():
+        raise UserError(f"engine.cache = `{kept}`: this is no folder. Give one, or a name for a new one")
+    for seed in experiment.seeds:
+        population = open_population(experiment, seed)
+        if len(population) == 0:
+            raise UserError(f"the population of seed {seed} is empty: no user has enough history and a query")
+        population.user(0)
+        Rounds(experiment, seed, population)  # profiles, models, traces, policy
+
+
+def check_model(base: str) -> None:
+    """A path given as `model.base` must exist; a hub name is looked up when the model loads."""
+    looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
+    if base != "embedded" and looks_local and not Path(base).expanduser().is_dir():
+        raise UserError(f"model.base = `{base}`: no such folder. Give `embedded`, a hub name or a checkpoint's folder")
+
+
+def next_run_directory(name: str) -> Path:
+    """`runs/<name>`, or the first of `runs/<name>-2`, `-3`, ... that is free."""
+    path, number = Path("runs") / name, 1
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{name}-{number}"
+    return path
+
+
+def launch(*runs: RunDirectory, terminal: TextIO | None = None, ray_address: str = "", again: str = "") -> None:
+    """Runs what is not committed yet of run directories, one after the other, on one Flower simulation runtime, and
+    writes the report of each as it ends.
+
+    `terminal` is where progress goes: what `redirected` yields. `ray_address` names a Ray cluster to join (`auto`: the
+    one of this machine); empty: Ray is started here and ends with the last run. `again` is the command that goes on
+    after a stop. Raises UserError, ResumableStop (Ctrl-C, SIGTERM and a full disk among its causes), or Failure with
+    the traceback of the defect that ended a run; where there are several runs, the message names the one.
+    """
+    again = again or f"untether run --resume {runs[0].path}"
+    with contextlib.ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(RunLock(run.path))
+            if run.finished:
+                run.drop_parts()
+        if all(run.finished for run in runs):
+            return
+        stop = threading.Event()
+        with stopping(stop, farewell(again, terminal)), LiveProgress(file=terminal) as progress:
+            try:
+                _simulate(runs, progress, stop, ray_address)
+            except KeyboardInterrupt:
+                raise ResumableStop("interrupted") from None
+            except OSError as error:
+                if not disk_is_full(error):
+                    raise
+                raise ResumableStop(f"a disk is full ({error}). Free some space, then resume the run.") from error
+
+
+def _simulate(runs: Sequence[RunDirectory], progress: LiveProgress, stop: threading.Event, ray_address: str) -> None:
+    os.environ.update({
+        "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TOKENIZERS_PARALLELISM": "false", "RAY_DEDUP_LOGS": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "RAY_worker_niceness": "0",  # its default of 15 starves the workers on a machine with anything else to do
+    })
+    progress.note("starting Flower and Ray ...")
+    import ray
+    from flwr.simulation import run_simulation
+
+    from untether.clients.app import app as client_app
+    from untether.server.coordinator import make_app
+
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    waiting = [run for run in runs if not run.finished]
+    devices = [len(open_population(run.experiment, run.experiment.seeds[0])) for run in waiting]
+    layouts = [Layout.of(run.experiment, count) for run, count in zip(waiting, devices, strict=True)]
+    turns = _Turns(runs, {run: layout.threads for run, layout in zip(waiting, layouts, strict=True)}, progress)
+    workers, hosts, gpus = (max(getattr(layout, name) for layout in layouts) for name in ("workers", "hosts", "gpus"))
+    _check_stop(stop)
+    if ray_address:
+        workers = join_cluster(ray_address)
+        wanted = [run.experiment.engine.hosts or workers for run in waiting]
+        hosts = max(min(pair) for pair in zip(wanted, devices, strict=True))
+    else:
+        start_here(max(2, hosts), gpus, workers)
+    healing = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # a dead actor comes back; `exchange` asks again
+    try:
+        _check_stop(stop)
+        run_simulation(
+            make_app(turns, progress, stop), client_app, num_supernodes=hosts,
+            backend_config={"client_resources": healing},
+        )
+    except (UserError, ResumableStop, Failure) as error:
+        if len(runs) > 1 and turns.now is not None:
+            raise type(error)(f"{turns.now.path.name}: {error}") from error
+        raise
+    finally:
+        ray.shutdown()
+
+
+class _Turns:
+    """The runs that wait, one after the other as they are asked for, each with its threads a worker."""
+
+    def __init__(self, runs: Sequence[RunDirectory], threads: Mapping[RunDirectory, int], progress: LiveProgress):
+        self.runs, self.threads, self.progress = runs, threads, progress
+        self.now: RunDirectory | None = None
+
+    def __iter__(self) -> Iterator[tuple[RunDirectory, int]]:
+        work = [_work(run.experiment) if run in self.threads else 0 for run in self.runs]
+        for place, run in enumerate(self.runs):
+            if run not in self.threads:
+                continue
+            self.now = run
+            if len(self.runs) > 1:
+                self.progress.cell(place + 1, len(self.runs), run.path.name, work[place], sum(work[place + 1 :]))
+            if run.read_json("environment.json") is None:
+                run.write_json("environment.json", describe(run.experiment))
+            yield run, self.threads[run]
+
+
+def _work(experiment: Experiment) -> int:
+    """How much a run has to do, in no unit: for the time that is left."""
+    return len(experiment.seeds) * experiment.rounds * experiment.population.users * len(experiment.arms)
+
+
+def _check_stop(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise ResumableStop("interrupted")
+
+
+def farewell(again: str, terminal: TextIO | None) -> Callable[[], None]:
+    """What to do when a stop takes longer than it should: say so, and end at once. Nothing committed is lost by it."""
+
+    def leave() -> None:
+        # Ray's agents would look for their parent for minutes; a cluster that was joined has no child here.
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        cursor = "\x1b[?25h" if terminal is not None and terminal.isatty() else ""
+        text = f"{cursor}\nstopped: interrupted\nResume with: {again}"
+        try:
+            print(text, file=terminal or sys.stderr, flush=True)
+        finally:  # nobody may be there to read it
+            os._exit(1)
+
+    return leave
+
+
+@contextlib.contextmanager
+def redirected(log: Path) -> Iterator[TextIO]:
+    """Sends this process's (and its children's) output to a log; yields the terminal as it was."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield terminal
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for kept, number in zip(saved, (1, 2), strict=True):
+            os.dup2(kept, number)
+            os.close(kept)
+        terminal.close()
+
+
+@contextlib.contextmanager
+def stopping(stop: threading.Event, leave: Callable[[], None] | None = None) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set `stop`; a second Ctrl-C interrupts at once; `leave` is called if nothing helps in time."""
+    timers: list[threading.Timer] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        if leave is not None:
+            timers.append(threading.Timer(GRACE_S, leave))
+            timers[-1].daemon = True
+            timers[-1].start()
+
+    main = threading.current_thread() is threading.main_thread()
+    before = [(number, signal.signal(number, handle)) for number in (signal.SIGINT, signal.SIGTERM)] if main else []
+    try:
+        yield
+    finally:
+        for number, old in before:
+            signal.signal(number, old)
+        for timer in timers:
+            timer.cancel()
+
+
+def run_config(experiment: Experiment) -> dict[str, Any]:
+    """An experiment as Flower's flat run config: lists become `a,b,c`, tables JSON."""
+    flat = {}
+    for key, _, _ in fields():
+        value: Any = experiment
+        for part in key.split("."):
+            value = getattr(value, part)
+        if key != "by_arm":
+            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            flat[key] = json.dumps(value) if isinstance(value, dict) else value
+    return flat
+
+
+def from_run_config(config: dict[str, Any]) -> tuple[RunDirectory, int, LiveProgress]:
+    """The run directory, threads a worker and progress of an app that Flower started (`flwr run .`)."""
+    out = str(config.pop("out", ""))
+    experiment = Experiment.read(None, {key: parse_value(Experiment, key, value) for key, value in config.items()})
+    run = prepare(experiment, Path(out).expanduser() if out else None)
+    layout = Layout.of(experiment, experiment.population.users)
+    print(f"run directory: {run.path.resolve()}", flush=True)
+    return run, layout.threads, LiveProgress()
+
+
+def _gpus() -> int:
+    try:
+        import torch
+    except ImportError:
+        return 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

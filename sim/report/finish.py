@@ -1,0 +1,80 @@
+"""From committed rounds to what people read: the tables, the statistics, the report."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from untether.sim.core.clock import WallClock
+from untether.sim.evaluation.statistics import summarize
+from untether.sim.experiment import Experiment
+from untether.sim.population.source import FromWorld, open_population
+from untether.sim.report import write_report
+from untether.sim.run.directory import RunDirectory
+from untether.sim.run.usage import Usage
+
+COMPARED = (
+    "seed", "round", "device_id", "user_id", "arm", "task", "query_id", "prediction", "gold",
+    "cluster",
+)  # fmt: skip
+"""Columns of `predictions` that the statistics need."""
+TRAINED = ("kind", "arm", "steps", "tokens_in")
+"""Columns of `events` that they need."""
+PLACEBOS = ("placebos", "placebos_of_two", "placebos_short", "placebo_samples", "placebo_samples_of_second")
+"""Counts of the learn passes that say how far a placebo is one other user's."""
+
+
+def finish(
+    run: RunDirectory, truth: Mapping[tuple[str, str, str], str], cloud: Mapping[str, Any], usage: Usage
+) -> None:
+    """Merges the parts, computes `summary.json`, writes tables, figures and `report.html`. Safe to run again."""
+    experiment = run.experiment
+    run.merge(experiment, truth)
+    rows = summarize(
+        run.read("predictions", COMPARED), run.read("events", TRAINED),
+        margin=experiment.evaluation.margin, margin_stars=experiment.evaluation.margin_stars,
+        resamples=experiment.evaluation.resamples, seed=experiment.seeds[0],
+    )
+    exclusions: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()  # by what learned from others: each seed's own, so the sum
+    orders = set()
+    for seed in experiment.seeds:
+        population = open_population(experiment, seed)
+        exclusions |= population.exclusions()  # files tell the same for every seed: the most, not the sum
+        orders.add(population.order)
+        for row in run.read_staged("left_out", seed, 0):
+            left_out[row["reason"]] += row["count"]
+    if experiment.drift.kind != "none":
+        run.write_truth(rows for seed in experiment.seeds for rows in FromWorld(experiment, seed).truth())
+    commits = [run.committed(seed, round) for seed in experiment.seeds for round in range(experiment.rounds)]
+    run.write_json("summary.json", {
+        "rows": rows,
+        "facts": {
+            "exclusions": dict(sorted((exclusions + left_out).items())),
+            "order": "time" if orders == {"time"} else "unknown",
+            "cloud": dict(cloud),
+            "failures": [failure for commit in commits if commit for failure in commit["facts"]["failures"]],
+            "placebos": {
+                name: int(sum(commit["facts"]["totals"].get(name, 0) for commit in commits if commit))
+                for name in PLACEBOS
+            },
+        },
+    })
+    environment = run.read_json("environment.json") or {}
+    models = {name: value for commit in commits if commit for name, value in commit["facts"]["models"].items()}
+    ended = {
+        "models": models, "templates": _templates(run, experiment), "cloud": dict(cloud),
+        "ended": WallClock().timestamp(),
+    }  # fmt: skip
+    run.write_json("environment.json", {**environment, **ended})
+    write_report(run)
+    run.write_json("environment.json", {**environment, **ended, "usage": usage.facts()})
+    run.drop_parts()
+
+
+def _templates(run: RunDirectory, experiment: Experiment) -> dict[str, Any]:
+    """How prompts were written, by model, as the workers said."""
+    staged = (run.read_staged("written", seed, r) for seed in experiment.seeds for r in range(experiment.rounds))
+    return {row["model"]: json.loads(row["facts"]) for rows in staged for row in rows}

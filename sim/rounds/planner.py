@@ -1,0 +1,383 @@
+"""Between the round loop and the timeline: which requests a round wants, what its adapters are trained on, and what the
+hosts must be told. Names no text: a device's data is here only as counts and lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from untether.sim.core.clock import DAY_S
+from untether.sim.core.errors import UserError
+from untether.sim.experiment import Experiment
+from untether.sim.population.source import Population, device_id
+from untether.sim.rounds.material import (
+    ALONE,
+    LEARNS_FROM,
+    SAMPLE_COUNTS,
+    Material,
+    effort,
+    optimizer_steps,
+    total,
+    trained,
+    trained_tokens,
+)
+from untether.sim.rounds.orders import columns
+from untether.sim.time.asking import Ask, Size
+from untether.sim.time.policies import Policies
+from untether.sim.time.timeline import Delivery, Plan, Schedule, Timeline
+from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, Work
+
+AUGMENT, CLOUD = "augment", "cloud"
+"""Lanes: the requests for samples that the arms share, and the cloud arm's questions."""
+
+KINDS = ("augment", "answer")
+"""Of the events that are requests."""
+
+FIRST = ".first"
+"""Behind the arm's name: where the first of two adapters of one round is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agenda:
+    """A round as planned. `due`: the devices that ask for samples and train on them; `alone`: those that train on their
+    own data, for which they need nobody; `asking`: those that the fetch pass is about.
+    """
+
+    plan: Plan
+    due: tuple[int, ...]
+    alone: tuple[int, ...]
+
+    @property
+    def asking(self) -> list[int]:
+        return sorted({*self.due, *self.alone, *(ask.device for ask in self.plan.asks)})
+
+    def order(self) -> dict[str, Any]:
+        """For the fetch pass: who is due, and the requests that are not to be made."""
+        granted = self.plan.granted
+        held = [(ask.device, ask.request_id) for ask in self.plan.asks if ask.request_id not in granted]
+        return {"due": list(self.due), **columns("held", ("device", "request"), held)}
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What became of a round's requests. `sizes`: the real ones; `lost`: (device, request) of answers that were written
+    and never reached their device, of each lane.
+    """
+
+    agenda: Agenda
+    delivery: Delivery
+    sizes: Mapping[str, Size]
+    lost: Mapping[str, tuple[tuple[int, str], ...]]
+
+    @property
+    def short(self) -> list[int]:
+        """The devices that lost answers with samples: what the others hold is to be filtered without those."""
+        return sorted({device for device, _ in self.lost[AUGMENT]})
+
+    def order(self) -> dict[str, Any]:
+        """For the filter pass: the answers that the devices do not have."""
+        return columns("lost", ("device", "request"), self.lost[AUGMENT])
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """A round as it came out. `served`: cloud tokens that a due device spent, and whether it has what it asked for.
+
+    `came`: of the devices whose samples came, how many (see `Material.plus`). `trained`: those with data of their own.
+    """
+
+    delivered: Delivered
+    schedule: Schedule
+    served: Mapping[int, tuple[int, bool]]
+    came: Mapping[int, tuple[int, ...]]
+    trained: frozenset[int]
+
+    @property
+    def agenda(self) -> Agenda:
+        return self.delivered.agenda
+
+
+def request_names(experiment: Experiment, seed: int, round: int, device: int, tasks: Sequence[str]) -> list[str]:
+    """The names of one device's requests for samples in a round, in the order in which it makes them."""
+    parts = math.ceil(experiment.cloud.samples / experiment.cloud.samples_per_request)
+    names = [f"s{seed}-r{round}-{device_id(device)}-{task}" for task in tasks]
+    return [name if part == 0 else f"{name}+{part}" for name in names for part in range(parts)]
+
+
+def question_names(seed: int, round: int, device: int, tasks_of_queries: Sequence[str]) -> list[str]:
+    """The names of the cloud arm's requests: one a query."""
+    name = f"s{seed}-r{round}-{device_id(device)}"
+    return [f"{name}-{task}-q{number}" for number, task in enumerate(tasks_of_queries)]
+
+
+class Rounds:
+    """The virtual time of one seed, as the round loop uses it.
+
+    1. `plan(round, devices)`; 2. fetch, by `Agenda.order`; 3. `deliver(agenda, sizes)`, filter again what is `short`,
+    `schedule(delivered, materials)`; 4. learn, by `order(day)`; write `event_rows`; 5. `advance(day, errors)`, and
+    commit with `state()`.
+
+    Whether a device is due is decided apart for the arms that learn from samples and for `local`, which needs none:
+    neither the cloud's failures nor another arm's errors reach it. Raises UserError where that cannot be decided.
+    """
+
+    def __init__(
+        self, experiment: Experiment, seed: int, population: Population, state: Mapping[str, Any] | None = None
+    ):
+        state = state or {}
+        self.experiment, self.seed, self.population = experiment, seed, population
+        self.timeline = Timeline(experiment, seed, device_id, state.get("timeline"))
+        kept = state.get("policies", {})
+        self.policies = {on: Policies(experiment.drift, kept.get(on)) for on in (SAMPLES, REAL)}
+        self._samples: dict[int, dict[int, tuple[int, ...]]] = {
+            int(device): {int(round): tuple(counts) for round, counts in found.items()}
+            for device, found in state.get("samples", {}).items()
+        }
+        self._asked: dict[int, tuple[tuple[str, ...], Sequence[tuple[str, int | None]]]] = {}
+        self.arms = trained(experiment)
+        self.learning = {
+            SAMPLES: [arm for arm in self.arms if arm != ALONE], REAL: [arm for arm in self.arms if arm == ALONE]
+        }  # fmt: skip
+        self.asks_samples = bool(experiment.cloud.samples and self.learning[SAMPLES])
+        if experiment.drift.policy == "on_drift" and self.learning[SAMPLES] and "collaborative" not in self.arms:
+            raise UserError(
+                f'drift.policy = "on_drift" watches the answers of the arm collaborative, which is not among arms = '
+                f"{list(experiment.arms)}. Add it: all arms that learn from samples ask when that one needs it"
+            )
+
+    # --- 1. plan ----------------------------------------------------------------------------------------------
+
+    def plan(self, round: int, devices: Sequence[int]) -> Agenda:
+        """Who asks and trains in a round, and which of all requests get through."""
+        due, alone = (
+            tuple(device for device in devices if self._due(round, device, on)) for on in (SAMPLES, REAL)
+        )  # fmt: skip
+        owing = set(due) if self.asks_samples else set()
+        asks = [ask for device in devices for ask in self._asks(round, device, device in owing)]
+        return Agenda(self.timeline.plan(round, asks), due, alone)
+
+    def _due(self, round: int, device: int, on: str) -> bool:
+        if not self.learning[on]:
+            return False
+        link, start_s = self.timeline.link(device), round * DAY_S
+        expected = 0
+        if self.asks_samples and on == SAMPLES:
+            size = self.timeline.expected(AUGMENT)
+            parts = math.ceil(self.experiment.cloud.samples / self.experiment.cloud.samples_per_request)
+            expected = (size.tokens_in + size.tokens_out) * parts * len(self._tasks(round, device)[0])
+
+        def online() -> bool:
+            return link.next_up(start_s, start_s + DAY_S) is not None
+
+        return self.policies[on].due(round, device, expected, online)
+
+    def _asks(self, round: int, device: int, for_samples: bool) -> Iterator[Ask]:
+        tasks, of_queries = self._tasks(round, device)
+        if for_samples:
+            expected = self.timeline.expected(AUGMENT)
+            for name in request_names(self.experiment, self.seed, round, device, tasks):
+                yield Ask(name, device, expected, AUGMENT)
+        if "cloud" in self.experiment.arms:
+            expected = self.timeline.expected(CLOUD)
+            by_day = self.experiment.hardware.queries == "day"
+            names = question_names(self.seed, round, device, of_queries)
+            times = [self.timeline.query_time_s(round, device, number) for number in range(len(names))]
+            order = sorted(range(len(names)), key=times.__getitem__) if by_day else range(len(names))
+            for number in order:
+                yield Ask(names[number], device, expected, CLOUD, times[number] if by_day else None)
+
+    def _tasks(self, round: int, device: int) -> tuple[tuple[str, ...], list[str]]:
+        """The tasks that a device asks samples for, and the task of each of its queries of a round."""
+        if device not in self._asked:
+            asked = self.population.asked(device)
+            self._asked[device] = tuple(dict.fromkeys(task for task, _ in asked)), asked
+        tasks, queries = self._asked[device]
+        return tasks, [task for task, when in queries if when in (None, round)]
+
+    # --- 3. schedule ------------------------------------------------------------------------------------------
+
+    def deliver(self, agenda: Agenda, sizes: Mapping[str, Size]) -> Delivered:
+        """Whose answer reaches its device, and when. `sizes` of the requests that were made."""
+        delivery = self.timeline.deliver(agenda.plan, sizes)
+        finals = [delivery.finals[name] for name in sorted(agenda.plan.granted) if name in sizes]
+        lost = {
+            lane: tuple((each.device, each.request_id) for each in finals if each.lane == lane and not each.answered)
+            for lane in (AUGMENT, CLOUD)
+        }
+        return Delivered(agenda, delivery, sizes, lost)
+
+    def schedule(self, delivered: Delivered, materials: Mapping[int, Material]) -> Day:
+        """When everything ends. `materials`: what the devices that are due can train on, of what reached them."""
+        agenda, plan, finals = delivered.agenda, delivered.agenda.plan, delivered.delivery.finals
+        wanted: dict[int, list[str]] = {device: [] for device in agenda.due}
+        for ask in plan.asks:
+            if ask.lane == AUGMENT:
+                wanted[ask.device].append(ask.request_id)
+        works = [
+            self._work(plan.round, device, arm, materials[device], wanted.get(device, ()))
+            for on, devices in ((REAL, agenda.alone), (SAMPLES, agenda.due))
+            for device in devices if device in materials
+            for arm in self.learning[on]
+        ]  # fmt: skip
+        schedule = self.timeline.train(delivered.delivery, works)
+        tokens: dict[int, int] = defaultdict(int)
+        for attempt in schedule.attempts:
+            if attempt.lane == AUGMENT:
+                tokens[attempt.device] += attempt.tokens_in + attempt.tokens_out
+        served, came = {}, {}
+        for device, names in wanted.items():
+            done = any(finals[name].outcome == "ok" for name in names)
+            served[device] = (tokens[device], done or not names)
+            if done and device in materials:
+                came[device] = tuple(getattr(materials[device], name) for name in SAMPLE_COUNTS)
+        own = frozenset(device for device in agenda.alone if device in materials and materials[device].real)
+        return Day(delivered, schedule, served, came, own)
+
+    def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> Work:
+        _, training = self.experiment.for_arm(arm)
+        counted = LEARNS_FROM[arm].split()
+        if arm == "local_matched":
+            _, training = self.experiment.for_arm("collaborative")
+        material = own.plus(self._samples[device][past] for past in self._earlier(round, device))
+        items, tokens = total(material, counted)
+        steps = optimizer_steps(training, items)
+        if arm == "local_matched":
+            steps = optimizer_steps(training, material.real + material.accepted)
+        nothing = replace(own, **dict.fromkeys(SAMPLE_COUNTS, 0))
+        had = nothing.plus(self._samples[device][past] for past in self._stale(device))
+        return Work(
+            device, arm, steps, trained_tokens(training, steps, items, tokens),
+            () if arm == ALONE else tuple(requests), *effort(training, *total(had, counted)),
+            row_tokens=material.longest_real if counted == ["real"] else material.longest,
+        )
+
+    def _earlier(self, round: int, device: int) -> list[int]:
+        """The earlier rounds whose samples a device trains on beside those of `round`: with `age`, a sample is used in
+        the round in which it came and the `max_age - 1` rounds after it.
+        """
+        drift, rounds = self.experiment.drift, self._samples.get(device, {})
+        oldest = {"refresh": round, "keep": 0, "age": round - drift.max_age + 1}[drift.samples]
+        return [past for past in rounds if oldest <= past < round]
+
+    def _stale(self, device: int) -> list[int]:
+        """The round whose samples a device falls back on, if it does and has any."""
+        wanted = self.experiment.network.fallback == "stale_samples"
+        return sorted(self._samples.get(device, ()))[-1:] if wanted else []
+
+    # --- 4. learn ---------------------------------------------------------------------------------------------
+
+    def order(self, day: Day) -> dict[str, Any]:
+        """For the learn pass, tables by device.
+
+        `versions`: every adapter that may answer in this round, those to be trained now (of this `round`) among them;
+        `as` is where it is kept. `samples`: the rounds, `first` to `last`, whose samples a device trains `on`. `lost`:
+        answers to the cloud arm's questions that never came. `uploads`: what a device sent, a row an attempt, in copies
+        of its request's message. `settled`: every adapter up to that round is live. `measured`: for the worker's own
+        timeline. A row of a table is for the device that it names; nobody else needs it.
+        """
+        round, start_s = day.schedule.plan.round, day.schedule.plan.start_s
+        by_day, settled = self.experiment.hardware.queries == "day", round - 1
+        versions = []
+        for (device, arm), found in day.schedule.state.live.items():
+            for place, version in enumerate(found):
+                later = any(other.round == version.round for other in found[place + 1 :])
+                if by_day or place == len(found) - 1:
+                    kept = arm + FIRST if later else arm
+                    versions.append((device, arm, version.round, version.on, version.live_s, kept))
+                if by_day and version.live_s > start_s and version.round < round:
+                    settled = min(settled, version.round - 1)
+        samples = [
+            (device, rounds[0], rounds[-1], on)
+            for device in day.agenda.due
+            for on, rounds in (
+                (SAMPLES, [*self._earlier(round, device), *([round] if device in day.came else [])]),
+                (STALE, self._stale(device)),
+            )
+            if rounds
+        ]
+        return {
+            "settled": settled, "due": list(day.agenda.due), "measured": json.dumps(self.timeline.measured()),
+            **columns("versions", ("device", "arm", "round", "on", "live_s", "as"), versions),
+            **columns("samples", ("device", "first", "last", "on"), samples),
+            **columns("lost", ("device", "request"), day.delivered.lost[CLOUD]),
+            **columns("uploads", ("device", "request", "attempt", "time_s", "copies"), _uploads(day)),
+        }
+
+    def event_rows(
+        self, day: Day, answers: Sequence[Mapping[str, Any]], learned: Sequence[Mapping[str, Any]] = ()
+    ) -> list[dict[str, Any]]:
+        """The round's rows of `events`: those of the timeline, with what the passes know of real answers and real
+        training (`answers`, `learned`: their own rows), and all else that the passes noted.
+        """
+        schedule = day.schedule
+        details = {row["request_id"]: row["detail"] for row in answers if row["kind"] in KINDS}
+        training = {row["event_id"]: row for row in learned if row["kind"] == "train"}
+        rows = [dict(row) for row in (*answers, *learned) if row["kind"] not in (*KINDS, "train")]
+        for row in self.timeline.event_rows(schedule):
+            if row["kind"] == "train":
+                real = training.get(row["event_id"])
+                if real is not None and row["outcome"] == "ok":
+                    row |= {name: real[name] for name in ("tokens_in", "steps", "outcome")}
+                    row["detail"] = f"{row['detail']}, {real['detail']}"
+            elif row["attempt"] == schedule.finals[row["request_id"]].attempts - 1:
+                row["detail"] = " ".join(filter(None, [row["detail"], details.get(row["request_id"])]))
+            rows.append(row)
+        return rows
+
+    # --- 5. commit --------------------------------------------------------------------------------------------
+
+    def advance(self, day: Day, errors: Mapping[str, Mapping[int, Sequence[float]]] | None = None) -> None:
+        """Makes a round the past. `errors`: how wrong each device's answers were (see `Policies.observe`), of the arm
+        that is `watched` for those that learn from samples or from real data alone.
+        """
+        round = day.schedule.plan.round
+        self.timeline.advance(day.schedule)
+        for device, (tokens, done) in day.served.items():
+            self.policies[SAMPLES].served(round, device, tokens, done)
+        for device in day.agenda.alone:
+            self.policies[REAL].served(round, device, 0, device in day.trained)
+        for on, found in (errors or {}).items():
+            for device, of_device in found.items():
+                self.policies[on].observe(device, of_device)
+        for device, counts in day.came.items():
+            kept = {past: self._samples[device][past] for past in self._earlier(round + 1, device)}
+            if self.experiment.drift.samples == "keep" and len(kept) > 1:  # one sum, however many rounds it is of
+                kept = {min(kept): tuple(map(sum, zip(*kept.values(), strict=True)))}
+            self._samples[device] = {**kept, round: counts}
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs (JSON)."""
+        return {
+            "timeline": self.timeline.state(), "samples": self._samples,
+            "policies": {on: policies.state() for on, policies in self.policies.items()},
+        }
+
+
+def _uploads(day: Day) -> Iterator[tuple[int, str, int, float, float]]:
+    """(device, request, attempt, time_s, copies): what each attempt that sent anything sent."""
+    sizes = {ask.request_id: ask.size for ask in day.agenda.plan.asks} | dict(day.delivered.sizes)
+    for attempt in day.schedule.attempts:
+        if attempt.bytes_up > 0:
+            size = sizes[attempt.request_id]
+            copies = attempt.bytes_up / size.bytes_up * size.bodies
+            yield attempt.device, attempt.request_id, attempt.number, attempt.start_s, copies
+
+
+def sizes_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Size]:
+    """The real size of each request, from the fetch pass's rows: bytes and tokens of all its attempts together (a
+    malformed answer is paid for and drawn again), and its outcome.
+    """
+    sizes: dict[str, Size] = {}
+    for row in sorted((row for row in answers if row["kind"] in KINDS), key=lambda row: row["attempt"]):
+        before = sizes.get(row["request_id"], Size(0, 0, 0, 0, bodies=0))
+        sizes[row["request_id"]] = Size(
+            before.bytes_up + (row["bytes_up"] or 0), before.bytes_down + (row["bytes_down"] or 0),
+            before.tokens_in + (row["tokens_in"] or 0), before.tokens_out + (row["tokens_out"] or 0), row["outcome"],
+            before.bodies + bool(row["bytes_up"]),
+        )
+    return sizes

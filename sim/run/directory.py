@@ -1,0 +1,368 @@
+"""The run directory: a contract that other tools read.
+
+A round is *staged* as Parquet parts, one a table and shard, and *committed* by one atomic file
+(`state/commits/seed-S-round-R.json`) that names the parts which count. What no commit names never happened, so a
+killed run goes on from its last commit. When the run ends, the parts become the tables of the contract.
+
+Within a round, a *receipt* says which parts a finished shard wrote and what it replied, so that the shard is not run
+again when the round is; a receipt makes nothing count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from untether.sim.core.durable import make_folder, settle
+from untether.sim.core.errors import ResumableStop, UserError, disk_is_full
+from untether.sim.experiment import Experiment
+from untether.sim.population.source import device_id
+
+SCHEMA_VERSION = "2"
+
+
+def versions() -> dict[str, str]:
+    """What a run directory must share with the program that goes on with it."""
+    try:
+        program = importlib.metadata.version("untether")
+    except importlib.metadata.PackageNotFoundError:
+        program = "unknown"
+    return {"untether": program, "schema_version": SCHEMA_VERSION}
+
+
+def _schema(columns: str) -> pa.Schema:
+    kinds = {"i": pa.int64(), "f": pa.float64(), "s": pa.string()}
+    fields = [pa.field(name, kinds[kind]) for name, kind in (word.split(":") for word in columns.split())]
+    return pa.schema(fields, metadata={"schema_version": SCHEMA_VERSION})
+
+
+#: The tables of a run directory and their columns (i: int64, f: float64, s: string).
+TABLES: dict[str, pa.Schema] = {
+    "metrics": _schema(
+        "seed:i round:i time_s:f device_id:s user_id:s arm:s task:s metric:s value:f n:i"
+    ),
+    "events": _schema(
+        "seed:i round:i time_s:f event_id:s request_id:s attempt:i device_id:s arm:s kind:s outcome:s duration_s:f "
+        "bytes_up:i bytes_down:i tokens_in:i tokens_out:i energy_j:f queued_s:f steps:i detail:s"
+    ),
+    "samples": _schema(
+        "seed:i round:i sample_id:s request_id:s device_id:s user_id:s task:s form:s input:s output:s semantic:f "
+        "diversity:f length_ratio:f verdict:s truth:s"
+    ),
+    "predictions": _schema(
+        "seed:i round:i device_id:s user_id:s arm:s task:s query_id:s query_time_s:f answered_time_s:f input:s "
+        "prediction:s gold:s score:f outcome:s answered_by:s adapter_version:s adapter_time_s:f data_until_s:f "
+        "cluster:s"
+    ),
+    "ledger": _schema(
+        "seed:i round:i time_s:f device_id:s request_id:s attempt:i kind:s item_id:s chars:i tokens:i masked:i"
+    ),
+    "training": _schema("seed:i round:i device_id:s arm:s step:i loss:f lr:f tokens:i"),
+}
+
+#: What one pass of a round leaves to the next or, as `left_out` and `written`, to the end of the run, on the hosts'
+#: side; no table of the run directory.
+STAGED: dict[str, pa.Schema] = {
+    "left_out": _schema("seed:i round:i reason:s count:i"),
+    "written": _schema("seed:i round:i model:s facts:s"),
+    "answers": _schema("seed:i round:i device_id:s request_id:s query_id:s outcome:s text:s"),
+}
+
+#: Beside them, where users of the embedded world change: how far each has, by round.
+TRUTH = _schema("seed:i round:i device_id:s user_id:s task:s progress:f changed_on_round:i")
+
+#: The order of rows in a finished table: whatever the number of workers, the same file.
+_ORDER = ("device_id", "arm", "task", "request_id", "attempt", "sample_id", "query_id", "metric", "item_id", "step")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """As `write_atomically`. Raises ResumableStop where the disk does not take it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(temporary, path):
+        make_folder(path.parent)
+        temporary.write_bytes(content)
+        settle(temporary, path)
+
+
+class RunDirectory:
+    """One run on disk. Cheap to make; workers and the coordinator each hold their own on the same path."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path, experiment: Experiment) -> RunDirectory:
+        """A new run directory holding the resolved experiment. A path that holds another run is refused."""
+        run = cls(path)
+        if (run.path / "experiment.toml").exists():
+            raise UserError(f"{run.path} already holds a run. Give another --out, or go on with --resume {run.path}")
+        try:
+            make_folder(run.path / "state")
+        except OSError as error:
+            raise UserError(f"{run.path}: cannot make this folder: {error.strerror}. Give another --out") from error
+        run.write_json("state/versions.json", versions())
+        write_atomically(run.path / "experiment.toml", experiment.to_toml())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An existing run directory; UserError where there is none."""
+        run = cls(path)
+        if not (run.path / "experiment.toml").is_file():
+            raise UserError(f"{run.path}: not a run directory (no experiment.toml in it)")
+        return run
+
+    def check_resumable(self, experiment: Experiment | None = None) -> None:
+        """Raises UserError, naming what differs, where this run is of another version or of another experiment.
+
+        Fields of `[engine]` may differ, and where answers are kept: they change the speed, never the numbers.
+        """
+        made, here = self.read_json("state/versions.json") or {}, versions()
+        differing = [f"{name} {made.get(name, 'unknown')} there, {here[name]} here" for name in here
+                     if made.get(name) != here[name]]  # fmt: skip
+        if differing:
+            raise UserError(
+                f"{self.path} was made by another version: {'; '.join(differing)}. "
+                "Go on with the version that made it, or start anew with --out"
+            )
+        changes = differences(self.experiment, experiment) if experiment is not None else []
+        changes = [line for line in changes if not line.startswith(("engine.", "cloud.cache:"))]
+        if changes:
+            raise UserError(
+                f"{self.path} holds another experiment:\n  " + "\n  ".join(changes)
+                + "\nResume it as it is with --resume alone, or start anew with --out"
+            )
+
+    def take_over(self, experiment: Experiment) -> None:
+        """Writes down the experiment of whoever goes on; what may differ is for `check_resumable` to say."""
+        if experiment != self.experiment:
+            write_atomically(self.path / "experiment.toml", experiment.to_toml())
+
+    @property
+    def finished(self) -> bool:
+        """Whether tables and report are written: nothing is left to do."""
+        return (self.path / "state" / "finished.json").exists()
+
+    @property
+    def experiment(self) -> Experiment:
+        """The resolved experiment of this run."""
+        return Experiment.read(self.path / "experiment.toml")
+
+    # --- staging and committing -------------------------------------------------------------------------------
+
+    def write_part(self, table: str, seed: int, round: int, part: str, rows: Sequence[Mapping[str, Any]]) -> str:
+        """Stages rows of one table; `part` names the shard. Returns the part's path relative to the run directory.
+
+        Writing the same part again replaces it, so that a shard may be retried. Missing columns become null.
+        """
+        schema = (TABLES | STAGED)[table]
+        columns = {
+            field.name: pa.array([row.get(field.name) for row in rows], type=field.type)
+            for field in schema
+            if field.name not in ("seed", "round")
+        }
+        columns["seed"] = pa.array([seed] * len(rows), type=pa.int64())
+        columns["round"] = pa.array([round] * len(rows), type=pa.int64())
+        relative = f"state/parts/seed-{seed}/round-{round}/{table}/{part}.parquet"
+        self._write_table(pa.table({name: columns[name] for name in schema.names}, schema=schema), self.path / relative)
+        return relative
+
+    def read_parts(self, parts: Iterable[str]) -> pd.DataFrame:
+        """The rows of staged or committed parts as one frame."""
+        frames = [pq.read_table(self.path / part).to_pandas() for part in parts]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+    def read_rows(self, parts: Iterable[str], devices: Collection[str] | None = None) -> list[dict[str, Any]]:
+        """The rows of staged or committed parts, of all devices or of some."""
+        only = None if devices is None else [("device_id", "in", list(devices))]
+        return [row for part in sorted(parts) for row in pq.read_table(self.path / part, filters=only).to_pylist()]
+
+    def replace_rows(self, parts: Sequence[str], devices: Collection[int], by: Sequence[str]) -> list[str]:
+        """Staged parts without the rows of some devices, and the parts `by` that hold those instead."""
+        gone, kept = pa.array([device_id(device) for device in devices]), []
+        for part in parts:
+            table = pq.read_table(self.path / part)
+            rest = table.filter(pc.invert(pc.is_in(table.column("device_id"), gone)))
+            if len(rest) < len(table):
+                part = part.removesuffix(".parquet") + ".rest.parquet"
+                self._write_table(rest, self.path / part)
+            kept.append(part)
+        return [*kept, *by]
+
+    def read_staged(self, table: str, seed: int, round: int) -> list[dict[str, Any]]:
+        """The rows of all parts of a table that were staged for a round, whether or not a commit names them."""
+        folder = self.path / "state" / "parts" / f"seed-{seed}" / f"round-{round}" / table
+        return self.read_rows(str(path.relative_to(self.path)) for path in folder.glob("*.parquet"))
+
+    def sample_parts(self, seed: int, round: int, parts: Mapping[str, Sequence[str]]) -> list[str]:
+        """The parts that hold what devices may train on in `round`, itself staged as `parts`: those of earlier rounds
+        too, where the experiment's devices go back to them.
+        """
+        experiment, staged = self.experiment, list(parts.get("samples", []))
+        if experiment.drift.samples == "refresh" and experiment.network.fallback != "stale_samples":
+            return staged
+        commits = [self.committed(seed, past) for past in range(round)]
+        return [path for commit in commits if commit for path in commit["parts"].get("samples", [])] + staged
+
+    def commit(
+        self, seed: int, round: int, parts: Mapping[str, Sequence[str]], facts: Mapping[str, Any],
+        carried: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Makes a staged round count: one atomic file. `parts` by table; `facts` is small JSON kept with it; `carried`
+        is what the next round begins from.
+        """
+        if carried is not None:
+            write_atomically(self._carried_path(seed, round), json.dumps(carried))
+        text = json.dumps({"parts": {table: sorted(paths) for table, paths in parts.items()}, "facts": dict(facts)})
+        write_atomically(self._commit_path(seed, round), text)
+        self._carried_path(seed, round - 1).unlink(missing_ok=True)
+
+    def committed(self, seed: int, round: int) -> dict[str, Any] | None:
+        """The commit of a round, or None."""
+        path = self._commit_path(seed, round)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def carried(self, seed: int, round: int) -> dict[str, Any] | None:
+        """What the round after `round` begins from; None before the first."""
+        path = self._carried_path(seed, round)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _carried_path(self, seed: int, round: int) -> Path:
+        return self.path / "state" / "carried" / f"seed-{seed}-round-{round}.json"
+
+    def _commit_path(self, seed: int, round: int) -> Path:
+        return self.path / "state" / "commits" / f"seed-{seed}-round-{round}.json"
+
+    def write_receipt(self, seed: int, round: int, name: str, reply: Mapping[str, Any]) -> None:
+        """Keeps the reply of a finished shard of an unfinished round; `name` is the pass and the shard."""
+        write_atomically(self._receipt_path(seed, round, name), json.dumps(dict(reply)))
+
+    def read_receipt(self, seed: int, round: int, name: str) -> dict[str, Any] | None:
+        """The reply of a shard that was finished before, if all its parts are there."""
+        try:
+            reply = json.loads(self._receipt_path(seed, round, name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        there = all((self.path / part).exists() for paths in reply["parts"].values() for part in paths)
+        return reply if there else None
+
+    def _receipt_path(self, seed: int, round: int, name: str) -> Path:
+        return self.path / "state" / "parts" / f"seed-{seed}" / f"round-{round}" / "receipts" / f"{name}.json"
+
+    # --- finishing and reading ----------------------------------------------------------------------------------
+
+    def merge(self, experiment: Experiment, truth: Mapping[tuple[str, str, str], str] | None = None) -> None:
+        """Turns the committed parts into the tables of the contract, a round at a time (bounded memory).
+
+        `truth` says by (task, input, output) what each sample of the embedded world's generator really was.
+        """
+        for table, schema in TABLES.items():
+            target = self.path / f"{table}.parquet"
+            temporary = target.with_suffix(".tmp")
+            with _writing(temporary, target), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                for seed in experiment.seeds:
+                    for round in range(experiment.rounds):
+                        commit = self.committed(seed, round)
+                        paths = commit["parts"].get(table, []) if commit else []
+                        if not paths:
+                            continue
+                        rows = pa.concat_tables([pq.read_table(self.path / path) for path in paths])
+                        if table == "samples" and truth:
+                            texts = zip(*(rows.column(c).to_pylist() for c in ("task", "input", "output")), strict=True)
+                            known = pa.array(map(truth.get, texts), pa.string())
+                            rows = rows.set_column(schema.get_field_index("truth"), "truth", known)
+                        order = [(name, "ascending") for name in _ORDER if name in schema.names]
+                        writer.write_table(rows.cast(schema).sort_by(order))
+            settle(temporary, target)
+
+    def write_truth(self, batches: Iterable[Sequence[Mapping[str, Any]]]) -> None:
+        """Writes `truth.parquet`, a batch of rows at a time."""
+        target = self.path / "truth.parquet"
+        temporary = target.with_suffix(".tmp")
+        with _writing(temporary, target), pq.ParquetWriter(temporary, TRUTH, compression="zstd") as writer:
+            for rows in batches:
+                writer.write_table(pa.Table.from_pylist(list(rows), schema=TRUTH))
+        settle(temporary, target)
+
+    def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """A finished table, or some of its columns, as a pandas frame. Texts are most of what a large fleet's take.
+
+        A column that an earlier version of the program did not write is null.
+        """
+        path = self.path / f"{table}.parquet"
+        names = list(columns) if columns is not None else TABLES[table].names if table in TABLES else None
+        if names is None:
+            return pq.read_table(path).to_pandas()
+        there = set(pq.read_schema(path).names)
+        return pq.read_table(path, columns=[name for name in names if name in there]).to_pandas().reindex(columns=names)
+
+    def drop_parts(self) -> None:
+        """Deletes the staged parts once the tables hold their rows (the commits stay: the run is finished)."""
+        self.write_json("state/finished.json", {"schema_version": SCHEMA_VERSION})
+        shutil.rmtree(self.path / "state" / "parts", ignore_errors=True)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file of the run directory atomically."""
+        write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Reads a JSON file of the run directory; None where it does not exist."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _write_table(self, table: pa.Table, path: Path) -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with _writing(temporary, path):
+            make_folder(path.parent)
+            pq.write_table(table, temporary, compression="zstd")
+            settle(temporary, path)
+
+
+@contextlib.contextmanager
+def _writing(temporary: Path, path: Path) -> Iterator[None]:
+    """Turns a failure to write into a resumable stop, and leaves no half-written file behind."""
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ResumableStop(cannot_write(path, error)) from error
+
+
+def cannot_write(path: str | Path, error: BaseException) -> str:
+    """What a user is told where a file of a run could not be written."""
+    advice = "Free some space" if disk_is_full(error) else "See to it"
+    return f"cannot write {path}: {getattr(error, 'strerror', None) or error}. {advice}, then resume the run."
+
+
+def differences(old: Experiment, new: Experiment) -> list[str]:
+    """The fields in which two experiments differ, as `field: value there, value here`."""
+    return list(_differing("", old.model_dump(), new.model_dump()))
+
+
+def _differing(prefix: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differing(f"{prefix}.{name}" if prefix else name, old.get(name), new.get(name))
+    elif old != new:
+        yield f"{prefix}: {_shown(old)} there, {_shown(new)} here"
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value, default=str)

@@ -1,0 +1,273 @@
+"""The `untether` command."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from untether.sim.core.errors import Failure, ResumableStop, UserError
+from untether.sim.experiment import Experiment, fields
+
+app = typer.Typer(
+    help="Simulate a fleet of phones that each personalize a small language model with a cloud model's help.",
+    no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+)  # fmt: skip
+experiment_app = typer.Typer(help="Look at experiments.", no_args_is_help=True)
+cloud_app = typer.Typer(help="The cloud side.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+model_app = typer.Typer(help="The embedded on-device model.", no_args_is_help=True)
+app.add_typer(experiment_app, name="experiment")
+app.add_typer(cloud_app, name="cloud")
+app.add_typer(data_app, name="data")
+app.add_typer(model_app, name="model")
+
+
+def _field_list() -> str:
+    lines = [f"**{key}** = `{_show(default)}`: {meaning}" for key, default, meaning in fields()]
+    return "\n\n".join(["**Fields of an experiment** (in the TOML file, or by `--set KEY=VALUE`):", *lines])
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, str):
+        return f'"{value}"'
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as `lora.rank=4`. May be repeated."),
+]
+File = Annotated[Path | None, typer.Argument(metavar="[EXPERIMENT.toml]", help="None: the default one.")]
+
+
+@app.command(epilog=_field_list())
+def run(
+    experiment: File = None,
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/NAME.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="DIR", help="A run that stopped.")] = None,
+    ray_address: Annotated[
+        str, typer.Option("--ray-address", metavar="HOST:PORT", help="Join a running Ray cluster (`auto`: this one's).")
+    ] = "",
+) -> None:
+    """Run an experiment: users in, personalized adapters, a table of results and a report out.
+
+    Without arguments: the default experiment on the embedded users, model and cloud. Ctrl-C stops cleanly; what is
+    committed stays, and `--resume DIR` goes on from there (fields of `[engine]` may change on the way).
+    """
+    from untether.sim.launch.console import arms_table, make_console
+    from untether.sim.launch.runtime import launch, prepare, redirected, reopen
+    from untether.sim.run.directory import RunDirectory
+
+    console = make_console()
+    if resume is not None:
+        if out:
+            raise UserError("--resume goes on in the run directory it names: leave out --out")
+        stopped = RunDirectory.open(resume).path / "experiment.toml"
+        holds = Experiment.read(experiment or stopped, _overrides(set_)) if experiment or set_ else None
+        directory = reopen(resume, holds)
+    else:
+        directory = prepare(Experiment.read(experiment, _overrides(set_)), out)
+    console.print(f"run directory: {directory.path}", soft_wrap=True)
+    log = directory.path / "log.txt"
+    with redirected(log) as terminal:
+        try:
+            launch(directory, terminal=terminal, ray_address=ray_address)
+        except ResumableStop as stop:
+            raise ResumableStop(f"{stop}\nResume with: untether run --resume {directory.path}") from None
+        except Failure as failure:
+            raise Failure(f"{failure}\nThe whole log: {log}") from None
+        console = make_console(terminal)
+        console.print(arms_table(directory.read_json("summary.json")))
+        console.print(f"run directory: {directory.path}", soft_wrap=True)
+        console.print(f"report:        {directory.path / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run directory.")]) -> None:
+    """Write tables, figures and report.html of a finished run again, and print its table."""
+    from untether.sim.launch.console import arms_table, make_console
+    from untether.sim.report import write_report
+    from untether.sim.run.directory import RunDirectory
+
+    run_directory = RunDirectory.open(directory)
+    summary = run_directory.read_json("summary.json")
+    if summary is None:
+        raise UserError(f"{directory} has no summary.json: the run is not finished. untether run --resume {directory}")
+    write_report(run_directory)
+    make_console().print(arms_table(summary))
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    device: Annotated[str, typer.Option(help="Device, such as d00003.")],
+    arm: Annotated[str, typer.Option(help="Arm whose adapter is wanted.")] = "collaborative",
+    seed: Annotated[int | None, typer.Option(help="Seed; default: the run's first.")] = None,
+) -> None:
+    """Write one device's adapter as a PEFT folder that `PeftModel.from_pretrained` loads."""
+    from untether.clients.stores.export import export_adapter
+    from untether.sim.run.directory import RunDirectory
+
+    path = export_adapter(RunDirectory.open(directory), device, arm, out, seed)
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def study(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME|FILE.toml", help="connectivity, faults, history, samples, or your own file")
+    ],
+    set_: Set = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="AXIS=V1,V2", help="Other values of an axis, or which variants. Repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: studies/NAME.")] = None,
+) -> None:
+    """Run a study: many runs along a few axes, and the table, figures and findings that answer its question.
+
+    The same command again goes on where it stopped; finished cells are not run again.
+    """
+    from untether.sim.launch.console import make_console
+    from untether.sim.launch.runtime import launch, redirected
+    from untether.sim.studies import Study, run_study
+
+    found = Study.read(name, _overrides(set_), _pairs(grid, "--grid"))
+    folder = out or Path("studies") / found.spec.name
+    folder.mkdir(parents=True, exist_ok=True)
+    again = shlex.join(["untether", *sys.argv[1:]])
+    with redirected(folder / "log.txt") as terminal:
+        try:
+            run_study(found, folder, lambda runs: launch(*runs, terminal=terminal, again=again), again)
+        except ResumableStop as stop:
+            raise ResumableStop(f"{stop}\nGo on with the same command: {again}") from None
+        except Failure as failure:
+            raise Failure(f"{failure}\nThe whole log: {folder / 'log.txt'}") from None
+        console = make_console(terminal)
+        console.print((folder / "findings.md").read_text(), markup=False)
+        console.print(f"study:  {folder}", soft_wrap=True)
+        console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+@experiment_app.command("show")
+def show(experiment: File = None, set_: Set = None) -> None:
+    """Print an experiment as TOML, resolved, with the meaning of every field. Without arguments: the default one."""
+    typer.echo(Experiment.read(experiment, _overrides(set_)).to_toml(comments=True), nl=False)
+
+
+@cloud_app.command("serve")
+def serve(
+    generator: Annotated[str, typer.Option(help="world, recombine or transformers")] = "world",
+    model: Annotated[str, typer.Option(help="transformers: causal LM by name or path")] = "",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on; 0: a free one")] = 8000,
+    api_key_env: Annotated[str, typer.Option(help="require the key in this environment variable; empty: no key")] = "",
+    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="generator option")] = None,
+) -> None:
+    """Serve a generator behind an OpenAI-compatible endpoint (chat completions, models)."""
+    import os
+
+    from untether.server.gateway import serve as serve_generator
+    from untether.server.generator import create
+    from untether.sim.experiment import parse_plain
+
+    options = {key: parse_plain(value) for key, value in _pairs(option, "--option").items()}
+    if model:
+        options["model"] = model
+    if api_key_env and not os.environ.get(api_key_env):
+        raise UserError(f"--api-key-env {api_key_env}: that environment variable is not set")
+    key = os.environ.get(api_key_env) if api_key_env else None
+    serve_generator(create(generator, options), host, port, api_key=key)
+
+
+@data_app.command("world")
+def world(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    users: Annotated[int, typer.Option(min=1, help="how many users")] = 200,
+    seed: Annotated[int, typer.Option(help="other seeds draw other users")] = 1,
+    queries: Annotated[int, typer.Option(min=1, help="questions a user and task")] = 1,
+    rounds: Annotated[int, typer.Option(min=0, help="days that users live on, in which their questions fall")] = 0,
+    arrivals: Annotated[float, typer.Option(min=0, help="with --rounds: new items a user, task and day")] = 0.5,
+    drift: Annotated[str, typer.Option(help="with --rounds: how users change: gradual, abrupt or recurring")] = "none",
+) -> None:
+    """Write users of the embedded world as ordinary LaMP files, with truth.parquet beside them."""
+    from untether.sim.experiment import Experiment
+    from untether.sim.population.world.export import write_lamp
+
+    if drift != "none" and not rounds:
+        raise UserError(f"--drift {drift}: nobody changes in 0 rounds. Give --rounds")
+    experiment = Experiment.build({"drift": {"kind": drift}, "population": {"replay": rounds > 0}}, None, "--drift")
+    write_lamp(
+        out, users=users, seed=seed, queries=queries, rounds=rounds, arrivals=arrivals, drift=experiment.drift,
+    )
+    typer.echo(f"wrote {users} users to {out}")
+
+
+@model_app.command("pretrain")
+def pretrain(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint.")],
+    seed: Annotated[int, typer.Option(help="seed of data and weights")] = 1,
+    minutes: Annotated[float, typer.Option(min=0.1, help="stop after so many minutes")] = 30.0,
+) -> None:
+    """Train the embedded on-device model anew on the embedded world. Ctrl-C and the same command again go on."""
+    from untether.clients.base_model.pretrain import pretrain as train
+
+    train(out, seed=seed, minutes=minutes)
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, str]:
+    return _pairs(pairs, "--set")
+
+
+def _pairs(pairs: list[str] | None, option: str) -> dict[str, str]:
+    found = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{option} {pair}: give KEY=VALUE")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def main() -> None:
+    """Entry point: exit codes 0 done, 1 failed or stopped, 2 the experiment or the input is invalid."""
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        _say(f"error: {error}")
+        sys.exit(2)
+    except ResumableStop as stop:
+        _say(f"stopped: {stop}")
+        sys.exit(1)
+    except Failure as failure:
+        _say(f"failed: {failure}")
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted")
+        sys.exit(1)
+    except SystemExit:
+        raise
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except Exception as error:
+        # A usage error is the user's; anything else is a defect and keeps its traceback.
+        if type(error).__module__.startswith("click") and hasattr(error, "format_message"):
+            _say(f"error: {error.format_message()}")
+            sys.exit(2)
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The machines: a catalogue of real devices with a source for each figure, profiles of one's own, and who has which."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from untether.sim.core.errors import UserError, unknown
+from untether.sim.core.registry import Registry
+from untether.sim.core.seeding import derive
+
+THIS_MACHINE = "this-machine"
+"""The profile that is measured instead of looked up."""
+
+MEASURED: Registry[Callable[[], Profile]] = Registry(
+    "measured profile", "hardware.profiles", {THIS_MACHINE: "untether.sim.launch.this_machine:measure"}
+)
+"""Profiles that are made when they are first asked for: measuring takes the engine, which is not at home here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One kind of device; `sim/time/hardware.toml` says what each figure means. `sources` has one for each figure."""
+
+    name: str
+    title: str
+    kind: str
+    ram_gib: float
+    usable_ram: float
+    compute_gflops: float
+    training_share: float
+    memory_gb_per_s: float
+    decoding_share: float
+    hot_share: float
+    heating_s: float
+    load_w: float
+    idle_w: float
+    radio_w: float
+    battery_wh: float
+    charge_w: float
+    storage_gb: float
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def work_w(self) -> float:
+        """What training or decoding takes above an idle device."""
+        return self.load_w - self.idle_w
+
+    @property
+    def on_mains(self) -> bool:
+        """Whether it has no battery to spare."""
+        return self.battery_wh == 0
+
+
+FIGURES = tuple(f.name for f in fields(Profile))[3:-1]
+"""The figures a profile must have."""
+
+SHARES = frozenset({"usable_ram", "training_share", "decoding_share", "hot_share"})
+MAY_BE_ZERO = frozenset({"battery_wh", "charge_w", "radio_w", "idle_w"})
+
+
+@cache
+def built_in() -> dict[str, Profile]:
+    """The catalogue that comes with the project."""
+    text = files(__package__).joinpath("hardware.toml").read_text(encoding="utf-8")
+    return _parse(text, "sim/time/hardware.toml", True)
+
+
+def catalogue(path: str = "") -> dict[str, Profile]:
+    """The built-in profiles and those of a TOML file. Raises UserError naming file, profile, figure and rule."""
+    if not path:
+        return dict(built_in())
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"hardware.catalogue = `{path}`: cannot be read: {error}") from None
+    own = _parse(text, path, False)
+    for name in own:
+        if name in built_in() or name == THIS_MACHINE:
+            raise UserError(f"{path}: profile `{name}` exists already in the built-in catalogue. Give it another name")
+    return {**built_in(), **own}
+
+
+class Fleet:
+    """Which device has which profile, drawn from (seed, device): names, each perhaps with a weight (`name:3`).
+
+    Raises UserError for a name that neither catalogue has, and for a weight that is no positive number.
+    """
+
+    def __init__(self, names: Sequence[str], path: str, seed: int, this_machine: Profile | None = None):
+        known = catalogue(path)
+        self.seed = seed
+        self.profiles: list[Profile] = []
+        self.weights: list[float] = []
+        for entry in names:
+            name, _, weight = entry.partition(":")
+            if name == THIS_MACHINE:
+                known[name] = this_machine or _measure()
+            if name not in known:
+                raise UserError(f"hardware.profiles: {unknown('profile', name, [*known, THIS_MACHINE])}")
+            try:
+                self.weights.append(float(weight) if weight else 1.0)
+            except ValueError:
+                self.weights.append(0.0)
+            if not 0 < self.weights[-1] < float("inf"):
+                raise UserError(f"hardware.profiles: `{entry}`: a weight must be a number above 0, such as {name}:3")
+            self.profiles.append(known[name])
+
+    def of(self, device_id: str) -> Profile:
+        """The device's profile."""
+        drawn = derive(self.seed, device_id, "profile") / 2**63 * sum(self.weights)
+        for profile, weight in zip(self.profiles, self.weights, strict=True):
+            drawn -= weight
+            if drawn < 0:
+                return profile
+        return self.profiles[-1]
+
+
+@cache
+def _measure() -> Profile:
+    return MEASURED.get(THIS_MACHINE)()
+
+
+def _parse(text: str, where: str, must_source: bool) -> dict[str, Profile]:
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{where}: not a TOML file: {error}") from None
+    profiles = {}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise UserError(f"{where}: `{name}` must be a table of figures, [{name}]")
+        for key in table:
+            if key not in (*FIGURES, "title", "kind"):
+                raise UserError(f"{where}, [{name}]: {unknown('figure', key, FIGURES)}")
+        figures = {key: _figure(f"{where}, [{name}]", key, table.get(key)) for key in FIGURES}
+        sources = {key: source for key, (_, source) in figures.items()}
+        if figures["load_w"][0] <= figures["idle_w"][0]:
+            raise UserError(
+                f"{where}, [{name}]: load_w = {figures['load_w'][0]:g} with idle_w = {figures['idle_w'][0]:g}: both "
+                "are power of the whole device, so load_w must be above idle_w"
+            )
+        if must_source and not all(sources.values()):
+            raise UserError(f"{where}, [{name}]: every figure needs its source")
+        profiles[name] = Profile(
+            name=name, title=str(table.get("title", name)), kind=str(table.get("kind", "device")),
+            **{key: value for key, (value, _) in figures.items()}, sources=sources,
+        )
+    return profiles
+
+
+def _figure(where: str, key: str, given: Any) -> tuple[float, str]:
+    if given is None:
+        raise UserError(f"{where}: `{key}` is missing. A profile has {', '.join(FIGURES)}")
+    value, source = (given[0], str(given[1])) if isinstance(given, list) and len(given) == 2 else (given, "")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f'{where}: {key} = {given!r}: give a number, or [number, "its source"]')
+    least, most = 0.0, 1.0 if key in SHARES else float("inf")
+    if not least <= value <= most or (value == 0 and key not in MAY_BE_ZERO):
+        rule = "above 0 and at most 1" if key in SHARES else "0 or above" if key in MAY_BE_ZERO else "above 0"
+        raise UserError(f"{where}: {key} = {value}: it must be {rule}")
+    return float(value), source

@@ -1,0 +1,187 @@
+"""When a device asks the cloud and trains again: the policies of `drift.policy`, by name.
+
+A policy decides for one device at the start of a round, from what that device can know: when it last did, what it has
+spent, whether it has a link, how wrong its answers were. The first time is every policy's: in round `device mod
+drift.stagger`, or as soon after as the policy allows. A time that brought no samples does not count: the device is due
+again in the next round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import pvariance
+from typing import Any
+
+from river.drift import ADWIN, PageHinkley
+
+from untether.sim.core.errors import UserError, unknown
+from untether.sim.experiment.virtual_sections import Drift
+
+
+@dataclass(slots=True)
+class Memory:
+    """What a device remembers for its policy: its last round, cloud tokens spent, and errors (0 to 1) since."""
+
+    since: int | None = None
+    tokens: int = 0
+    errors: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A decision to take. `expected_tokens`: what asking would cost; `online`: has it a link when it would ask?"""
+
+    drift: Drift
+    round: int
+    memory: Memory
+    expected_tokens: int
+    online: Callable[[], bool]
+
+    @property
+    def rested(self) -> bool:
+        """Whether `drift.every` rounds have passed (or it is the first time)."""
+        return self.memory.since is None or self.round - self.memory.since >= self.drift.every
+
+
+Policy = Callable[[Case], bool]
+_POLICIES: dict[str, Policy] = {}
+
+
+def register(name: str) -> Callable[[Policy], Policy]:
+    """Makes a policy known by name; a name can be given once."""
+
+    def keep(policy: Policy) -> Policy:
+        if name in _POLICIES:
+            raise ValueError(f"policy `{name}` is registered already")
+        _POLICIES[name] = policy
+        return policy
+
+    return keep
+
+
+def get_policy(name: str) -> Policy:
+    """The policy of that name; UserError lists the known ones."""
+    if name not in _POLICIES:
+        raise UserError(f"drift.policy: {unknown('policy', name, _POLICIES)}")
+    return _POLICIES[name]
+
+
+@register("every")
+def every(case: Case) -> bool:
+    """Every `drift.every` rounds."""
+    return case.rested
+
+
+@register("never")
+def never(case: Case) -> bool:
+    """Once."""
+    return case.memory.since is None
+
+
+@register("when_online")
+def when_online(case: Case) -> bool:
+    """Every `drift.every` rounds, but only with a link: no training on what there is in rounds without one."""
+    return case.rested and case.online()
+
+
+@register("budget")
+def budget(case: Case) -> bool:
+    """Every `drift.every` rounds, while what that costs is left of `drift.tokens`."""
+    return case.rested and case.memory.tokens + case.expected_tokens <= case.drift.tokens
+
+
+@register("on_drift")
+def on_drift(case: Case) -> bool:
+    """When the detector finds that the device's answers have become worse."""
+    return case.memory.since is None or alarm(case.drift, case.memory.errors) is not None
+
+
+# --- detectors -----------------------------------------------------------------------------------------------------
+
+LONGEST = 200
+"""Page-Hinkley: errors that a stream is expected to have between two times, for the rate of false alarms."""
+
+TOLERANCE = 0.1
+"""Page-Hinkley: a rise of the mean error by less does not matter."""
+
+FIRST = 10
+"""Page-Hinkley: errors from which the variance is estimated, together with `PRIOR` as uncertain as errors can be."""
+
+PRIOR = 4
+
+
+def alarm(drift: Drift, errors: Sequence[float]) -> int | None:
+    """The place in a stream of errors (0 to 1) at which the detector finds that they have risen; None: nowhere."""
+    return _DETECTORS[drift.detector](errors, drift.false_alarms)
+
+
+def _adwin(errors: Sequence[float], false_alarms: float) -> int | None:
+    """ADWIN (Bifet and Gavalda, SDM 2007): its `delta` bounds the chance of a false alarm. It finds changes both ways;
+    only a rise counts.
+    """
+    detector = ADWIN(delta=false_alarms, clock=1, min_window_length=5, grace_period=10)
+    before = 0.0
+    for place, error in enumerate(errors):
+        detector.update(error)
+        if detector.drift_detected and detector.estimation > before:
+            return place
+        before = detector.estimation
+    return None
+
+
+def _page_hinkley(errors: Sequence[float], false_alarms: float) -> int | None:
+    """Page-Hinkley (Page, Biometrika 1954), as sensitive as the stream's own variance allows: a walk that falls by
+    `TOLERANCE` a step, with that variance, rises by `threshold` with a chance of at most
+    exp(-2 TOLERANCE threshold / variance) from each of `LONGEST` starts (Lundberg's bound for a Gaussian walk).
+    """
+    if len(errors) < FIRST:
+        return None
+    variance = (FIRST * pvariance(errors[:FIRST]) + PRIOR * 0.25) / (FIRST + PRIOR)
+    threshold = variance * math.log(LONGEST / false_alarms) / (2 * TOLERANCE)
+    detector = PageHinkley(min_instances=FIRST, delta=TOLERANCE, threshold=threshold, alpha=1.0, mode="up")
+    for place, error in enumerate(errors):
+        detector.update(error)
+        if detector.drift_detected:
+            return place
+    return None
+
+
+_DETECTORS: dict[str, Callable[[Sequence[float], float], int | None]] = {
+    "adwin": _adwin, "page_hinkley": _page_hinkley,
+}  # fmt: skip
+
+
+# --- a fleet -------------------------------------------------------------------------------------------------------
+
+
+class Policies:
+    """The policy of a seed's fleet, and what its devices remember. `state` is what an earlier one's `state()` said."""
+
+    def __init__(self, drift: Drift, state: Mapping[str, Any] | None = None):
+        self.drift, self._decide = drift, get_policy(drift.policy)
+        self._memories = {int(device): Memory(*kept) for device, kept in (state or {}).items()}
+
+    def due(self, round: int, device: int, expected_tokens: int, online: Callable[[], bool]) -> bool:
+        """Whether the device asks and trains in this round."""
+        memory = self._memories.get(device) or Memory()
+        if memory.since is None and round < device % self.drift.stagger:
+            return False
+        return self._decide(Case(self.drift, round, memory, expected_tokens, online))
+
+    def served(self, round: int, device: int, tokens: int, done: bool) -> None:
+        """What became of a device that was due: cloud tokens spent, and whether samples came (or none were asked)."""
+        memory = self._memories.setdefault(device, Memory())
+        memory.tokens += tokens
+        if done:
+            memory.since, memory.errors = round, []
+
+    def observe(self, device: int, errors: Iterable[float]) -> None:
+        """How wrong a device's answers were in a round, in order (0: right, 1: as wrong as can be)."""
+        if self.drift.policy == "on_drift":
+            self._memories.setdefault(device, Memory()).errors.extend(errors)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs (JSON)."""
+        return {str(device): [m.since, m.tokens, m.errors] for device, m in self._memories.items()}

@@ -1,0 +1,354 @@
+"""Who can do what and when: each round in virtual time, from links, hardware and the cloud's capacity.
+
+`plan` says, from expected sizes, whose request gets through: exactly those are asked for real. `deliver` then lets the
+same requests run with the sizes they really had, and says when each answer comes; `train`, when the adapters that are
+made of them go live. `advance` makes a schedule the past. Nothing here learns or waits.
+
+Every arm lives in a world of its own (its battery, its warmth, its share of the cloud) with the same luck: links,
+habits and jitter come from (seed, device, round, purpose). Adding an arm or a device with an unlimited cloud changes no
+other's row; the order of devices never does.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
+from typing import Any
+
+from untether.sim.core.clock import DAY_S
+from untether.sim.core.seeding import derive
+from untether.sim.experiment import Experiment
+from untether.sim.time.asking import Ask, Asked, Attempt, Final, Rules, Size, ask_all
+from untether.sim.time.cost import CostModel, model_shape
+from untether.sim.time.hardware import THIS_MACHINE, Fleet, Profile
+from untether.sim.time.network import Link, Links, StateTrace
+from untether.sim.time.readiness import Body, Readiness, rest, work
+from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, Version, Work
+
+CHARS_PER_TOKEN = 4
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pauses the search for reference cycles: a round makes a great many small objects and no cycle, and searching them
+    again and again took a fifth of its time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is expected of a round. `granted`: the requests to make for real; every other one is final as it stands."""
+
+    round: int
+    start_s: float
+    end_s: float
+    asks: tuple[Ask, ...]
+    attempts: tuple[Attempt, ...]
+    finals: Mapping[str, Final]
+
+    @property
+    def granted(self) -> frozenset[str]:
+        return frozenset(name for name, final in self.finals.items() if final.outcome == "ok")
+
+    @property
+    def online(self) -> frozenset[int]:
+        """The devices that had a link at some time while they wanted one."""
+        return frozenset(final.device for final in self.finals.values() if final.outcome != "offline")
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What became of a round's requests: every attempt, and one final outcome a request.
+
+    `received`: the requests whose answer reached its device (an answer that was asked for and did not is wasted).
+    """
+
+    plan: Plan
+    attempts: tuple[Attempt, ...]
+    finals: Mapping[str, Final]
+    state: State = field(repr=False)
+
+    @property
+    def received(self) -> frozenset[str]:
+        return frozenset(name for name, final in self.finals.items() if final.outcome == "ok")
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule(Delivery):
+    """A whole round: what became of its requests, and every version of every adapter."""
+
+    versions: tuple[Version, ...] = ()
+
+
+class Timeline:
+    """The virtual time of one seed of an experiment.
+
+    `device_id` names devices in draws and rows. `state` is what an earlier timeline's `state()` said: a resumed run
+    goes on from it. Raises UserError for unknown profiles and models, and traces that cannot be read.
+    """
+
+    def __init__(
+        self, experiment: Experiment, seed: int, device_id: Callable[[int], str], state: Mapping[str, Any] | None = None
+    ):
+        self.experiment, self.seed, self.device_id = experiment, seed, device_id
+        self._state = State.load(state or {})
+        hardware = experiment.hardware
+        self.links = Links(experiment.network, seed)
+        self.fleet = Fleet(hardware.profiles, hardware.catalogue, seed, self._state.this_machine)
+        self.model = model_shape(hardware.nominal_model)
+        self._profiles: dict[int, Profile] = {}
+        self._readiness: dict[int, Readiness] = {}
+        self._costs: dict[tuple[str, str], CostModel] = {}
+        if hardware.train_when == "trace":
+            self.readiness(0)  # a missing trace is told at once
+
+    # --- the devices ------------------------------------------------------------------------------------------
+
+    def link(self, device: int) -> Link:
+        """The device's link."""
+        return self.links.of(device, self.device_id(device))
+
+    def profile(self, device: int) -> Profile:
+        """The device's hardware."""
+        if device not in self._profiles:
+            self._profiles[device] = self.fleet.of(self.device_id(device))
+        return self._profiles[device]
+
+    def readiness(self, device: int) -> Readiness:
+        """When the device may train."""
+        if device not in self._readiness:
+            name = self.device_id(device)
+            trace = self.links.trace_of(name)
+            phase_s = self.links.phase_s(name, trace) if isinstance(trace, StateTrace) else 0.0
+            states = trace if isinstance(trace, StateTrace) else None
+            self._readiness[device] = Readiness.of(
+                self.experiment.hardware, self.profile(device), self.seed, name, states, phase_s
+            )
+        return self._readiness[device]
+
+    def cost(self, device: int, arm: str) -> CostModel:
+        """What the nominal model costs on this device, with this arm's adapter."""
+        profile = self.profile(device)
+        if (profile.name, arm) not in self._costs:
+            lora, _ = self.experiment.for_arm(arm)
+            cost = CostModel(profile, self.model, self.experiment.hardware.weight_bits, lora)
+            self._costs[profile.name, arm] = cost
+        return self._costs[profile.name, arm]
+
+    # --- the round --------------------------------------------------------------------------------------------
+
+    def expected(self, lane: str = "augment") -> Size:
+        """The size to expect of a request: the mean of those that came back, else a guess from the experiment."""
+        if lane in self._state.sizes:
+            return Size(*(round(value) for value in self._state.sizes[lane][1:]))
+        cloud = self.experiment.cloud
+        tokens_in = min(cloud.show_chars // CHARS_PER_TOKEN, 60 * cloud.show_items) + 300
+        tokens_out = min(cloud.max_tokens, 60 * cloud.samples_per_request if lane == "augment" else 20)
+        return Size(CHARS_PER_TOKEN * tokens_in + 500, CHARS_PER_TOKEN * tokens_out + 500, tokens_in, tokens_out)
+
+    @_uncollected()
+    def plan(self, round: int, asks: Sequence[Ask]) -> Plan:
+        """Who is up and whose request gets through, if all have the sizes they are expected to have."""
+        start_s, end_s = round * DAY_S, (round + 1) * DAY_S
+        self.links.forget(start_s)
+        for readiness in self._readiness.values():
+            readiness.forget(start_s)
+        lanes = self._ask(round, asks)
+        attempts = tuple(attempt for asked in lanes.values() for attempt in asked.attempts)
+        finals = {ask.request_id: lanes[ask.lane].finals[ask.request_id] for ask in asks}
+        return Plan(round, start_s, end_s, tuple(asks), attempts, finals)
+
+    def schedule(self, plan: Plan, sizes: Mapping[str, Size], works: Iterable[Work] = ()) -> Schedule:
+        """`deliver`, then `train`."""
+        return self.train(self.deliver(plan, sizes), works)
+
+    @_uncollected()
+    def deliver(self, plan: Plan, sizes: Mapping[str, Size]) -> Delivery:
+        """When each request ends, from the real sizes of the granted ones.
+
+        A granted request without a size was never answered: its outcome is `crashed`. Requests that were not granted
+        are over as planned: they are not made again, but keep the places at the cloud that they took.
+        """
+        granted = plan.granted
+        unknown = set(sizes) - granted
+        if unknown:
+            raise ValueError(f"sizes of requests that were not granted: {sorted(unknown)[:3]}")
+        attempts = [attempt for attempt in plan.attempts if attempt.request_id not in granted]
+        as_planned: dict[str, list[Attempt]] = {name: [] for name in plan.finals if name not in granted}
+        for attempt in sorted(attempts, key=attrgetter("number")):
+            as_planned[attempt.request_id].append(attempt)
+        lanes = self._ask(plan.round, plan.asks, sizes, as_planned)
+        finals = {name: plan.finals[name] for name in as_planned}
+        for asked in lanes.values():
+            attempts += asked.attempts
+            for name, final in asked.finals.items():
+                answer = sizes[name].outcome if name in sizes else "crashed"
+                if final.answered and answer != "ok":
+                    final = replace(final, outcome=answer, answered=answer != "crashed")
+                finals[name] = final
+        finals = {ask.request_id: finals[ask.request_id] for ask in plan.asks}
+        state = self._state.after(plan.round, plan.start_s, plan.asks, lanes, sizes, finals)
+        return Delivery(plan, tuple(attempts), finals, state)
+
+    @_uncollected()
+    def train(self, delivery: Delivery, works: Iterable[Work] = ()) -> Schedule:
+        """When each adapter is trained, from what was delivered and the steps that each takes."""
+        plan, finals = delivery.plan, delivery.finals
+        state = delivery.state.copy()
+        versions = tuple(version for each in works for version in self._train(plan, each, finals, state))
+        return Schedule(plan, delivery.attempts, finals, state, versions)
+
+    def advance(self, schedule: Schedule) -> None:
+        """Makes a schedule the past: the next round begins from it."""
+        self._state = schedule.state
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs (JSON)."""
+        return {**self._state.dump(), **self.measured()}
+
+    def measured(self) -> dict[str, Any]:
+        """The profile of this machine, if devices have it (JSON): measured once, and the same for whoever asks."""
+        found = [profile for profile in self.fleet.profiles if profile.name == THIS_MACHINE]
+        return {"this_machine": {**asdict(found[0]), "sources": dict(found[0].sources)}} if found else {}
+
+    def _ask(
+        self, round: int, asks: Sequence[Ask], sizes: Mapping[str, Size] | None = None,
+        as_planned: Mapping[str, Sequence[Attempt]] | None = None,
+    ) -> dict[str, Asked]:  # fmt: skip
+        experiment, lanes = self.experiment, defaultdict(list)
+        for ask in asks:
+            lanes[ask.lane].append(ask)
+        rules = Rules(
+            self.seed, round, round * DAY_S, (round + 1) * DAY_S, experiment.network.ask_within_h * 3600,
+            experiment.cloud.timeout_s, experiment.cloud.capacity, self.device_id,
+        )
+        return {
+            lane: ask_all(
+                lanes[lane], self.link, rules, self._state.clouds.get(lane), self._state.spent.get(lane), sizes,
+                as_planned,
+            )
+            for lane in sorted(lanes)
+        }
+
+    # --- training ---------------------------------------------------------------------------------------------
+
+    def _train(self, plan: Plan, each: Work, finals: Mapping[str, Final], state: State) -> list[Version]:
+        """The versions of one adapter in one round: perhaps one on what there is, then one with the samples."""
+        asked = [finals[name] for name in each.needs]
+        came_s = max((final.end_s for final in asked if final.answered), default=None)
+        failed_s = min((final.failed_s for final in asked if final.failed_s is not None), default=None)
+        if came_s is None and failed_s is None:  # crashed
+            failed_s = max((final.end_s for final in asked), default=None)
+        versions: list[Version] = []
+        fallback = self.experiment.network.fallback
+        if not asked:
+            versions.append(self._version(plan, each, state, REAL, plan.start_s, each.steps, each.tokens))
+        elif failed_s is not None and fallback != "wait" and each.fallback_steps:
+            had = fallback == "stale_samples" and each.device in self._state.had_samples
+            on = STALE if had else REAL
+            stop_s = math.inf if came_s is None else came_s
+            if failed_s < stop_s:
+                versions.append(
+                    self._version(
+                        plan, each, state, on, failed_s, each.fallback_steps, each.fallback_tokens, stop_s
+                    )
+                )
+        if asked and came_s is not None and each.steps:
+            versions.append(self._version(plan, each, state, SAMPLES, came_s, each.steps, each.tokens))
+        return [version for version in versions if version is not None]
+
+    def _version(
+        self, plan: Plan, each: Work, state: State, on: str, from_s: float, steps: int, tokens: int,
+        stop_s: float = math.inf,
+    ) -> Version | None:  # fmt: skip
+        if not steps:
+            return None
+        key, profile, readiness = (each.device, each.arm), self.profile(each.device), self.readiness(each.device)
+        cost = self.cost(each.device, each.arm)
+        body = state.bodies.get(key, Body())
+        from_s = max(from_s, body.time_s)  # work of an earlier round may still go on
+        if not cost.fits(each.row_tokens):
+            return Version(each.device, each.arm, plan.round, on, from_s, math.inf, "out_of_memory", 0.0, 0.0)
+        if from_s >= stop_s:
+            return None
+        seconds = cost.training_s(tokens, context=min(each.row_tokens, tokens / max(1, steps)))
+        done = work(from_s, seconds, rest(body, from_s, profile, readiness), profile, readiness, stop_s)
+        if done.begun_s is None and stop_s < math.inf:
+            return None  # the samples came before it could begin
+        outcome = "ok" if done.end_s < math.inf else "superseded" if stop_s < math.inf else "never_ready"
+        if outcome != "never_ready":
+            state.bodies[key] = done.body
+        begun_s = from_s if done.begun_s is None else done.begun_s
+        energy_j = profile.work_w * done.load_s
+        version = Version(
+            each.device, each.arm, plan.round, on, begun_s, done.end_s, outcome, done.load_s, energy_j
+        )
+        if outcome == "ok":
+            state.live[key].append(version)
+        return version
+
+    # --- answering --------------------------------------------------------------------------------------------
+
+    def query_time_s(self, round: int, device: int, number: int) -> float:
+        """When query `number` of a round is asked: its end or, through the day, between 7 and 23 o'clock."""
+        if self.experiment.hardware.queries == "round_end":
+            return (round + 1) * DAY_S
+        drawn = derive(self.seed, self.device_id(device), round, "query", number) / 2**63
+        return round * DAY_S + (7 + 16 * drawn) * 3600
+
+    def answering(self, schedule: Schedule, device: int, arm: str, time_s: float) -> Version | None:
+        """The adapter that answers at `time_s` (None: the frozen base). With queries at the round's end, the newest one
+        that the round's work leads to, whenever that ends.
+        """
+        known = schedule.state.live.get((device, arm), [])
+        if self.experiment.hardware.queries == "day":
+            known = [version for version in known if version.live_s <= time_s]
+        return max(known, key=lambda version: version.live_s, default=None)
+
+    def answer_s(self, device: int, arm: str, prompt_tokens: int, new_tokens: int) -> float:
+        """Seconds that the (cool) device takes to answer."""
+        return self.cost(device, arm).decoding_s(prompt_tokens, new_tokens)
+
+    # --- rows -------------------------------------------------------------------------------------------------
+
+    def event_rows(self, schedule: Schedule) -> list[dict[str, Any]]:
+        """The rows of `events`: one an attempt (a request's last one bears its final outcome), one a version."""
+        rows = []
+        for attempt in schedule.attempts:
+            final = schedule.finals[attempt.request_id]
+            last = attempt.number == final.attempts - 1
+            answer = attempt.lane != "augment"
+            rows.append({
+                "time_s": attempt.start_s, "event_id": f"{attempt.request_id}#{attempt.number}",
+                "request_id": attempt.request_id, "attempt": attempt.number,
+                "device_id": self.device_id(attempt.device), "arm": attempt.lane if answer else None,
+                "kind": "answer" if answer else "augment", "outcome": final.outcome if last else attempt.outcome,
+                "duration_s": attempt.end_s - attempt.start_s, "bytes_up": round(attempt.bytes_up),
+                "bytes_down": round(attempt.bytes_down), "tokens_in": attempt.tokens_in,
+                "tokens_out": attempt.tokens_out,
+                "energy_j": self.profile(attempt.device).radio_w * attempt.radio_s,
+                "queued_s": attempt.queued_s, "detail": attempt.detail,
+            })
+        for version in schedule.versions:
+            name = f"train-s{self.seed}-r{version.round}-{self.device_id(version.device)}-{version.arm}"
+            ended = version.live_s if version.live_s < math.inf else version.begun_s + version.load_s
+            rows.append({
+                "time_s": version.begun_s, "event_id": f"{name}-{version.on}", "attempt": 0,
+                "device_id": self.device_id(version.device), "arm": version.arm, "kind": "train",
+                "outcome": version.outcome, "duration_s": ended - version.begun_s, "energy_j": version.energy_j,
+                "detail": f"on {version.on}",
+            })
+        return rows
+

@@ -1,0 +1,139 @@
+"""What the timeline is told to train, what comes of it, and what one round leaves to the next."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from untether.sim.time.asking import Ask, Asked, Final, Size
+from untether.sim.time.hardware import Profile
+from untether.sim.time.readiness import Body
+
+REAL, SAMPLES, STALE = "real", "samples", "stale_samples"
+"""What a version of an adapter was trained on: the device's own data; with this round's samples; with older ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An adapter to train in a round. `needs`: the requests whose samples it waits for (none: it needs none).
+
+    `steps` and `tokens` (prompts included) with all data; `fallback_steps`, `fallback_tokens` with what it has while no
+    samples come (0: nothing to train on). `row_tokens`: the longest example.
+    """
+
+    device: int
+    arm: str
+    steps: int
+    tokens: int
+    needs: tuple[str, ...] = ()
+    fallback_steps: int = 0
+    fallback_tokens: int = 0
+    row_tokens: int = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A trained adapter. `live_s`: from when it answers. `outcome`: `ok`, `out_of_memory`, `never_ready` or
+    `superseded` (given up when samples came); only `ok` ones go live.
+    """
+
+    device: int
+    arm: str
+    round: int
+    on: str
+    begun_s: float
+    live_s: float
+    outcome: str
+    load_s: float
+    energy_j: float
+
+    @property
+    def name(self) -> str:
+        """Round and data, such as `r2-samples`."""
+        return f"r{self.round}-{self.on}"
+
+
+@dataclass
+class State:
+    """What one round leaves to the next."""
+
+    clouds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spent: dict[str, dict[int, float]] = field(default_factory=dict)
+    sizes: dict[str, list[float]] = field(default_factory=dict)
+    had_samples: dict[int, int] = field(default_factory=dict)
+    bodies: dict[tuple[int, str], Body] = field(default_factory=dict)
+    live: dict[tuple[int, str], list[Version]] = field(default_factory=lambda: defaultdict(list))
+    this_machine: Profile | None = None
+
+    def after(
+        self, round: int, start_s: float, asks: Sequence[Ask], lanes: Mapping[str, Asked], sizes: Mapping[str, Size],
+        finals: Mapping[str, Final],
+    ) -> State:  # fmt: skip
+        """A copy that knows what the round asked and got, and has forgotten what the round cannot need."""
+        new = State(
+            {**self.clouds, **{lane: asked.cloud_state for lane, asked in lanes.items()}},
+            {**self.spent, **{lane: asked.spent for lane, asked in lanes.items() if asked.spent}},
+            {lane: list(values) for lane, values in self.sizes.items()}, dict(self.had_samples), dict(self.bodies),
+            defaultdict(list, {key: _since(versions, start_s) for key, versions in self.live.items()}),
+            self.this_machine,
+        )
+        for ask in asks:
+            if (size := sizes.get(ask.request_id)) is not None:
+                new._learn_size(ask.lane, size)
+            if finals[ask.request_id].outcome == "ok" and ask.lane == "augment":
+                new.had_samples[ask.device] = round
+        return new
+
+    def copy(self) -> State:
+        """Another one, whose bodies and live adapters may change."""
+        live = defaultdict(list, {key: list(versions) for key, versions in self.live.items()})
+        return replace(self, bodies=dict(self.bodies), live=live)
+
+    def _learn_size(self, lane: str, size: Size) -> None:
+        """A running mean: count, then bytes up and down, tokens in and out."""
+        count, *means = self.sizes.get(lane, [0, 0, 0, 0, 0])
+        values = (size.bytes_up, size.bytes_down, size.tokens_in, size.tokens_out)
+        means = [mean + (value - mean) / (count + 1) for mean, value in zip(means, values, strict=True)]
+        self.sizes[lane] = [count + 1, *means]
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "clouds": self.clouds, "sizes": self.sizes,
+            "spent": {lane: {str(k): v for k, v in spent.items()} for lane, spent in self.spent.items()},
+            "had_samples": {str(device): round for device, round in self.had_samples.items()},
+            "bodies": {_key(*key): [body.time_s, body.battery, body.warmth] for key, body in self.bodies.items()},
+            "live": {_key(*key): [asdict(version) for version in found] for key, found in self.live.items()},
+        }
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> State:
+        measured = data.get("this_machine")
+        return cls(
+            dict(data.get("clouds", {})),
+            {lane: {int(k): v for k, v in spent.items()} for lane, spent in data.get("spent", {}).items()},
+            {lane: list(values) for lane, values in data.get("sizes", {}).items()},
+            {int(device): round for device, round in data.get("had_samples", {}).items()},
+            {_unkey(key): Body(*values) for key, values in data.get("bodies", {}).items()},
+            defaultdict(list, {
+                _unkey(key): [Version(**values) for values in found] for key, found in data.get("live", {}).items()
+            }),
+            Profile(**measured) if measured else None,
+        )
+
+
+def _since(versions: Sequence[Version], time_s: float) -> list[Version]:
+    """Those that answer at `time_s` or later."""
+    past = [version for version in versions if version.live_s <= time_s]
+    return past[-1:] + [version for version in versions if version.live_s > time_s]
+
+
+def _key(device: int, arm: str) -> str:
+    return f"{device}/{arm}"
+
+
+def _unkey(key: str) -> tuple[int, str]:
+    device, _, arm = key.partition("/")
+    return int(device), arm

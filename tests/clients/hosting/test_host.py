@@ -1,0 +1,166 @@
+"""A host loses no device when its worker dies, and finds the one that kills it."""
+
+import errno
+import json
+
+import pytest
+
+from untether.clients.hosting.executors import WorkerDied, memory_ran_out
+from untether.clients.hosting.host import guarded, run_pass
+from untether.sim.core.errors import ResumableStop, UserError
+from untether.sim.experiment import Experiment
+from untether.sim.population.source import open_population
+from untether.sim.run.directory import RunDirectory
+
+EXPERIMENT = Experiment.read(None, {"arms": "majority,local,cloud", "population.tasks": "LaMP_2,LaMP_4"})
+
+
+class Flaky:
+    """An executor whose worker dies under given devices: always (`poison`), or the first time (`once`)."""
+
+    def __init__(self, poison=(), once=(), outcome="crashed", with_node=0):
+        self.poison, self.once, self.calls, self.outcome = set(poison), set(once), [], outcome
+        self.with_node, self.lost_nodes = with_node, 0
+
+    def call(self, method, shard, *arguments, deadline_s):
+        self.calls.append(shard.devices)
+        if self.lost_nodes < self.with_node:
+            self.lost_nodes += 1
+            raise WorkerDied("its node has died", with_node=True)
+        if self.poison & set(shard.devices):
+            raise WorkerDied("killed by signal 9", self.outcome)
+        if self.once & set(shard.devices):
+            self.once -= set(shard.devices)
+            raise WorkerDied("killed by signal 9")
+        n = len(shard.devices)
+        columns = {"device": list(shard.devices), "outcome": ["ok"] * n}
+        parts = {"metrics": [self.run.write_part("metrics", 1, 0, shard.name, [])]}
+        return {"parts": parts, "columns": columns, "models": {}}
+
+
+def _run(tmp_path, executor, devices=range(10), shard=4, strict=False, method="learn"):
+    path = tmp_path / "run"
+    run = RunDirectory.open(path) if path.exists() else RunDirectory.create(path, EXPERIMENT)
+    executor.run = run
+    order = {"devices": list(devices), "seed": 1, "round": 0, "samples": []}
+    return run_pass(executor, method, run, order, shard, 10.0, tmp_path / "progress", strict)
+
+
+def test_devices_are_handled_in_shards_of_a_bounded_size(tmp_path):
+    executor = Flaky()
+    result = _run(tmp_path, executor)
+    assert executor.calls == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    assert result["columns"]["device"] == list(range(10))
+    assert (tmp_path / "progress").read_text() == "10"
+
+
+def test_a_worker_that_dies_once_costs_a_retry_and_nothing_else(tmp_path):
+    result = _run(tmp_path, Flaky(once={5}))
+    assert sorted(result["columns"]["device"]) == list(range(10))
+    assert set(result["columns"]["outcome"]) == {"ok"}
+    assert [failure["devices"] for failure in result["failures"]] == [[4, 5, 6, 7]]
+
+
+def test_the_one_guilty_device_is_found_and_marked(tmp_path):
+    result = _run(tmp_path, Flaky(poison={6}))
+    outcomes = dict(zip(result["columns"]["device"], result["columns"]["outcome"], strict=True))
+    assert outcomes == {device: "crashed" if device == 6 else "ok" for device in range(10)}
+    assert all("signal 9" in failure["detail"] for failure in result["failures"])
+
+
+def test_finding_the_guilty_one_of_256_costs_a_dozen_deaths(tmp_path):
+    executor = Flaky(poison={77})
+    result = _run(tmp_path, executor, devices=range(256), shard=256)
+    assert sorted(result["columns"]["device"]) == list(range(256))
+    assert result["columns"]["outcome"].count("crashed") == 1
+    assert len(result["failures"]) == 11, "twice whole, then 128, 64, ..., 2, and the one device twice"
+
+
+@pytest.mark.parametrize("outcome", ["crashed", "out_of_memory"])
+def test_what_a_lost_device_owed_stands_in_the_tables(tmp_path, outcome):
+    """Every arm has a row for every query, so that comparisons stay paired; the answer is empty and scored as such."""
+    results = {name: _run(tmp_path, Flaky(poison={6}, outcome=outcome), method=name) for name in ("fetch", "learn")}
+    assert "predictions" not in results["fetch"]["parts"], "answers are recorded by the learn pass"
+    run = RunDirectory.open(tmp_path / "run")
+    device = open_population(EXPERIMENT, 1).user(6)
+    for name, arms in (("learn", {"cloud": 20, "majority": 10, "local": 20}),):
+        rows = run.read_parts(results[name]["parts"]["predictions"])
+        assert rows.groupby("arm").size().to_dict() == arms
+        assert set(rows["device_id"]) == {"d00006"} and set(rows["user_id"]) == {device.user_id}
+        assert set(rows["outcome"]) == {outcome} and set(rows["prediction"]) == {""} and (rows["score"] == 0).all()
+        measured = run.read_parts(part for part in results[name]["parts"]["metrics"] if "host" in part)
+        assert set(measured["arm"]) == set(arms) and (measured["value"] == 0).all()
+
+
+def test_a_lost_node_is_no_devices_fault(tmp_path):
+    executor = Flaky(with_node=3)
+    result = _run(tmp_path, executor, devices=range(2), shard=1)
+    assert executor.calls == [(0,)] * 4 + [(1,)]
+    assert result["columns"]["outcome"] == ["ok", "ok"] and len(result["failures"]) == 3
+
+
+def test_a_device_that_takes_every_node_with_it_is_found(tmp_path):
+    executor = Flaky(with_node=100)
+    result = _run(tmp_path, executor, devices=range(1), shard=1)
+    assert result["columns"]["outcome"] == ["crashed"] and len(executor.calls) < 10
+
+
+def test_every_death_is_an_event(tmp_path):
+    result = _run(tmp_path, Flaky(once={5}, poison={9}))
+    events = RunDirectory.open(tmp_path / "run").read_parts(result["parts"]["events"])
+    assert set(events["kind"]) == {"worker_died"} and set(events["outcome"]) == {"crashed"}
+    assert len(events) == len(result["failures"]) == events["event_id"].nunique()
+    assert events["detail"][0] == "learn of d00004 to d00007 (4 devices): killed by signal 9"
+    assert events["device_id"].dropna().unique().tolist() == ["d00009"]
+
+
+def test_a_finished_shard_is_not_run_again(tmp_path):
+    with pytest.raises(ResumableStop):
+        _run(tmp_path, Flaky(poison={9}), strict=True)
+    executor = Flaky()
+    result = _run(tmp_path, executor)
+    assert executor.calls == [(8, 9)]
+    assert result["columns"]["device"] == list(range(10))
+    assert [name.split("/")[-1] for name in result["parts"]["metrics"]] == [
+        "d00000-d00003-4.parquet", "d00004-d00007-4.parquet", "d00008-d00009-2.parquet",
+    ]  # fmt: skip
+
+
+def test_a_shard_whose_parts_are_gone_is_run_again(tmp_path):
+    result = _run(tmp_path, Flaky())
+    (tmp_path / "run" / result["parts"]["metrics"][1]).unlink()
+    executor = Flaky()
+    _run(tmp_path, executor)
+    assert executor.calls == [(4, 5, 6, 7)]
+
+
+def test_strict_stops_at_the_first_death(tmp_path):
+    with pytest.raises(ResumableStop, match="engine.strict"):
+        _run(tmp_path, Flaky(once={5}), strict=True)
+
+
+def test_memory_errors_are_told_apart():
+    assert memory_ran_out(MemoryError())
+    assert memory_ran_out(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"))
+    assert not memory_ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not memory_ran_out(ValueError("out of memory"))
+
+
+def test_a_full_disk_is_a_resumable_stop():
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert guarded(full)["error"] == "ResumableStop"
+
+
+def test_errors_become_replies():
+    def wrong():
+        raise UserError("cloud.model: no such model")
+
+    def broken():
+        raise ZeroDivisionError("division by zero")
+
+    assert guarded(wrong) == {"error": "UserError", "message": "cloud.model: no such model", "traceback": ""}
+    reply = guarded(broken)
+    assert reply["error"] == "Failure" and "test_host.py" in reply["traceback"]
+    json.dumps(reply)
