@@ -24,52 +24,36 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 import untether.clients.app
-import untether.server.app
-from untether.clients.device.device import Shard
-from untether.clients.hosting.executors import InProcess
+import untether.server.coordinator
+from untether.clients.device.worker import Inputs, Outcome
 from untether.sim.core.errors import ResumableStop
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import device_id
 from untether.sim.rounds.material import Material
+from untether.sim.rounds.messages import Order, Reply
 from untether.sim.run.directory import RunDirectory
 
 
-class IdleWorker:
-    """Writes what a pass always writes, and learns nothing."""
+class IdleExecutor:
+    """Gives back what a pass always gives back, and learns nothing."""
 
-    def __init__(self, run: str):
-        self.run = RunDirectory.open(run)
-
-    def fetch(self, shard: Shard, order: object) -> dict[str, Any]:
-        """An event and the columns of a device that asked and has something to train on, so that it is scheduled."""
-        reply = self._pass("fetch", "asked", shard)
-        reply["columns"] |= {field.name: [60] * len(shard.devices) for field in fields(Material)}
-        return reply
-
-    def learn(self, shard: Shard, order: object) -> dict[str, Any]:
-        """An event and the columns of a device that trained."""
-        reply = self._pass("learn", "trained", shard)
-        reply["columns"] |= {name: [0] * len(shard.devices) for name in ("trained_tokens", "queries")}
-        return reply
-
-    def _pass(self, name: str, kind: str, shard: Shard) -> dict[str, Any]:
-        ids = [device_id(index) for index in shard.devices]
-        rows = {
-            "events": [
-                {"time_s": 0.0, "event_id": f"{kind}-{i}", "device_id": i, "kind": kind, "outcome": "ok"} for i in ids
-            ],
-            "metrics": [{"device_id": i, "user_id": i, "arm": "local", "value": 0.5, "n": 1} for i in ids],
-        }
-        parts = {
-            table: [self.run.write_part(table, shard.seed, shard.round, f"{name}-{shard.name}", found)]
-            for table, found in rows.items()
-        }
-        count = len(ids)
-        columns = {"device": list(shard.devices), "outcome": ["ok"] * count, "bytes_up": [0] * count}
-        return {"parts": parts, "columns": columns, "models": {}}
+    def call(self, order: Order, inputs: Inputs, **_: Any) -> Outcome:
+        """An event and the columns of devices that asked, or trained, and have something to train on."""
+        ids = [device_id(index) for index in order.devices]
+        kind = "asked" if order.work == "fetch" else "trained"
+        events = [
+            {"time_s": 0.0, "event_id": f"{kind}-{i}", "device_id": i, "kind": kind, "outcome": "ok"} for i in ids
+        ]
+        columns = {"device": list(order.devices), "outcome": ["ok"] * len(ids), "bytes_up": [0] * len(ids)}
+        if order.work == "fetch":
+            columns |= {field.name: [60] * len(ids) for field in fields(Material)}
+        else:
+            columns |= {name: [0] * len(ids) for name in ("trained_tokens", "queries")}
+        metrics = [{"device_id": i, "user_id": i, "arm": "local", "value": 0.5, "n": 1} for i in ids]
+        return Outcome(Reply(columns, events), {"metrics": metrics})
 
 
-untether.clients.app._executor = lambda order, context: InProcess(lambda: IdleWorker(order["run"]))
+untether.clients.app.make_executor = lambda told, run, context: IdleExecutor()
 app = ClientApp()
 
 
@@ -133,7 +117,7 @@ def measure(devices: int, rounds: int) -> None:
     begun = time.perf_counter()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env())
     try:
-        made = untether.server.app.make_app([(run, 1)], watch, threading.Event())
+        made = untether.server.coordinator.make_app([(run, 1)], watch, threading.Event())
         run_simulation(made, app, num_supernodes=2, backend_config={"client_resources": {"num_cpus": 1}})
     finally:
         ray.shutdown()
@@ -162,7 +146,7 @@ def main() -> None:
     devices, rounds = (*words, 10_000, 3)[:2] if len(words) < 2 else words[:2]
     if len(words) == 1:
         devices, rounds = words[0], 3
-    untether.server.app.finish = lambda *_: None  # type: ignore[assignment]  # a report of nothing
+    untether.server.coordinator.finish = lambda *_: None  # type: ignore[assignment]  # a report of nothing
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     for number in sorted({100, devices}):
         try:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 from pathlib import Path
-from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from untether.clients.device.worker import Endpoint
 from untether.clients.hosting.executors import Executor, InProcess, RayExecutor
-from untether.clients.hosting.host import call_again, guarded, run_pass
+from untether.clients.hosting.host import guarded, run_order
 from untether.clients.hosting.process import Post, WorkerProcess
+from untether.sim.rounds.flower_records import order_from, to_records
 from untether.sim.rounds.messages import Reply
 from untether.sim.run.directory import RunDirectory
+from untether.sim.run.places import find_run
 
 app = ClientApp()
 
@@ -31,72 +30,49 @@ def hello(message: Message, context: Context) -> Message:
 @app.query("share")
 def share(message: Message, context: Context) -> Message:
     """Trains this host's part of the `shared` arm's adapters, once for the whole fleet."""
-    order = message.content["order"]
-
-    def work() -> dict[str, Any]:
-        executor, which = _executor(order, context), (order["seed"], order["part"], order["parts"])
-        call_again(executor, "share", *which, deadline_s=order["deadline_s"])
-        return {"parts": {}, "columns": {}, "models": {}, "failures": []}
-
-    return _reply(message, guarded(work))
+    return carry_out(message, context)
 
 
 @app.query("fetch")
 def fetch(message: Message, context: Context) -> Message:
     """Asks the cloud for this host's devices."""
-    return _pass("fetch", message, context)
+    return carry_out(message, context)
 
 
 @app.query("filter")
 def filter_again(message: Message, context: Context) -> Message:
     """Filters again what this host's devices hold, without the answers that never reached them."""
-    return _pass("filter", message, context)
+    return carry_out(message, context)
 
 
 @app.train()
 def learn(message: Message, context: Context) -> Message:
     """Trains and answers for this host's devices."""
-    return _pass("learn", message, context)
+    return carry_out(message, context)
 
 
-def _pass(method: str, message: Message, context: Context) -> Message:
-    order = dict(message.content["order"])
+def carry_out(message: Message, context: Context) -> Message:
+    """Carries out the order of a message, for the run that it names."""
 
-    def work() -> dict[str, Any]:
-        run = RunDirectory.open(order["run"])
-        engine = run.experiment.engine
-        return run_pass(
-            _executor(order, context), method, run, order, engine.shard, engine.deadline_s,
-            _progress(order, context).with_suffix(".done"), engine.strict,
-        )
+    def work() -> Reply:
+        told = message.content["run"]
+        run = find_run(str(told["id"]))
+        progress = run.path / "state" / "progress" / f"{context.node_config['partition-id']}.done"
+        return run_order(make_executor(told, run, context), run, order_from(message.content), progress)
 
-    return _reply(message, guarded(work))
-
-
-def _reply(message: Message, result: dict[str, Any]) -> Message:
-    columns = result.pop("columns", {})
-    content = RecordDict({
-        "result": ConfigRecord({name: json.dumps(value) for name, value in result.items()}),
-        "devices": ConfigRecord({name: list(values) for name, values in columns.items() if values}),
-        "totals": MetricRecord(Reply(columns).counts()),
-    })
+    found = guarded(work)
+    content = to_records(found) if isinstance(found, Reply) else RecordDict({"error": ConfigRecord(found)})
     return Message(content, reply_to=message)
 
 
-def _progress(order: Any, context: Context) -> Path:
-    folder = Path(order["run"]) / "state" / "progress"
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder / str(context.node_config["partition-id"])
-
-
-def _executor(order: Any, context: Context) -> Executor:
-    partition, run_id = context.node_config["partition-id"], context.run_id
-    progress = _progress(order, context).with_suffix(".shard")
-    endpoint = Endpoint(order["base_url"], order["model"], order["fingerprint"])
-    post = Post(str(order["run"]), endpoint, int(order["threads"]), str(progress), int(partition))
+def make_executor(told: ConfigRecord, run: RunDirectory, context: Context) -> Executor:
+    """The worker of this host: a Ray actor, or this very process where there is no Ray."""
+    partition = int(context.node_config["partition-id"])
+    endpoint = Endpoint(str(told["base_url"]), str(told["model"]), str(told["fingerprint"]))
+    scratch = str(Path(run.path / "state").resolve())
+    post = Post(str(told["id"]), str(told["experiment"]), endpoint, scratch, int(told["threads"]), partition)
     if _in_ray():
-        return RayExecutor(f"worker-{run_id}-{partition}", post)
+        return RayExecutor(f"worker-{context.run_id}-{partition}", post)
     return InProcess(lambda: _here().at(post))
 
 

@@ -13,6 +13,7 @@ from untether.server.cloud import open_cloud
 from untether.sim.report.finish import finish
 from untether.sim.rounds.loop import Progress, run_rounds
 from untether.sim.run.directory import RunDirectory
+from untether.sim.run.places import announced
 from untether.sim.run.usage import Usage
 from untether.strategies import STRATEGIES
 
@@ -23,8 +24,8 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
     Raises UserError, ResumableStop (interrupt, unreachable cloud, full disk: resume goes on) and Failure.
     """
     strategy = STRATEGIES.get(run.experiment.strategy.name)()
-    with Usage() as usage, open_cloud(run.experiment, run) as cloud:
-        run_rounds(run, FlowerBackend(grid, run, strategy, threads, stop), cloud, progress)
+    with Usage() as usage, announced(run) as name, open_cloud(run.experiment, run) as cloud:
+        run_rounds(run, FlowerBackend(grid, run, name, strategy, cloud, threads, stop), progress)
         truth = cloud.truth()
         finish(run, truth, cloud.facts(), usage)
 

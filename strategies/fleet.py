@@ -6,13 +6,14 @@ on partition i mod P. A message names devices by number; what they know never tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from untether.sim.rounds.orders import cut
+from untether.sim.rounds.flower_records import order_of, to_records
+from untether.sim.rounds.messages import Order
 
 FETCH = f"{MessageType.QUERY}.fetch"
 """Message type of the fetch pass: ask the cloud, filter what it wrote."""
@@ -30,28 +31,24 @@ class FleetStrategy(Strategy):
     def __init__(self) -> None:
         self.hosts: dict[int, int] = {}
 
-    def orders(self, message_type: str, config: ConfigRecord, arrays: ArrayRecord | None = None) -> list[Message]:
-        """One message a host that has devices in `config["devices"]`."""
+    def messages(self, message_type: str, order: Order) -> list[Message]:
+        """One message a host that the order concerns."""
         partitions = sorted(self.hosts)
-        devices: Sequence[int] = config["devices"]  # type: ignore[assignment]
-        messages = []
-        for position, partition in enumerate(partitions):
-            own = [device for device in devices if device % len(partitions) == position]
-            if own:
-                order = ConfigRecord({**cut(config, own), "devices": own})
-                content = RecordDict({"order": order, **({"arrays": arrays} if arrays is not None else {})})
-                messages.append(Message(content, dst_node_id=self.hosts[partition], message_type=message_type))
-        return messages
+        return [
+            Message(to_records(own), dst_node_id=self.hosts[partitions[host]], message_type=message_type)
+            for host, own in order.split(len(partitions)).items()
+        ]
 
     def configure_fetch(self, server_round: int, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Who asks the cloud in this round."""
-        return self.orders(FETCH, config)
+        return self.messages(FETCH, order_of(config))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Who trains and answers in this round."""
-        return self.orders(LEARN, config)
+        """Who trains and answers in this round, with what is shared."""
+        shared = {name: array.numpy() for name, array in arrays.items()}
+        return self.messages(LEARN, order_of(config, shared))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

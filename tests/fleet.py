@@ -9,10 +9,12 @@ import pandas as pd
 from untether.clients.device.worker import Endpoint, Worker
 from untether.clients.hosting.executors import InProcess
 from untether.clients.hosting.in_process import InProcessBackend
+from untether.clients.hosting.process import Post
 from untether.sim.experiment import Experiment
 from untether.sim.rounds.loop import run_rounds
 from untether.sim.run.directory import RunDirectory
 
+NOWHERE = Endpoint("http://127.0.0.1:9/v1", "none")
 KEYS = ["seed", "round", "device_id", "arm", "task", "query_id"]
 
 
@@ -36,10 +38,21 @@ def run_in_process(
     devices, to every host, from the last to the first, and the hosts too.
     """
     run = RunDirectory.create(path, experiment)
-    fresh = Worker(str(run.path), endpoint, threads=1, models=worker.models if worker is not None else None)
-    run_rounds(run, InProcessBackend(run, InProcess(lambda: fresh), hosts, backwards), endpoint, Silent())
+    fresh = make_worker(run, endpoint, worker)
+    run_rounds(run, InProcessBackend(run, InProcess(lambda: fresh), hosts, backwards), Silent())
     run.merge(experiment)
     return run
+
+
+def make_worker(run: RunDirectory, endpoint: Endpoint, like: Worker | None = None) -> Worker:
+    """A worker of a run in this process, with the models of another one."""
+    models = like.models if like is not None else None
+    return Worker(run.experiment, endpoint, run.path / "state", threads=1, models=models)
+
+
+def make_post(run: RunDirectory, endpoint: Endpoint = NOWHERE) -> Post:
+    """What a worker process is told with each call."""
+    return Post(str(run.path), run.experiment.to_toml(), endpoint, str(run.path / "state"), threads=1)
 
 
 class Silent:

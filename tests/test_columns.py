@@ -9,20 +9,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.request import Request, urlopen
 
 import pytest
-from fleet import run_in_process, tiny
+from fleet import make_worker, run_in_process, tiny
 
 import untether.clients.device.learn
 from untether.clients.device.arms import training_pairs
 from untether.clients.device.augmentation import questions, sample_orders
-from untether.clients.device.device import Device, Shard
+from untether.clients.device.device import Device
 from untether.clients.device.materials import Materials
-from untether.clients.device.worker import Endpoint, Worker
+from untether.clients.device.worker import Endpoint
+from untether.clients.hosting.store import DeviceStore
 from untether.server.background import start_background
 from untether.sim.evaluation.statistics import summarize
 from untether.sim.population.source import open_population
 from untether.sim.prompts.protocol import parse_request
 from untether.sim.report.fleet import Fleet
 from untether.sim.report.funnel import Funnel
+from untether.sim.rounds.messages import Learn, Order, Samples
 from untether.sim.rounds.planner import Rounds
 from untether.sim.run.directory import RunDirectory
 
@@ -68,7 +70,7 @@ def runs(tmp_path_factory):
 
     def train_once(base, jobs, *arguments, **options):
         found = real_train(base, jobs, *arguments, **options)
-        engine.extend((key[1].arm, result) for key, result in found.items())
+        engine.extend((key.arm, result) for key, result in found.items())
         return found
 
     with start_background("world", {}) as gateway, pytest.MonkeyPatch.context() as patch:
@@ -79,7 +81,7 @@ def runs(tmp_path_factory):
         url = f"http://127.0.0.1:{recorder.server_address[1]}/v1"
         endpoint = Endpoint(url, gateway.model, gateway.fingerprint)
         common = {"population__users": 4, "rounds": 2, "training__steps": 5, "training__batch_size": 3}
-        warm = Worker(str(RunDirectory.create(folder / "warm", tiny()).path), endpoint, threads=1)
+        warm = make_worker(RunDirectory.create(folder / "warm", tiny()), endpoint)
         free = run_in_process(folder / "free", tiny(**common), endpoint, hosts=2, worker=warm)
         bodies, trained = list(recorder.bodies), list(engine)
         states, real_state = [], Rounds.state
@@ -96,8 +98,8 @@ def requests_of(run):
     population = open_population(experiment, 1)
     for round in range(experiment.rounds):
         for index in range(experiment.population.users):
-            device, shard = Device(index, population.user(index)), Shard(1, round, (index,))
-            own = [*sample_orders(experiment, shard, device), *(r for r, _ in questions(experiment, shard, device))]
+            device, order = Device(index, population.user(index)), Order(seed=1, round=round)
+            own = [*sample_orders(experiment, order, device), *(r for r, _ in questions(experiment, order, device))]
             found |= {request.request_id: request for request in own}
     return found
 
@@ -223,14 +225,14 @@ def test_a_placebo_is_one_other_user(runs):
     samples = samples[(samples["round"] == 0) & (samples["verdict"] == "accepted")]
     owner = samples.set_index("sample_id")["device_id"]
     has = samples.groupby(["device_id", "task"]).size()
-    endpoint = Endpoint("http://127.0.0.1:9/v1", "none")
-    shard = Shard(1, 0, (0, 1, 2, 3))
-    parts = [str(path.relative_to(run.path)) for path in run.path.rglob("samples/*.parquet")]
-    order = {"due": [0, 1, 2, 3], "sample_parts": parts, "samples.device": [0, 1, 2, 3], "samples.first": [0] * 4,
-             "samples.last": [0] * 4, "samples.on": ["samples"] * 4}  # fmt: skip
-    worker = Worker(str(run.path), endpoint, threads=1)
-    materials, drawn, of_second = Materials(worker, shard, order), 0, 0
-    for device in worker.devices(shard):
+    mine = (0, 1, 2, 3)
+    parts = run.named(path for path in run.path.rglob("round-0/samples/*.parquet"))
+    trains = tuple(Samples(device, 0, 0, "samples") for device in mine)
+    order = Learn(seed=1, round=0, devices=mine, due=mine, trains=trains, samples=parts)
+    inputs = DeviceStore(run, order).inputs(order)
+    materials, drawn, of_second = Materials(run.experiment, order, inputs), 0, 0
+    population = open_population(run.experiment, 1)
+    for device in (Device(index, population.user(index)) for index in mine):
         first, second = (f"d{(device.index + step) % 4:05d}" for step in (1, 2))
         material = materials.of(device, "samples")
         assert {owner[sample.sample_id] for sample in material.foreign} <= {first, second}

@@ -8,10 +8,10 @@ decide verdicts, are held to 1e-6: the encoder's batches have fixed shapes.
 """
 
 import pytest
-from fleet import answers, losses, metrics, run_in_process, tiny, verdicts
+from fleet import answers, losses, make_worker, metrics, run_in_process, tiny, verdicts
 from pandas.testing import assert_frame_equal
 
-from untether.clients.device.worker import Endpoint, Worker
+from untether.clients.device.worker import Endpoint
 from untether.server.background import start_background
 from untether.sim.run.directory import RunDirectory
 
@@ -29,7 +29,7 @@ def fleet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
     with start_background("world", {}) as gateway:
         endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
-        warm = Worker(str(RunDirectory.create(folder / "warm", tiny()).path), endpoint, threads=1)
+        warm = make_worker(RunDirectory.create(folder / "warm", tiny()), endpoint)
         warm.base, warm.encoder  # noqa: B018  (loads them once for all)
 
         def run(name, hosts=1, **changes):

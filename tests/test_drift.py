@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-from fleet import run_in_process, tiny
+from fleet import make_worker, run_in_process, tiny
 from pandas.testing import assert_frame_equal
 
-from untether.clients.device.worker import Endpoint, Worker
+from untether.clients.device.worker import Endpoint
 from untether.server.background import start_background
 from untether.sim.population.source import FromWorld
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies import Study
 from untether.sim.studies.analysis import ANALYSES
+from untether.sim.studies.drift.drift import COLUMNS, Case, measure
 from untether.sim.studies.drift.measures import KEYS, along, paired, read_answers
 
 TEXT = """
@@ -57,7 +58,7 @@ def days(tmp_path_factory):
     study = Study.read(str(folder / "days.toml"), {"engine.cache": str(folder / "cache")})
     with start_background("world", {}) as gateway:
         endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
-        warm = Worker(str(RunDirectory.create(folder / "warm", tiny()).path), endpoint, threads=1)
+        warm = make_worker(RunDirectory.create(folder / "warm", tiny()), endpoint)
         warm.base, warm.encoder  # noqa: B018  (loads them once for all)
 
         def run(name, experiment, hosts=1):
@@ -157,3 +158,14 @@ def test_the_study_tells_it_all(days, tmp_path):
     ]  # fmt: skip
     found = (tmp_path / "findings.md").read_text()
     assert "abrupt, changed users: regret against `second`" in found and "mechanism check" in found
+
+
+def test_a_detector_is_measured_on_its_own_run(days):
+    """From the answers that were watched, by way of the real tables, to the rows of the study."""
+    study, _, run = days
+    (cell,) = (cell for cell in study.cells if cell.words == {"change": "abrupt", "policy": "second"})
+    drift = cell.experiment.drift.model_copy(update={"policy": "on_drift"})
+    case = Case("abrupt", "watched", run("watched", cell.experiment.model_copy(update={"drift": drift})))
+    told = pd.DataFrame(measure([case]), columns=COLUMNS).set_index("measure")
+    assert told.loc["detected", "users"] == "changed" and 0 <= told.loc["detected", "value"] <= 1
+    assert told.loc["raised a false alarm", "n_users"] > 0

@@ -1,18 +1,19 @@
 """Hosts below, at and above the workers that a machine has room for, on the real runtime: all of them run, alike."""
 
 import pytest
-from fleet import answers, losses, run_in_process, tiny, verdicts
+from fleet import answers, losses, make_post, run_in_process, tiny, verdicts
 from pandas.testing import assert_frame_equal
 from survival import Untether
 from test_determinism import FINITE
 
 import untether.clients.hosting.executors
-from untether.clients.device.worker import Endpoint
+from untether.clients.device.worker import Endpoint, Inputs
 from untether.clients.hosting.executors import RayExecutor
-from untether.clients.hosting.process import Post, WorkerProcess
+from untether.clients.hosting.process import WorkerProcess
 from untether.server.background import start_background
 from untether.sim.core.errors import ResumableStop
 from untether.sim.launch.cluster import start_here
+from untether.sim.rounds.messages import Share
 from untether.sim.run.directory import RunDirectory
 
 
@@ -45,8 +46,8 @@ def test_a_worker_that_no_node_takes_says_so(tmp_path, monkeypatch):
         run = RunDirectory.create(tmp_path / "run", tiny())
         holder = ray.remote(WorkerProcess).options(num_cpus=0, resources={"worker": 1}).remote()
         ray.get(holder.pid.remote())
-        executor = RayExecutor("worker-of-nobody", Post(str(run.path), Endpoint("http://127.0.0.1:9/v1", "none")))
+        executor = RayExecutor("worker-of-nobody", make_post(run))
         with pytest.raises(ResumableStop, match=r"worker 0 was placed on no node .* 1 of the resource `worker`"):
-            executor.call("share", 1, deadline_s=60.0)
+            executor.call(Share(seed=1, round=0), Inputs(), deadline_s=60.0)
     finally:
         ray.shutdown()

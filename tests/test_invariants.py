@@ -2,10 +2,10 @@
 
 import pandas as pd
 import pytest
-from fleet import KEYS, answers, losses, run_in_process, tiny, verdicts
+from fleet import KEYS, answers, losses, make_worker, run_in_process, tiny, verdicts
 from pandas.testing import assert_frame_equal
 
-from untether.clients.device.worker import Endpoint, Worker
+from untether.clients.device.worker import Endpoint
 from untether.server.background import start_background
 from untether.sim.core.clock import DAY_S
 from untether.sim.population.source import open_population
@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
     made: dict[str, RunDirectory] = {}
     with start_background("world", {}) as gateway:
         endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
-        warm = Worker(str(RunDirectory.create(folder / "warm", tiny()).path), endpoint, threads=1)
+        warm = make_worker(RunDirectory.create(folder / "warm", tiny()), endpoint)
 
         def run(name):
             if name not in made:

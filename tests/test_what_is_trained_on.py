@@ -46,8 +46,8 @@ def trained_on(tmp_path_factory):
 
                 def spy(base, jobs, *rest, original=original, where=where, **options):
                     for job in jobs:
-                        arm = "shared" if where == "untether.clients.device.shared" else job.key[1].arm
-                        device = None if where == "untether.clients.device.shared" else job.key[0]
+                        arm = "shared" if where == "untether.clients.device.shared" else job.key.arm
+                        device = None if where == "untether.clients.device.shared" else job.key.device
                         told = [base.tokenizer.decode([*e.prompt_ids, *e.target_ids]) for e in job.examples]
                         learned.append((arm, device, " ".join(told)))
                     return original(base, jobs, *rest, **options)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from untether.clients.device.device import Device, Shard
+from untether.clients.device.device import Device
 from untether.clients.device.retrieval import Retriever
 from untether.clients.device.scoring import answered, prediction_row
-from untether.clients.device.worker import Worker
+from untether.clients.device.worker import Inputs, Worker, rows_of
 from untether.clients.engine.adapters import AdapterStack, LoraSpec
 from untether.clients.engine.encoding import decode_answer, encode_answer, encode_prompt
 from untether.clients.engine.generation import GenerationRow, generate, label_scores
@@ -24,7 +24,7 @@ from untether.sim.core.seeding import derive
 from untether.sim.experiment import Experiment
 from untether.sim.population.order import latest_s
 from untether.sim.population.tasks import get_task, rag_prompt
-from untether.sim.rounds.orders import rows as table_rows
+from untether.sim.rounds.messages import Learn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,20 +64,19 @@ class _Answer:
 
 
 def answer(
-    worker: Worker, shard: Shard, devices: Sequence[Device], adapters: Mapping[Owner, Sequence[Adapter]],
-    measured: str = "{}",
-) -> list[dict]:  # fmt: skip
+    worker: Worker, order: Learn, devices: Sequence[Device], adapters: Mapping[Owner, Sequence[Adapter]]
+) -> list[dict[str, Any]]:
     """Prediction rows, scored, of these devices for every arm that they answer themselves (all but `cloud`).
 
     Of an owner's adapters, in the order in which they go live, the newest that is live when the query comes answers:
     the last one where queries wait for the round's end. Without any the base alone answers.
     """
-    timeline, rows, questions = worker.timeline(shard.seed, measured), [], []
+    timeline, rows, questions = worker.timeline(order.seed, order.measured), [], []
     for device in devices:
-        items = device.real_items(worker.experiment, shard.round)
+        items = device.real_items(worker.experiment, order.round)
         newest_s = {task: _newest_s(items, task) for task in device.user.tasks}
-        for number, query, arm, prompt in _asked(worker.experiment, device, shard.round, items):
-            asked_s = timeline.query_time_s(shard.round, device.index, number)
+        for number, query, arm, prompt in _asked(worker.experiment, device, order.round, items):
+            asked_s = timeline.query_time_s(order.round, device.index, number)
             row = prediction_row(device, query, arm, answered_by="base") | {"answered_time_s": asked_s}
             rows.append(row)
             if arm == "majority":
@@ -92,7 +91,7 @@ def answer(
                 row |= {"adapter_version": adapter.version, "adapter_time_s": adapter.live_s}
                 row.setdefault("data_until_s", adapter.until_s)
             questions.append(_Question(row, device.index, query, prompt, adapter))
-    for question, found in zip(questions, _decode(worker, shard, questions), strict=True):
+    for question, found in zip(questions, _decode(worker, order, questions), strict=True):
         answered(question.row, found.text)
         question.row["answered_time_s"] += timeline.answer_s(
             question.device, question.row["arm"], found.prompt_tokens, found.new_tokens
@@ -101,18 +100,18 @@ def answer(
 
 
 def cloud_answers(
-    worker: Worker, shard: Shard, devices: Sequence[Device], order: Mapping[str, Any]
+    worker: Worker, order: Learn, devices: Sequence[Device], inputs: Inputs
 ) -> list[dict[str, Any]]:
     """Prediction rows of the `cloud` arm, from what the fetch pass got: `no_answer` where nothing came back, or where
     what came never reached its device. When it came stands in the request's event.
     """
-    lost = {name for (name,) in table_rows(order, "lost", "request")}  # of these very devices
-    staged = worker.run.read_rows(order["answer_parts"], [device.device_id for device in devices])
-    came = {(row["device_id"], row["query_id"]): row for row in staged if row["request_id"] not in lost}
+    lost = {row.request for row in order.lost}  # of these very devices
+    found = rows_of(inputs.answers)
+    came = {(row["device_id"], row["query_id"]): row for row in found if row["request_id"] not in lost}
     rows = []
     for device in devices:
-        items = device.real_items(worker.experiment, shard.round)
-        for query in device.queries(shard.round):
+        items = device.real_items(worker.experiment, order.round)
+        for query in device.queries(order.round):
             found = came.get((device.device_id, query.query_id), {"outcome": "no_answer", "text": ""})
             row = prediction_row(device, query, "cloud", answered_by="cloud")
             row["data_until_s"] = _newest_s(items, query.task)
@@ -164,14 +163,14 @@ def _majority(items: Sequence[Interaction], task: str) -> str:
     return max(reversed(outputs), key=counts.__getitem__) if outputs else ""
 
 
-def _decode(worker: Worker, shard: Shard, questions: Sequence[_Question]) -> list[_Answer]:
+def _decode(worker: Worker, order: Learn, questions: Sequence[_Question]) -> list[_Answer]:
     """The answer to every question: labels by likelihood where that is configured, everything else by decoding.
 
     Questions with the very same prompt and equal adapters are decoded once, and not at all where `engine.cache` has it.
     """
     names = [(id(question.adapter), question.prompt) for question in questions]
     unique = dict(zip(names, questions, strict=True))
-    prepared = {name: _prepared(worker, shard, question) for name, question in unique.items()}
+    prepared = {name: _prepared(worker, order, question) for name, question in unique.items()}
     asked = {one.content: one for one in prepared.values()}
     store = worker.answers
     kept = store.get(list(asked)) if store else {}
@@ -198,12 +197,12 @@ class _Prepared:
     """A digest of all that, the base model and the way of drawing: equal contents, equal answers."""
 
 
-def _prepared(worker: Worker, shard: Shard, question: _Question) -> _Prepared:
+def _prepared(worker: Worker, order: Learn, question: _Question) -> _Prepared:
     settings, task, adapter = worker.experiment.generation, get_task(question.query.task), question.adapter
     prompt_ids = encode_prompt(worker.base.tokenizer, question.prompt)
     labels = tuple(task.labels or ()) if settings.classify == "likelihood" else ()
     limit = 0 if labels else settings.max_new_tokens or task.max_new_tokens
-    seed = derive(shard.seed, question.row["device_id"], shard.round, "decode", question.query.query_id)
+    seed = derive(order.seed, question.row["device_id"], order.round, "decode", question.query.query_id)
     drawn = (settings.temperature, seed) if settings.temperature > 0 and not labels else ()
     worn = (adapter.version, astuple(adapter.spec)) if adapter else ()
     words = f"{ENGINE} {worker.base.fingerprint} {worker.base.dtype} {worn!r} {labels!r} {limit} {drawn!r}"

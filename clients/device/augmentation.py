@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from untether.clients.cloud.records import CloudReply, CloudRequest
 from untether.clients.device.arms import NEED_SAMPLES
-from untether.clients.device.device import Device, Shard
+from untether.clients.device.device import Device
 from untether.sim.core.records import Interaction, Query, Sample
 from untether.sim.experiment import Experiment
 from untether.sim.population.tasks import get_task
 from untether.sim.prompts.protocol import TaskLike, build_answer_request, build_samples_request
+from untether.sim.rounds.messages import Order
 
 
 def samples_requests(
@@ -85,41 +86,41 @@ def answer_request(
     )
 
 
-def sample_orders(experiment: Experiment, shard: Shard, device: Device) -> list[CloudRequest]:
+def sample_orders(experiment: Experiment, order: Order, device: Device) -> list[CloudRequest]:
     """All requests for synthetic samples that a device may make in a round: per task, from what it knows by then."""
     cloud = experiment.cloud
     if not cloud.samples or not NEED_SAMPLES.intersection(experiment.arms):
         return []
-    items = device.real_items(experiment, shard.round)
+    items = device.real_items(experiment, order.round)
     return [
         request
         for task in device.user.tasks
         for request in samples_requests(
             get_task(task), [item for item in items if item.task == task], cloud.samples,
-            request_id=f"s{shard.seed}-r{shard.round}-{device.device_id}-{task}", device_id=device.device_id,
-            seed=shard.seed, round=shard.round, samples_per_request=cloud.samples_per_request,
+            request_id=f"s{order.seed}-r{order.round}-{device.device_id}-{task}", device_id=device.device_id,
+            seed=order.seed, round=order.round, samples_per_request=cloud.samples_per_request,
             show_items=cloud.show_items, show_chars=cloud.show_chars,
         )
     ]  # fmt: skip
 
 
-def questions(experiment: Experiment, shard: Shard, device: Device) -> list[tuple[CloudRequest, Query]]:
+def questions(experiment: Experiment, order: Order, device: Device) -> list[tuple[CloudRequest, Query]]:
     """The cloud arm's requests of a device: every query of the round with the history in its prompt."""
     cloud = experiment.cloud
     if "cloud" not in experiment.arms:
         return []
-    items = device.real_items(experiment, shard.round)
+    items = device.real_items(experiment, order.round)
     return [
         (
             answer_request(
                 get_task(query.task), [item for item in items if item.task == query.task], query.input, query.query_id,
-                request_id=f"s{shard.seed}-r{shard.round}-{device.device_id}-{query.task}-q{number}",
-                device_id=device.device_id, seed=shard.seed, round=shard.round, show_items=cloud.show_items,
+                request_id=f"s{order.seed}-r{order.round}-{device.device_id}-{query.task}-q{number}",
+                device_id=device.device_id, seed=order.seed, round=order.round, show_items=cloud.show_items,
                 show_chars=cloud.show_chars,
             ),
             query,
         )
-        for number, query in enumerate(device.queries(shard.round))
+        for number, query in enumerate(device.queries(order.round))
     ]
 
 

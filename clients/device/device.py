@@ -1,4 +1,4 @@
-"""Device: one user's simulated device, and a shard of them."""
+"""Device: one user's simulated device."""
 
 from __future__ import annotations
 
@@ -34,17 +34,3 @@ class Device:
     def held_out(self, round: int) -> tuple[Query, ...]:
         """The queries of this round and those still to come: nothing that the device learns from may hold them."""
         return tuple(query for query in self.user.queries if query.round is None or query.round >= round)
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Devices that a worker handles in one call, of one seed and round. `name` names the parts it writes."""
-
-    seed: int
-    round: int
-    devices: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """Unique among the shards of a pass, however they are split."""
-        return f"{device_id(self.devices[0])}-{device_id(self.devices[-1])}-{len(self.devices)}"

@@ -13,109 +13,93 @@ from typing import Any
 from untether.clients.cloud.client import CloudClient
 from untether.clients.cloud.records import CloudReply, CloudRequest
 from untether.clients.device.augmentation import merge_outcomes, questions, sample_orders, samples_from
-from untether.clients.device.device import Device, Shard
-from untether.clients.device.worker import Worker
+from untether.clients.device.device import Device
+from untether.clients.device.worker import Inputs, Outcome, Worker, rows_of
 from untether.clients.filters import judge
 from untether.sim.core.clock import DAY_S
-from untether.sim.core.records import Interaction, JudgedSample, Query, Sample
+from untether.sim.core.records import LEAK, NOT_RECEIVED, Interaction, JudgedSample, Query, Sample
 from untether.sim.population.leaks import LeakChecker
 from untether.sim.population.tasks import get_task
 from untether.sim.prompts.protocol import estimate_tokens
-from untether.sim.rounds.orders import rows as table_rows
+from untether.sim.rounds.messages import Fetch, Filter, Order, Reply
 
 COHORT = 64
 """Devices whose samples are embedded and judged together."""
-
-LEAK = "rejected_by:leak"
-"""The verdict of the evaluator, who knows what is held out."""
-
-NOT_RECEIVED = "not_received"
-"""The verdict on a sample that the cloud wrote and that never reached its device."""
 
 ASKING = 0.4
 """Share of the pass that asking takes, for the progress display."""
 
 
-def fetch(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs the pass and stages its tables: samples with every filter's score, attempts, and the cloud's answers to
-    queries. Devices that are `due` ask for samples; requests that are `held` are not made. Returns columns a device and
-    the parts written.
-    """
-    due, held = set(order["due"]), {name for (name,) in table_rows(order, "held", "request")}
-    devices = worker.devices(shard)
+def fetch(worker: Worker, order: Fetch, inputs: Inputs) -> Outcome:
+    """Runs the pass: samples with every filter's score, attempts, and the cloud's answers to queries."""
+    due, held = set(order.due), {row.request for row in order.held}
+    devices = worker.devices(order)
     experiment = worker.experiment
     orders = {
         device.index: [
             request
-            for request in (sample_orders(experiment, shard, device) if device.index in due else ())
+            for request in (sample_orders(experiment, order, device) if device.index in due else ())
             if request.request_id not in held
         ]
         for device in devices
     }
     asked = {
-        device.index: [each for each in questions(experiment, shard, device) if each[0].request_id not in held]
+        device.index: [each for each in questions(experiment, order, device) if each[0].request_id not in held]
         for device in devices
     }
     requests = [r for index in orders for r in (*orders[index], *(request for request, _ in asked[index]))]
-    replies = _ask(worker, shard, requests, len(devices)) if requests else []
+    replies = _ask(worker, requests, len(devices)) if requests else []
     candidates = {device.index: samples_from(orders[device.index], replies) for device in devices}
-    judged = _judge(worker, shard, devices, candidates)
+    judged = _judge(worker, order, devices, candidates)
     by_id = {reply.request_id: reply for reply in replies}
     tables = {
         "samples": [_sample_row(device, item) for device in devices for item in judged[device.index]],
-        "events": [row for request in requests for row in _event_rows(shard, request, by_id[request.request_id])],
         "answers": [
             _answer_row(device, query, by_id[request.request_id])
             for device in devices for request, query in asked[device.index]
         ],
     }  # fmt: skip
+    events = [row for request in requests for row in _event_rows(order, request, by_id[request.request_id])]
     columns = _columns(devices, orders, by_id, judged)
     models = {f"cloud {reply.model}": reply.fingerprint for reply in replies if reply.model}
-    return _reply(worker, shard, "fetch", tables, devices, judged, columns, models)
+    return Outcome(_reply(worker, order, devices, judged, columns, models, events), tables)
 
 
-def filter_again(worker: Worker, shard: Shard, order: Mapping[str, Any]) -> dict[str, Any]:
+def filter_again(worker: Worker, order: Filter, inputs: Inputs) -> Outcome:
     """Runs the filters of devices that lost some answers on the others, as if those had never been written: a sample
     that is not there makes no other one a duplicate. Those of the `lost` requests are `NOT_RECEIVED`.
-
-    `sample_parts` are what the fetch passes of this round wrote, of all shards. Returns as `fetch` does.
     """
-    lost = {name for (name,) in table_rows(order, "lost", "request")}
-    devices = worker.devices(shard)
+    lost = {row.request for row in order.lost}
+    devices = worker.devices(order)
     by_name = {device.device_id: device.index for device in devices}
     came: dict[int, list[Sample]] = {device.index: [] for device in devices}
     missed: dict[int, list[JudgedSample]] = {device.index: [] for device in devices}
-    for row in worker.run.read_rows(order["sample_parts"], list(by_name)):
+    for row in rows_of(inputs.samples):
         sample, device = Sample(*(row[name] for name in Sample.__dataclass_fields__)), by_name[row["device_id"]]
         if sample.request_id in lost:
             missed[device].append(JudgedSample(sample, None, None, None, NOT_RECEIVED))
         else:
             came[device].append(sample)
-    judged = _judge(worker, shard, devices, came)
+    judged = _judge(worker, order, devices, came)
     rows = [_sample_row(device, item) for device in devices for item in (*judged[device.index], *missed[device.index])]
     columns = {"device": [device.index for device in devices], "outcome": ["ok"] * len(devices)}
-    return _reply(worker, shard, "filter", {"samples": rows}, devices, judged, columns, {})
+    return Outcome(_reply(worker, order, devices, judged, columns, {}), {"samples": rows})
 
 
 def _reply(
-    worker: Worker, shard: Shard, name: str, tables: Mapping[str, Sequence[Mapping[str, Any]]],
-    devices: Sequence[Device], judged: Mapping[int, Sequence[JudgedSample]], columns: dict[str, list[Any]],
-    models: dict[str, str],
-) -> dict[str, Any]:  # fmt: skip
-    """The pass's tables written, and what goes to the server: `columns`, with what each device could train on."""
-    parts = {
-        table: [worker.run.write_part(table, shard.seed, shard.round, f"{name}-{shard.name}", found)]
-        for table, found in tables.items()
-    }
+    worker: Worker, order: Order, devices: Sequence[Device], judged: Mapping[int, Sequence[JudgedSample]],
+    columns: dict[str, list[Any]], models: dict[str, str], events: Sequence[Mapping[str, Any]] = (),
+) -> Reply:  # fmt: skip
+    """What goes to the server: `columns`, with what each device could train on, and what became of each attempt."""
     if any(judged.values()):
         models[f"encoder {worker.experiment.filters.encoder}"] = f"{worker.encoder.fingerprint} {worker.encoder.dtype}"
     for device in devices:
-        for kind, count in _material(worker, shard, device, judged[device.index]).items():
+        for kind, count in _material(worker, order, device, judged[device.index]).items():
             columns.setdefault(kind, []).append(count)
-    return {"parts": parts, "columns": columns, "models": models}
+    return Reply(columns, events, models=models)
 
 
-def _ask(worker: Worker, shard: Shard, requests: Sequence[CloudRequest], devices: int) -> list[CloudReply]:
+def _ask(worker: Worker, requests: Sequence[CloudRequest], devices: int) -> list[CloudReply]:
     waiting = Counter(request.device_id for request in requests)
     owner = {request.request_id: request.device_id for request in requests}
 
@@ -129,17 +113,17 @@ def _ask(worker: Worker, shard: Shard, requests: Sequence[CloudRequest], devices
     cloud = worker.experiment.cloud
     client = CloudClient(
         cloud, base_url=worker.endpoint.base_url, model=worker.endpoint.model, variant=worker.endpoint.fingerprint,
-        cache=cloud.cache or worker.run.path / "state" / "answers.sqlite",
+        cache=cloud.cache or worker.scratch / "answers.sqlite",
         api_key=None if cloud.provider == "openai" else "",  # the run's own gateway never sees the user's key
     )
     return client.ask_sync(requests, on_done)
 
 
 def _judge(
-    worker: Worker, shard: Shard, devices: Sequence[Device], candidates: dict[int, list[Sample]]
+    worker: Worker, order: Order, devices: Sequence[Device], candidates: dict[int, list[Sample]]
 ) -> dict[int, list[JudgedSample]]:
     """Filters the devices' candidates, a cohort embedded in one pass; leaks are the evaluator's to find."""
-    checkers = {device.index: LeakChecker(device.held_out(shard.round)) for device in devices}
+    checkers = {device.index: LeakChecker(device.held_out(order.round)) for device in devices}
     owner = {sample.sample_id: index for index, samples in candidates.items() for sample in samples}
 
     def leaks(sample: Sample) -> bool:
@@ -149,7 +133,7 @@ def _judge(
     for start in range(0, len(devices) if owner else 0, COHORT):
         worker.progress(ASKING * len(devices) + (1 - ASKING) * start)
         some = devices[start : start + COHORT]
-        real = {device.index: device.real_items(worker.experiment, shard.round) for device in some}
+        real = {device.index: device.real_items(worker.experiment, order.round) for device in some}
         theirs = {device.index: candidates[device.index] for device in some}
         judged |= judge(theirs, real, worker.experiment.filters, worker.encoder, leaks)
     return judged
@@ -177,14 +161,14 @@ def is_leak(item: JudgedSample) -> bool:
     return bool(item.extra.get("leak"))
 
 
-def _event_rows(shard: Shard, request: CloudRequest, reply: CloudReply) -> list[dict[str, Any]]:
+def _event_rows(order: Order, request: CloudRequest, reply: CloudReply) -> list[dict[str, Any]]:
     """A row an attempt; the last one carries the request's own outcome."""
     rows = []
     for attempt in reply.attempts:
         last = attempt is reply.attempts[-1]
         details = [attempt.detail, attempt.model, attempt.fingerprint, "cached" if attempt.cached else ""]
         rows.append({
-            "time_s": shard.round * DAY_S, "event_id": f"{request.request_id}#{attempt.attempt}",
+            "time_s": order.round * DAY_S, "event_id": f"{request.request_id}#{attempt.attempt}",
             "request_id": request.request_id, "attempt": attempt.attempt, "device_id": request.device_id,
             "arm": "cloud" if request.kind == "answer" else None,
             "kind": "answer" if request.kind == "answer" else "augment",
@@ -214,9 +198,9 @@ def _columns(
     return dict(columns)
 
 
-def _material(worker: Worker, shard: Shard, device: Device, judged: Sequence[JudgedSample]) -> dict[str, int]:
+def _material(worker: Worker, order: Order, device: Device, judged: Sequence[JudgedSample]) -> dict[str, int]:
     """What the device could train on, counted (`sim.rounds.material.Material`)."""
-    real = device.real_items(worker.experiment, shard.round)
+    real = device.real_items(worker.experiment, order.round)
     kinds = {
         "real": real,
         "accepted": [item.sample for item in judged if item.accepted and not is_leak(item)],

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from untether.clients.device.augmentation import questions, sample_orders
-from untether.clients.device.device import Device, Shard
+from untether.clients.device.device import Device
 from untether.sim.experiment import Experiment
 from untether.sim.prompts.protocol import CHARS_PER_TOKEN
-from untether.sim.rounds.orders import rows as table_rows
+from untether.sim.rounds.messages import Learn
 
 
 def ledger_rows(
-    experiment: Experiment, shard: Shard, devices: Sequence[Device], order: Mapping[str, Any]
+    experiment: Experiment, devices: Sequence[Device], order: Learn
 ) -> list[dict[str, Any]]:
-    """A row for every item that an attempt of the order's table `uploads` carried, whole or (where the link broke) in
+    """A row for every item that an attempt among the order's `uploads` carried, whole or (where the link broke) in
     part, at the attempt's own time. Bytes of a message are taken to be spread evenly over its characters.
     """
     attempts: dict[int, list[tuple[str, int, float, float]]] = defaultdict(list)
-    for device, *attempt in table_rows(order, "uploads", "device", "request", "attempt", "time_s", "copies"):
+    for device, *attempt in order.uploads:
         attempts[device].append(tuple(attempt))
     rows = []
     for device in devices:
         if not attempts[device.index]:
             continue
-        requests = [*sample_orders(experiment, shard, device)]
-        requests += [request for request, _ in questions(experiment, shard, device)]
+        requests = [*sample_orders(experiment, order, device)]
+        requests += [request for request, _ in questions(experiment, order, device)]
         uploaded = {request.request_id: request.uploaded for request in requests}
         for request_id, number, time_s, copies in attempts[device.index]:
             for item in uploaded[request_id]:

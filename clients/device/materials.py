@@ -6,49 +6,51 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from untether.clients.device.arms import Material
-from untether.clients.device.device import Device, Shard
-from untether.clients.device.fetch import LEAK, NOT_RECEIVED
-from untether.clients.device.worker import Worker
-from untether.sim.core.records import Sample
+from untether.clients.device.device import Device
+from untether.clients.device.worker import Inputs, rows_of
+from untether.sim.core.records import LEAK, NOT_RECEIVED, Sample
+from untether.sim.experiment import Experiment
 from untether.sim.population.leaks import LeakChecker
 from untether.sim.population.source import device_id
-from untether.sim.rounds.orders import rows as table_rows
+from untether.sim.rounds.messages import Learn
 from untether.sim.time.timeline_state import REAL
 
 DONORS = 2
-"""How many other devices a placebo may be drawn from: the next ones that were due in the same round. The second only
-gives what the first has too little of."""
+"""How many other devices a placebo may be drawn from: the next ones that asked in the same round. The second only gives
+what the first has too little of."""
+
+
+def donors(order: Learn) -> dict[int, list[int]]:
+    """Whose samples the placebo of each of the order's devices is drawn from, the first one first."""
+    circle, drawn = sorted(order.due), {}
+    for device in order.devices:
+        place = bisect_right(circle, device)
+        after = [circle[(place + k) % len(circle)] for k in range(min(DONORS, len(circle)))]
+        drawn[device] = [donor for donor in dict.fromkeys(after) if donor != device]
+    return drawn
 
 
 class Materials:
-    """Reads the samples of a shard once; `of` says what a device trains an adapter `on`.
-
-    The order's table `samples` names the rounds whose samples each device uses; `due` are the devices that asked in
-    this round. What never reached a device is not among its samples.
+    """Reads the samples of an order's devices once; `of` says what a device trains an adapter `on`. What never reached
+    a device is not among its samples.
     """
 
-    def __init__(self, worker: Worker, shard: Shard, order: Mapping[str, Any]):
-        self.experiment, self.shard = worker.experiment, shard
-        self._rounds = {
-            (device, on): range(first, last + 1)
-            for device, first, last, on in table_rows(order, "samples", "device", "first", "last", "on")
-        }
-        self._donors = self._draw(shard, order["due"]) if "placebo" in self.experiment.arms else {}
-        wanted = {*shard.devices, *(donor for donors in self._donors.values() for donor in donors)}
-        names = [device_id(index) for index in sorted(wanted)]
+    def __init__(self, experiment: Experiment, order: Learn, inputs: Inputs):
+        self.experiment, self.round = experiment, order.round
+        self._rounds = {(row.device, row.on): range(row.first, row.last + 1) for row in order.trains}
+        self._donors = donors(order) if "placebo" in experiment.arms else {}
         self._samples: dict[tuple[str, int], list[tuple[Sample, str]]] = defaultdict(list)
-        for row in worker.run.read_rows(order["sample_parts"], names) if self._rounds else ():
+        for row in rows_of(inputs.samples) if self._rounds else ():
             if row["verdict"] not in (NOT_RECEIVED, LEAK):
                 sample = Sample(*(row[name] for name in Sample.__dataclass_fields__))
                 self._samples[row["device_id"], row["round"]].append((sample, row["verdict"]))
 
     def of(self, device: Device, on: str) -> Material:
         """A device's own data and, unless it trains on that alone, the samples that it goes with."""
-        real = device.real_items(self.experiment, self.shard.round)
+        real = device.real_items(self.experiment, self.round)
         if on == REAL:
             return Material(real)
         name = device.device_id
@@ -85,18 +87,8 @@ class Materials:
 
     def _harmless(self, device: Device, samples: Sequence[Sample]) -> list[Sample]:
         """Foreign samples without leaks of this device's own queries (they were checked against their owner's)."""
-        checker = LeakChecker(device.held_out(self.shard.round)) if samples else None
+        checker = LeakChecker(device.held_out(self.round)) if samples else None
         return [s for s in samples if checker and not checker.is_leak(s.task, s.input, s.output)]
-
-    @staticmethod
-    def _draw(shard: Shard, due: Sequence[int]) -> dict[int, list[int]]:
-        circle = sorted(due)
-        drawn = {}
-        for device in shard.devices:
-            place = bisect_right(circle, device)
-            after = [circle[(place + k) % len(circle)] for k in range(min(DONORS, len(circle)))]
-            drawn[device] = [donor for donor in dict.fromkeys(after) if donor != device]
-        return drawn
 
 
 def _first(samples: Sequence[Sample], task: str, most: int | None) -> list[Sample]:

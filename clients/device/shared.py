@@ -2,63 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
 
 from untether.clients.device.answering import SHARED, Adapter, Owner
-from untether.clients.device.worker import Worker
+from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.engine.adapters import LoraSpec
 from untether.clients.engine.encoding import encode_answer, encode_prompt
 from untether.clients.engine.training import Example, TrainJob, TrainSettings
 from untether.clients.stores.adapter_cache import train_once
-from untether.clients.stores.adapter_store import AdapterStore, adapter_version
+from untether.clients.stores.adapter_store import adapter_version, as_arrays, as_tensors
 from untether.sim.core.records import Interaction
 from untether.sim.core.seeding import derive
 from untether.sim.population.others import shared_items
 from untether.sim.population.tasks import get_task
+from untether.sim.rounds.messages import Reply, Share
 
 
-def train_shared(worker: Worker, seed: int, part: int, parts: int) -> dict[str, Any]:
-    """Trains one adapter a task on the histories of `population.shared_users` users and saves them with the run: of
-    every `parts` tasks the one numbered `part`.
+def train_shared(worker: Worker, order: Share, inputs: Inputs) -> Outcome:
+    """Trains one adapter a task on the histories of `population.shared_users` users: of every `order.parts` tasks the
+    one numbered `order.part`. They are shared: as arrays `task/PEFT's key`, they go with the reply.
 
-    What they may learn from, and what was left out, is for `sim.population.others` to say; the counts are staged as
-    `left_out`, a part a task.
+    What they may learn from, and what was left out, is for `sim.population.others` to say.
     """
-    population = worker.population(seed)
+    population = worker.population(order.seed)
     users = population.shared_users()
     lora, training = worker.experiment.for_arm(SHARED)
-    jobs = []
-    for task in list(dict.fromkeys(task for user in users for task in user.tasks))[part::parts]:
-        items, left_out = shared_items(population, task, users)
-        counted = [{"reason": reason, "count": count} for reason, count in left_out.items()]
-        worker.run.write_part("left_out", seed, 0, f"shared-{task}", counted)
+    jobs, left_out = [], Counter[str]()
+    for task in list(dict.fromkeys(task for user in users for task in user.tasks))[order.part :: order.parts]:
+        items, excluded = shared_items(population, task, users)
+        left_out.update(excluded)
         jobs.append(TrainJob(
             key=task,
             examples=[_example(worker, item) for item in items],
             settings=TrainSettings.of(training),
             spec=LoraSpec.of(lora),
-            seed=derive(seed, SHARED, task, "train"),
-            init_seed=derive(seed, SHARED, task, "adapter"),
+            seed=derive(order.seed, SHARED, task, "train"),
+            init_seed=derive(order.seed, SHARED, task, "adapter"),
         ))
     results = train_once(
         worker.base, [job for job in jobs if job.examples], worker.experiment.engine.cache,
-        progress=lambda done, total: worker.progress(len(users) / parts * done / total),
+        progress=lambda done, total: worker.progress(len(users) / order.parts * done / total),
     )  # fmt: skip
-    if results:
-        states = {SHARED: {task: result.state for task, result in results.items()}}
-        AdapterStore(worker.run.path, seed).save(0, f"tasks-{part}-of-{parts}", states)
-    return {"steps": {str(task): result.steps for task, result in results.items()}}
+    arrays = {
+        f"{task}/{key}": array for task, result in results.items() for key, array in as_arrays(result.state).items()
+    }
+    return Outcome(Reply(facts={"left_out": dict(left_out)}, arrays=arrays))
 
 
-def shared_adapters(worker: Worker, seed: int) -> dict[Owner, list[Adapter]]:
-    """The shared adapters by (SHARED, task), as `train_shared` left them (none where there are no other users)."""
-    store = AdapterStore(worker.run.path, seed)
+def shared_adapters(worker: Worker, arrays: Mapping[str, np.ndarray]) -> dict[Owner, list[Adapter]]:
+    """The shared adapters by (SHARED, task), as `train_shared` shares them (none where there are no other users)."""
     spec = LoraSpec.of(worker.experiment.for_arm(SHARED)[0])
-    adapters: dict[Owner, list[Adapter]] = {}
-    for task in store.devices(0, SHARED):
-        state = store.load(0, task, SHARED) or {}
-        adapters[SHARED, task] = [Adapter(spec, state, adapter_version(state))]
-    return adapters
+    states: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        task, _, key = name.partition("/")
+        states.setdefault(task, {})[key] = array
+    return {
+        (SHARED, task): [Adapter(spec, as_tensors(state), adapter_version(state))] for task, state in states.items()
+    }
 
 
 def _example(worker: Worker, item: Interaction) -> Example:

@@ -1,28 +1,61 @@
-"""What the passes of a shard work with: the run's experiment, users and store, and the models of this process.
+"""What the passes work with: the experiment, its users, the models of this process; and what they give back.
 
-Everything here can be rebuilt from the run directory, so a worker may die at any moment.
+A worker keeps nothing that counts: what a pass needs of a device's store comes with its order, and what it made goes
+back with the reply. So a worker may die at any moment, and need not see anybody's disk.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from untether.clients.device.device import Device, Shard
+import pyarrow as pa
+
+from untether.clients.device.device import Device
+from untether.clients.stores.adapter_store import State
+from untether.sim.experiment import Experiment
 from untether.sim.population.source import Population, device_id, open_population
-from untether.sim.run.directory import RunDirectory
+from untether.sim.rounds.messages import Order, Reply, Version
 from untether.sim.time.timeline import Timeline
 
 if TYPE_CHECKING:
     from untether.clients.engine.base import FrozenBase
     from untether.clients.filters.embedding import Encoder
-    from untether.clients.stores.adapter_store import AdapterStore
     from untether.clients.stores.byte_store import ByteStore
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the devices' store holds of what an order names: private, between store and worker.
+
+    `samples`, `answers`: rows of the devices concerned (None: nothing was left). `adapters`: those of earlier rounds
+    that may answer; `starts`: what those that are trained now go on from.
+    """
+
+    samples: pa.Table | None = None
+    answers: pa.Table | None = None
+    adapters: Mapping[Version, State] = field(default_factory=dict)
+    starts: Mapping[Version, State] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The reply, and what the devices' store is to keep: rows by table, and adapters by the name under which they are
+    kept and device id.
+    """
+
+    reply: Reply
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    adapters: Mapping[str, Mapping[str, State]] = field(default_factory=dict)
+
+
+def rows_of(table: pa.Table | None) -> list[dict[str, Any]]:
+    """The rows of a table that may not be there."""
+    return table.to_pylist() if table is not None else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +98,14 @@ class Models:
 
 
 class Worker:
-    """Runs shards of one run; `models` are those of its process, which other runs may share."""
+    """Runs passes of one run.
+
+    `models` are those of its process, which other runs may share. `scratch` is a folder for what would only be asked
+    for again: answers of the cloud. `done`: how many devices of its order are, about.
+    """
 
     def __init__(
-        self, run_directory: str, endpoint: Endpoint, threads: int = 0, progress: str = "",
+        self, experiment: Experiment, endpoint: Endpoint, scratch: str | Path, threads: int = 0,
         models: Models | None = None, number: int = 0,
     ):  # fmt: skip
         # oneDNN keeps the code of the last 1024 shapes of products, and PyTorch's own cache before it 1024 again, some
@@ -79,24 +116,15 @@ class Worker:
 
         if threads:
             torch.set_num_threads(threads)
-        self.run = RunDirectory.open(run_directory)
-        self.experiment = self.run.experiment
+        self.experiment = experiment
         self.endpoint = endpoint
+        self.scratch = Path(scratch)
         self.models = models or Models()
+        self.done = 0.0
         self._number = number
-        self._progress = Path(progress) if progress else None
         self._population: tuple[int, Population] | None = None
         self._timeline: Timeline | None = None
-        self._adapters: tuple[int, int, AdapterStore] | None = None
         self._answers: ByteStore | None = None
-        self._told = False
-
-    def tell_written(self, shard: Shard) -> None:
-        """Stages, once, how the prompts of the run's model are written (`sim.prompts.chat_template.facts`)."""
-        if not self._told:
-            name, facts = self.experiment.model.base, json.dumps(self.base.written)
-            self.run.write_part("written", shard.seed, shard.round, "base", [{"model": name, "facts": facts}])
-            self._told = True
 
     @property
     def device(self) -> str:
@@ -142,27 +170,11 @@ class Worker:
             self._timeline = Timeline(self.experiment, seed, device_id, json.loads(measured))
         return self._timeline
 
-    def devices(self, shard: Shard) -> list[Device]:
-        """The shard's devices, in order."""
-        population = self.population(shard.seed)
-        return [Device(index, population.user(index)) for index in shard.devices]
-
-    def adapters(self, shard: Shard, settled: int) -> AdapterStore:
-        """The adapters of the shard's seed. With a new round, what the one named `settled` has superseded goes."""
-        from untether.clients.stores.adapter_store import AdapterStore
-
-        if self._adapters is None or self._adapters[:2] != (shard.seed, shard.round):
-            store = AdapterStore(self.run.path, shard.seed)
-            store.prune(settled)
-            self._adapters = (shard.seed, shard.round, store)
-        return self._adapters[2]
-
-    def reread(self) -> None:
-        """Forgets what it knows of files: others may lie in the run directory now."""
-        self._adapters = None
+    def devices(self, order: Order) -> list[Device]:
+        """The order's devices, in its order."""
+        population = self.population(order.seed)
+        return [Device(index, population.user(index)) for index in order.devices]
 
     def progress(self, done: float) -> None:
-        """Tells the coordinator how many devices of this shard are done (a small file that it looks at)."""
-        if self._progress:
-            with contextlib.suppress(OSError):
-                self._progress.write_text(f"{done:.1f}")
+        """Says how many devices of the order are done; whoever watches looks at `done`."""
+        self.done = done

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from untether.clients.device.worker import Worker
-from untether.clients.hosting.carrier import bring_home, digests, needed
-from untether.clients.hosting.process import PASSES, Post, WorkerProcess
+from untether.clients.device.worker import Inputs, Outcome, Worker
+from untether.clients.hosting.process import Post, WorkerProcess, perform
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import ResumableStop
-from untether.sim.run.directory import write_atomically
+from untether.sim.rounds.messages import Order
 
 POLL_S = 2.0
 """How often a host looks whether its worker still gets on with its shard."""
@@ -54,9 +52,17 @@ class WorkerDied(Exception):
 
 
 class Executor(Protocol):
-    """Runs one call on a worker process; a dead worker raises WorkerDied and is replaced at the next call."""
+    """Has one order carried out by a worker; a dead worker raises WorkerDied and is replaced at the next call.
 
-    def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]: ...
+    `progress` is told how many devices are done.
+    """
+
+    def call(
+        self, order: Order, inputs: Inputs, *, deadline_s: float, progress: Callable[[float], None] = ...
+    ) -> Outcome: ...
+
+
+def _nobody(done: float) -> None: ...
 
 
 class InProcess:
@@ -65,18 +71,19 @@ class InProcess:
     def __init__(self, make: Callable[[], Worker]):
         self._make, self._worker = make, None
 
-    def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]:
+    def call(
+        self, order: Order, inputs: Inputs, *, deadline_s: float, progress: Callable[[float], None] = _nobody
+    ) -> Outcome:
         """Calls the worker directly; there is no other process that could die."""
         self._worker = self._worker or self._make()
-        return PASSES[method](self._worker, *arguments)
+        return perform(self._worker, order, inputs)
 
 
 class RayExecutor:
     """A named Ray actor of our own, one a host and Flower run. Any of Flower's actors may call it; a dead one is
-    replaced.
+    replaced. Order, inputs and outcome are values of Ray's object store, so the actor may live on any node.
 
-    `post` goes with every call; its `progress` is a file that changes while the worker gets on: a worker that leaves it
-    alone for `deadline_s` hangs.
+    `post` goes with every call. A worker that is no further after `deadline_s` hangs.
     """
 
     NAMESPACE = "untether"
@@ -85,21 +92,16 @@ class RayExecutor:
         self.name, self.post = name, post
         self._replacing = False
 
-    def call(self, method: str, *arguments: Any, deadline_s: float) -> dict[str, Any]:
+    def call(
+        self, order: Order, inputs: Inputs, *, deadline_s: float, progress: Callable[[float], None] = _nobody
+    ) -> Outcome:
         """Calls the actor and waits while it gets on."""
-        import ray
         from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
         killed_before = _oom_kills()
         actor = self._placed()
         try:
-            if self._wait(actor.sees.remote(*self._mark()), deadline_s):
-                return self._wait(actor.call.remote(self.post, method, *arguments), deadline_s)
-            files = needed(Path(self.post.run), arguments)
-            lacking = self._wait(actor.lacking.remote(self.post, digests(files)), deadline_s)
-            bundle = ray.put({name: files[name] for name in lacking})
-            reply = actor.call_away.remote(self.post, bundle, method, *arguments)
-            return bring_home(Path(self.post.run), self._wait(reply, deadline_s, actor))
+            return self._wait(actor, actor.call.remote(self.post, order, inputs), deadline_s, progress)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if not memory_ran_out(cause):
@@ -118,25 +120,21 @@ class RayExecutor:
             self._kill(actor)
             raise WorkerDied(str(error), "timeout") from error
 
-    def _mark(self) -> tuple[str, str]:
-        """A file of the run directory and what it says just now: who reads that sees the directory."""
-        path, mark = Path(self.post.run) / "state" / "progress" / f"{self.name}.mark", uuid.uuid4().hex
-        write_atomically(path, mark)
-        return str(path), mark
-
-    def _wait(self, reply: Any, deadline_s: float, away: Any = None) -> Any:
-        """The reply, while the worker gets on. `away` is one that does not see the file in which that is told."""
+    def _wait(self, actor: Any, reply: Any, deadline_s: float, progress: Callable[[float], None]) -> Outcome:
+        """The reply, while the worker gets on; one that does not say anything does not."""
         import ray
 
         clock = WallClock()
-        seen, since_s = self._look(), clock.now_s()
+        seen, since_s = 0.0, clock.now_s()
         while not ray.wait([reply], timeout=min(POLL_S, deadline_s))[0]:
-            if away is not None:
-                self._pass_on(away)
-            now, now_s = self._look(), clock.now_s()
+            now = seen
+            with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
+                said = actor.look.options(concurrency_group=LOOKING).remote()
+                now = ray.get(said, timeout=POLL_S)
             if now != seen:
-                seen, since_s = now, now_s
-            elif now_s - since_s > deadline_s:
+                seen, since_s = now, clock.now_s()
+                progress(now)
+            elif clock.now_s() - since_s > deadline_s:
                 raise TimeoutError(f"no progress for {deadline_s:.0f} s (engine.deadline_s)")
         return ray.get(reply)
 
@@ -159,20 +157,6 @@ class RayExecutor:
             except RayError as later:
                 error = later
         return error
-
-    def _pass_on(self, actor: Any) -> None:
-        """Writes here what a worker tells elsewhere; one that does not say anything has not got on."""
-        import ray
-
-        with contextlib.suppress(OSError, ray.exceptions.GetTimeoutError):
-            said = actor.look.options(concurrency_group=LOOKING).remote()
-            Path(self.post.progress).write_text(ray.get(said, timeout=POLL_S))
-
-    def _look(self) -> str:
-        try:
-            return Path(self.post.progress).read_text()
-        except OSError:
-            return ""
 
     def _kill(self, actor: Any) -> None:
         """Ends the actor and waits until its name is free, so that the next call does not find the dead one."""

@@ -12,13 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from untether.clients.device.device import Shard
+from untether.clients.device.worker import Inputs, Outcome
 from untether.clients.hosting.executors import Executor, WorkerDied
 from untether.clients.hosting.lost import lost_rows
+from untether.clients.hosting.store import DeviceStore
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import ResumableStop, UserError, disk_is_full
+from untether.sim.experiment import Experiment
 from untether.sim.population.source import device_id
-from untether.sim.rounds.orders import cut
+from untether.sim.rounds.material import trained
+from untether.sim.rounds.messages import Learn, Order, Reply, joined
 from untether.sim.run.directory import RunDirectory
 
 DETAIL_CHARS = 600
@@ -28,43 +31,42 @@ NODES = 3
 """Nodes that may be lost under a shard before it is to blame: it can take a node's memory, and with it the node."""
 
 
-def run_pass(
-    executor: Executor,
-    method: str,
-    run: RunDirectory,
-    order: Mapping[str, Any],
-    shard_size: int,
-    deadline_s: float,
-    progress: Path,
-    strict: bool = False,
-) -> dict[str, Any]:
-    """Runs one pass (`fetch`, `filter` or `learn`) over the devices of an order, shard by shard.
+BLOCK_ADAPTERS = 256
+"""Adapters that a worker trains at a time, about; the engine splits them into cohorts within its memory budget."""
 
-    A shard that a stopped run has finished is not run again. Returns {"parts": {table: [path]}, "columns": {name:
-    [value a device]}, "models": {name: fingerprint}, "failures": [...]}. A mistake of the user and a stop raise; a dead
-    worker does not (unless `strict`): it is an event, and a device that keeps killing is marked in all its answers.
+
+def run_order(
+    executor: Executor, run: RunDirectory, order: Order, progress: Path | None = None
+) -> Reply:  # fmt: skip
+    """Carries out an order, shard by shard of devices, on the devices' store in `run`.
+
+    A shard that a stopped run has finished is not run again. A mistake of the user and a stop raise; a dead worker does
+    not (unless `engine.strict`): it is an event, and a device that keeps killing is marked in all its answers. An order
+    for no device cannot be cut: a dead worker costs it a retry. `progress` is a file that is told how far it is.
     """
-    seed, round, devices = order["seed"], order["round"], list(order["devices"])
-    with contextlib.suppress(OSError):
-        progress.parent.mkdir(parents=True, exist_ok=True)
-    done = _Pass()
-    queue = [tuple(devices[start : start + shard_size]) for start in range(0, len(devices), shard_size)][::-1]
+    engine, watch = run.experiment.engine, _Watch(progress)
+    store = DeviceStore(run, order)
+    if not order.devices:
+        return store.keep(order, _call_again(executor, order, store.inputs(order), engine.deadline_s, watch))
+    replies: list[Reply] = []
+    size = _shard_size(run.experiment, order)
+    queue = [order.devices[start : start + size] for start in range(0, len(order.devices), size)][::-1]
     deaths: dict[tuple[int, ...], int] = dict.fromkeys(queue, -1)  # a whole shard may die once more than a half
     nodes: dict[tuple[int, ...], int] = {}
+    failures: list[dict[str, Any]] = []
     lost: dict[int, str] = {}
     while queue:
-        _tell(progress, done.devices)
         some = queue.pop()
-        shard = Shard(seed, round, some)
-        receipt = f"{method}-{shard.name}"
-        reply = run.read_receipt(seed, round, receipt)
-        if reply is None or reply["columns"]["device"] != list(some):
+        shard = order.cut(some)
+        reply = store.kept(shard)
+        if reply is None:
             try:
-                reply = executor.call(method, shard, cut(order, some), deadline_s=deadline_s)
+                outcome = executor.call(shard, store.inputs(shard), deadline_s=engine.deadline_s, progress=watch)
+                reply = store.keep(shard, outcome)
             except WorkerDied as death:
-                done.failures.append(_failure(method, some, death))
-                _tell(progress.with_suffix(".deaths"), "x" * len(done.failures))
-                if strict:
+                failures.append(_failure(order.work, some, death))
+                watch.deaths(len(failures))
+                if engine.strict:
                     raise ResumableStop(f"a worker died ({death}) and engine.strict is set") from death
                 if death.with_node and nodes.setdefault(some, NODES) > 0:
                     nodes[some] -= 1
@@ -75,85 +77,91 @@ def run_pass(
                     queue += [some[len(some) // 2 :], some[: len(some) // 2]]
                 elif deaths[some] > 1:
                     lost[some[0]] = "out_of_memory" if death.outcome == "out_of_memory" else "crashed"
-                    done.devices += 1
+                    watch.add(1)
                 else:
                     queue.append(some)
                 continue
-            run.write_receipt(seed, round, receipt, reply)
-        with contextlib.suppress(OSError):
-            progress.with_suffix(".shard").unlink(missing_ok=True)
-        done.add(reply)
-    for table, rows in _told(run, order, method, lost, done.failures).items():
-        part = run.write_part(table, seed, round, f"{method}-host-{device_id(devices[0])}", rows)
-        done.parts.setdefault(table, []).append(part)
-    done.columns.setdefault("device", []).extend(lost)
-    done.columns.setdefault("outcome", []).extend(lost.values())
-    _tell(progress, done.devices)
-    return {"parts": done.parts, "columns": done.columns, "models": done.models, "failures": done.failures}
+        watch.add(len(some))
+        replies.append(reply)
+    return joined([*replies, _told(run, order, lost, failures)])
 
 
-def call_again(executor: Executor, method: str, *arguments: Any, deadline_s: float, tries: int = 3) -> dict[str, Any]:
-    """A call that is no shard of devices and cannot be halved: a dead worker costs a retry, the last one raises."""
+def _shard_size(experiment: Experiment, order: Order) -> int:
+    """Devices that a worker is given at a time: their adapters, too, travel to it and back in one piece."""
+    most = BLOCK_ADAPTERS // max(1, len(trained(experiment))) if order.work == "learn" else experiment.engine.shard
+    return max(1, min(experiment.engine.shard, most))
+
+
+def _call_again(
+    executor: Executor, order: Order, inputs: Inputs, deadline_s: float, watch: _Watch, tries: int = 3
+) -> Outcome:
     for _ in range(tries - 1):
         with contextlib.suppress(WorkerDied):
-            return executor.call(method, *arguments, deadline_s=deadline_s)
-    return executor.call(method, *arguments, deadline_s=deadline_s)
+            return executor.call(order, inputs, deadline_s=deadline_s, progress=watch)
+    return executor.call(order, inputs, deadline_s=deadline_s, progress=watch)
 
 
-class _Pass:
-    """What the shards of a pass have replied so far."""
+class _Watch:
+    """Tells a small file how far a host is, for whoever watches: a full disk is found by what matters."""
 
-    def __init__(self) -> None:
-        self.devices = 0
-        self.parts: dict[str, list[str]] = {}
-        self.columns: dict[str, list[Any]] = {}
-        self.models: dict[str, str] = {}
-        self.failures: list[dict[str, Any]] = []
+    def __init__(self, path: Path | None):
+        self.path, self.done = path, 0
+        if path is not None:
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+        self(0.0)
 
-    def add(self, reply: Mapping[str, Any]) -> None:
-        for table, paths in reply["parts"].items():
-            self.parts.setdefault(table, []).extend(paths)
-        for name, values in reply["columns"].items():
-            self.columns.setdefault(name, []).extend(values)
-        self.models |= reply["models"]
-        self.devices += len(reply["columns"]["device"])
+    def __call__(self, of_shard: float) -> None:
+        self._write(self.path, f"{self.done + of_shard:g}")
 
+    def add(self, devices: int) -> None:
+        """So many more devices are done."""
+        self.done += devices
+        self(0.0)
 
-def _failure(method: str, devices: Sequence[int], death: WorkerDied) -> dict[str, Any]:
-    return {"devices": list(devices), "pass": method, "outcome": death.outcome, "detail": str(death)[:DETAIL_CHARS]}
+    def deaths(self, count: int) -> None:
+        """So many workers have died."""
+        self._write(self.path and self.path.with_suffix(".deaths"), "x" * count)
 
-
-def _told(
-    run: RunDirectory, order: Mapping[str, Any], method: str, lost: Mapping[int, str],
-    failures: Sequence[Mapping[str, Any]],
-) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
-    """Rows for what went wrong: an event a death and, in the learn pass, what the tables hold of lost devices."""
-    seed, round = order["seed"], order["round"]
-    tables = lost_rows(run.experiment, order, lost) if lost and method == "learn" else {}
-    if failures:
-        tables["events"] = [_event(seed, round, number, failure) for number, failure in enumerate(failures)]
-    return tables
+    @staticmethod
+    def _write(path: Path | None, text: str) -> None:
+        if path is not None:
+            with contextlib.suppress(OSError):
+                path.write_text(text)
 
 
-def _event(seed: int, round: int, number: int, failure: Mapping[str, Any]) -> dict[str, Any]:
+def _failure(work: str, devices: Sequence[int], death: WorkerDied) -> dict[str, Any]:
+    return {"devices": list(devices), "pass": work, "outcome": death.outcome, "detail": str(death)[:DETAIL_CHARS]}
+
+
+def _told(run: RunDirectory, order: Order, lost: Mapping[int, str], failures: Sequence[Mapping[str, Any]]) -> Reply:
+    """What went wrong: an event a death, the devices that were lost and, in the learn pass, what the tables hold of
+    them.
+    """
+    tables = lost_rows(run.experiment, order.cut(sorted(lost)), lost) if lost and isinstance(order, Learn) else {}
+    name = f"{order.work}-host-{device_id(order.devices[0])}"
+    for table, rows in tables.items():
+        run.write_part(table, order.seed, order.round, name, rows)
+    return Reply(
+        columns={"device": list(lost), "outcome": list(lost.values())}, failures=failures,
+        events=[_event(order, number, failure) for number, failure in enumerate(failures)],
+        parts={table: [name] for table in tables},
+    )  # fmt: skip
+
+
+def _event(order: Order, number: int, failure: Mapping[str, Any]) -> dict[str, Any]:
     devices = failure["devices"]
     names = f"{device_id(devices[0])} to {device_id(devices[-1])} ({len(devices)} devices)"
     return {
-        "time_s": round * DAY_S, "attempt": number, "kind": "worker_died", "outcome": failure["outcome"],
-        "event_id": f"died-s{seed}-r{round}-{failure['pass']}-{device_id(devices[0])}-{number}",
+        "time_s": order.round * DAY_S, "attempt": number, "kind": "worker_died", "outcome": failure["outcome"],
+        "event_id": f"died-s{order.seed}-r{order.round}-{failure['pass']}-{device_id(devices[0])}-{number}",
         "device_id": device_id(devices[0]) if len(devices) == 1 else None,
         "detail": f"{failure['pass']} of {names}: {failure['detail']}",
     }  # fmt: skip
 
 
-def _tell(progress: Path, what: object) -> None:
-    """For whoever watches: a full disk is found by what matters."""
-    with contextlib.suppress(OSError):
-        progress.write_text(str(what))
-
-
-def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Runs a pass; what goes wrong comes back as {"error": kind, "message", "traceback"}, never as a lost reply."""
+def guarded(work: Callable[[], Reply]) -> Reply | dict[str, str]:
+    """Does some work; what goes wrong comes back as {"error": kind, "message", "traceback"}, never as a lost reply."""
     try:
         return work()
     except (UserError, ResumableStop) as error:

@@ -7,30 +7,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from untether.clients.device.device import Device, Shard
+from untether.clients.device.device import Device
 from untether.clients.device.ledger import ledger_rows
 from untether.clients.device.scoring import answered, metric_rows, prediction_row
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import open_population
 from untether.sim.population.tasks import get_task
+from untether.sim.rounds.messages import Learn
 
 
 def lost_rows(
-    experiment: Experiment, order: Mapping[str, Any], lost: Mapping[int, str]
+    experiment: Experiment, order: Learn, lost: Mapping[int, str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Predictions, metrics and uploads of devices that the learn pass could not finish; `lost` maps device to outcome.
+    """Predictions, metrics and uploads of the order's devices, which the learn pass could not finish. `lost` maps a
+    device to its outcome.
 
     Each answer is empty, scored as such, and carries the outcome (`crashed`, `out_of_memory`).
     """
-    shard = Shard(order["seed"], order["round"], tuple(sorted(lost)))
-    population = open_population(experiment, shard.seed)
-    devices = [Device(index, population.user(index)) for index in shard.devices]
+    population = open_population(experiment, order.seed)
+    devices = [Device(index, population.user(index)) for index in order.devices]
     rows = [
         answered(row, "", lost[device.index])
         for device in devices
-        for row in _owed(device, shard.round, experiment.arms)
+        for row in _owed(device, order.round, experiment.arms)
     ]
-    uploads = ledger_rows(experiment, shard, devices, order)
+    uploads = ledger_rows(experiment, devices, order)
     return {"predictions": rows, "metrics": metric_rows(rows), "ledger": uploads}
 
 

@@ -15,27 +15,43 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file
 
 from untether.sim.core.durable import make_folder, settle
 from untether.sim.core.errors import ResumableStop
-from untether.sim.rounds.planner import FIRST
+from untether.sim.rounds.messages import FIRST
 from untether.sim.run.directory import cannot_write
 
-State = Mapping[str, Tensor]
-"""One adapter: PEFT's key -> tensor."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = Mapping[str, np.ndarray]
+"""One adapter: PEFT's key -> array. Not tensors: a host, which reads and writes them, does without torch."""
 
 
-def adapter_version(state: State, digest_size: int = 6) -> str:
+def as_arrays(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """An adapter as the engine has it, as arrays in main memory."""
+    return {name: tensor.detach().contiguous().cpu().numpy() for name, tensor in state.items()}
+
+
+def as_tensors(state: State) -> dict[str, Tensor]:
+    """An adapter as the engine wants it, in memory of its own."""
+    import torch
+
+    return {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+
+
+def adapter_version(state: Mapping[str, Any], digest_size: int = 6) -> str:
     """A fingerprint of an adapter's weights, short unless asked for more bytes: equal adapters have equal versions."""
     digest = hashlib.blake2b(digest_size=digest_size)
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        whole = state[name] if isinstance(state[name], np.ndarray) else as_arrays({name: state[name]})[name]
+        digest.update(np.ascontiguousarray(whole).tobytes())
     return digest.hexdigest()
 
 
@@ -52,21 +68,21 @@ class AdapterStore:
         for arm, states in by_arm.items():
             devices = list(states)
             names = list(next(iter(states.values())))
-            stacked = {name: torch.stack([states[device][name].cpu() for device in devices]) for name in names}
+            stacked = {name: np.stack([states[device][name] for device in devices]) for name in names}
             path = self.root / f"round-{round}" / arm / f"{block}.safetensors"
             self._write(path, stacked, {"devices": json.dumps(devices)})
             written.append(str(path.relative_to(self.root)))
             self._index.pop((round, arm), None)
         return written
 
-    def load(self, round: int, device: str, arm: str) -> dict[str, Tensor] | None:
+    def load(self, round: int, device: str, arm: str) -> dict[str, np.ndarray] | None:
         """The device's adapter as of `round` (the latest at or before it), or None."""
         for earlier in range(round, -1, -1):
             if (found := self.load_exactly(earlier, device, arm)) is not None:
                 return found
         return None
 
-    def load_exactly(self, round: int, device: str, arm: str) -> dict[str, Tensor] | None:
+    def load_exactly(self, round: int, device: str, arm: str) -> dict[str, np.ndarray] | None:
         """The adapter that the device trained in this very round, or None."""
         place = self._devices(round, arm).get(device)
         return None if place is None else self._read(*place)
@@ -79,10 +95,10 @@ class AdapterStore:
         """Deletes files of rounds before `round` whose every device has a later adapter, at or before it.
 
         Call it once `round` is committed and what it trained is live: nothing older is needed then, nor the first of
-        two adapters of one round. Returns how many files went. The arm `shared` is trained once and stays.
+        two adapters of one round. Returns how many files went.
         """
         older = sorted(number for number in self._rounds() if number < round)
-        arms = {path.name for number in older for path in _listed(self.root / f"round-{number}")} - {"shared"}
+        arms = {path.name for number in older for path in _listed(self.root / f"round-{number}")}
         gone = 0
         for arm in arms:
             later = set(self._devices(round, arm))
@@ -101,9 +117,9 @@ class AdapterStore:
         return gone
 
     @staticmethod
-    def _read(path: Path, row: int) -> dict[str, Tensor]:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_slice(name)[row].clone() for name in file.keys()}
+    def _read(path: Path, row: int) -> dict[str, np.ndarray]:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_slice(name)[row] for name in file.keys()}
 
     def _rounds(self) -> list[int]:
         return [int(path.name.removeprefix("round-")) for path in self.root.glob("round-*")]
@@ -113,7 +129,7 @@ class AdapterStore:
             found: dict[str, tuple[Path, int]] = {}
             for path in _listed(self.root / f"round-{round}" / arm, "*.safetensors"):
                 try:
-                    with safe_open(path, framework="pt") as file:
+                    with safe_open(path, framework="numpy") as file:
                         devices = json.loads(file.metadata()["devices"])
                 except (OSError, RuntimeError):
                     if path.exists():
@@ -123,7 +139,7 @@ class AdapterStore:
             self._index[round, arm] = found
         return self._index[round, arm]
 
-    def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def _write(self, path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             make_folder(path.parent)

@@ -7,7 +7,7 @@ from pathlib import Path
 from untether.clients.base_model import resolve
 from untether.clients.engine.adapters import LoraSpec, save_peft
 from untether.clients.engine.base import FrozenBase
-from untether.clients.stores.adapter_store import AdapterStore
+from untether.clients.stores.adapter_store import AdapterStore, as_tensors
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.rounds.material import LEARNS_FROM
 from untether.sim.run.directory import RunDirectory
@@ -26,5 +26,5 @@ def export_adapter(run: RunDirectory, device: str, arm: str, out: Path, seed: in
         there = f"its devices run from {devices[0]} to {devices[-1]}" if devices else "it has no adapters of that arm"
         raise UserError(f"{run.path}: no adapter of device `{device}`, arm `{arm}`, seed {seed}; {there}")
     base = FrozenBase.load(resolve(experiment.model.base), dtype="float32", device="cpu")
-    save_peft(out, LoraSpec.of(experiment.for_arm(arm)[0]), state, base)
+    save_peft(out, LoraSpec.of(experiment.for_arm(arm)[0]), as_tensors(state), base)
     return out

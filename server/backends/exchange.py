@@ -5,7 +5,6 @@ Flower's own `send_and_receive` waits without looking up, so a Ctrl-C would hang
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterable
 
@@ -90,9 +89,9 @@ def _copy(message: Message) -> Message:
 def _checked(reply: Message) -> Message:
     if reply.has_error():
         raise Failure(f"a host failed inside Flower: {reply.error.reason}")
-    result = reply.content.get("result")
-    if result is not None and "error" in result:
-        kind, message, trace = (json.loads(str(result[name])) for name in ("error", "message", "traceback"))
+    if "error" in reply.content:
+        said = reply.content["error"]
+        kind, message, trace = (str(said[name]) for name in ("error", "message", "traceback"))
         if kind == "UserError":
             raise UserError(message)
         if kind == "ResumableStop":

@@ -8,6 +8,7 @@ input-output pair that a cloud wrote for a user.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +113,17 @@ class JudgedSample:
     @property
     def accepted(self) -> bool:
         return self.verdict == "accepted"
+
+
+LEAK = "rejected_by:leak"
+"""The verdict of the evaluator, who knows what is held out."""
+
+NOT_RECEIVED = "not_received"
+"""The verdict on a sample that the cloud wrote and that never reached its device."""
+
+
+class Part(NamedTuple):
+    """What rows of a table are called that a pass of a round left in the devices' store."""
+
+    round: int
+    name: str

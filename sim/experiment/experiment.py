@@ -124,6 +124,11 @@ class Experiment(Section):
         return cls.build(data, overrides, where)
 
     @classmethod
+    def parse(cls, text: str) -> Experiment:
+        """The experiment of which `to_toml` made this text."""
+        return cls.build(tomllib.loads(text), None, "the experiment")
+
+    @classmethod
     def build(cls, data: dict[str, Any], overrides: Mapping[str, str] | None, where: str) -> Experiment:
         """An experiment from TOML data and dotted overrides; `where` names the source in a UserError."""
         for key, text in (overrides or {}).items():

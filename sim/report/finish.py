@@ -9,7 +9,6 @@ from typing import Any
 
 from untether.sim.core.clock import WallClock
 from untether.sim.evaluation.statistics import summarize
-from untether.sim.experiment import Experiment
 from untether.sim.population.source import FromWorld, open_population
 from untether.sim.report import write_report
 from untether.sim.run.directory import RunDirectory
@@ -44,8 +43,7 @@ def finish(
         population = open_population(experiment, seed)
         exclusions |= population.exclusions()  # files tell the same for every seed: the most, not the sum
         orders.add(population.order)
-        for row in run.read_staged("left_out", seed, 0):
-            left_out[row["reason"]] += row["count"]
+        left_out.update(run.left_out(seed))
     if experiment.drift.kind != "none":
         run.write_truth(rows for seed in experiment.seeds for rows in FromWorld(experiment, seed).truth())
     commits = [run.committed(seed, round) for seed in experiment.seeds for round in range(experiment.rounds)]
@@ -64,17 +62,15 @@ def finish(
     })
     environment = run.read_json("environment.json") or {}
     models = {name: value for commit in commits if commit for name, value in commit["facts"]["models"].items()}
+    templates = {
+        name: json.loads(facts)  # how prompts were written, by model, as the workers said
+        for commit in commits if commit for name, facts in commit["facts"].get("written", {}).items()
+    }  # fmt: skip
     ended = {
-        "models": models, "templates": _templates(run, experiment), "cloud": dict(cloud),
+        "models": models, "templates": templates, "cloud": dict(cloud),
         "ended": WallClock().timestamp(),
     }  # fmt: skip
     run.write_json("environment.json", {**environment, **ended})
     write_report(run)
     run.write_json("environment.json", {**environment, **ended, "usage": usage.facts()})
     run.drop_parts()
-
-
-def _templates(run: RunDirectory, experiment: Experiment) -> dict[str, Any]:
-    """How prompts were written, by model, as the workers said."""
-    staged = (run.read_staged("written", seed, r) for seed in experiment.seeds for r in range(experiment.rounds))
-    return {row["model"]: json.loads(row["facts"]) for rows in staged for row in rows}

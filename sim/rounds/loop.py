@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from untether.sim.population.source import open_population
-from untether.sim.rounds.messages import Reply, complete, errors, gather, materials, totals
+from untether.sim.rounds.messages import Order, Reply, Share, complete, errors, joined, materials
 from untether.sim.rounds.planner import Rounds, sizes_of
 from untether.sim.run.directory import RunDirectory
 
@@ -14,9 +14,8 @@ from untether.sim.run.directory import RunDirectory
 class Backend(Protocol):
     """How orders reach the hosts of devices, and their replies come back."""
 
-    def send(self, work: str, order: Mapping[str, Any], progress: Callable[[float], None]) -> list[Reply]:
-        """Has each host do its part of a pass: `fetch`, `filter` and `learn` for the devices that the order names, or
-        `share`, which is for no device. `progress` is told how many devices are done.
+    def send(self, order: Order, progress: Callable[[float], None]) -> list[Reply]:
+        """Has each host do its part of an order. `progress` is told how many devices are done.
 
         Raises UserError, ResumableStop or Failure as hosts do.
         """
@@ -34,76 +33,59 @@ class Progress(Protocol):
     def end(self) -> None: ...
 
 
-class Endpoint(Protocol):
-    """Where devices ask the cloud."""
-
-    @property
-    def base_url(self) -> str: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
-
-
-def run_rounds(run: RunDirectory, backend: Backend, cloud: Endpoint, progress: Progress) -> None:
+def run_rounds(run: RunDirectory, backend: Backend, progress: Progress) -> None:
     """Runs every round of a run directory that is not committed yet."""
     experiment = run.experiment
     done = sum(run.committed(s, r) is not None for s in experiment.seeds for r in range(experiment.rounds))
     progress.start(experiment.seeds, experiment.rounds, done)
+
+    def send(order: Order, total: int | None = None) -> Reply:
+        most = len(order.devices) if total is None else total
+        return joined(backend.send(order, lambda done: progress.update(order.work, min(int(done), most), most)))
+
     for seed in experiment.seeds:
         population = open_population(experiment, seed)
-        devices = list(range(len(population)))
+        devices = range(len(population))
         rounds = [round for round in range(experiment.rounds) if not run.committed(seed, round)]
         virtual = Rounds(experiment, seed, population, run.carried(seed, rounds[0] - 1)) if rounds else None
         for round in rounds:
             progress.begin(seed, round)
-            told = {
-                "seed": seed, "round": round, "base_url": cloud.base_url, "model": cloud.model,
-                "fingerprint": cloud.fingerprint,
-            }  # fmt: skip
-
-            def send(work: str, order: Mapping[str, Any], total: int, told: Mapping[str, Any] = told) -> list[Reply]:
-                def tell(done: float) -> None:
-                    progress.update(work, min(int(done), total), total)
-
-                return backend.send(work, {**told, **order}, tell)
 
             # 1. plan: who asks and trains, and whose requests get through.
             agenda = virtual.plan(round, devices)
 
             # 2. fetch: ask the cloud, filter what it wrote.
-            asked = send("fetch", {**agenda.order(), "devices": agenda.asking}, len(agenda.asking))
-            parts = gather(asked)
+            asked = send(virtual.fetch(agenda))
+            answers, parts, owned = asked.events, run.parts(seed, round, asked.parts), materials(asked)
 
             # 3. schedule: whose answer arrives and when everything ends, from what it really took.
-            answers = run.read_rows(parts.pop("events", []))
             delivered = virtual.deliver(agenda, sizes_of(answers))
-            owned = materials(asked)
             if delivered.short:  # filters must not have seen what never came
-                order = {**delivered.order(), "devices": delivered.short, "sample_parts": parts["samples"]}
-                again = send("filter", order, len(delivered.short))
-                parts["samples"] = run.replace_rows(parts["samples"], delivered.short, gather(again).get("samples", []))
+                again = send(virtual.filter(delivered, run.samples(seed, round, parts, this_round=True)))
+                parts["samples"] = run.replace_rows(
+                    parts["samples"], delivered.short, run.parts(seed, round, again.parts)["samples"]
+                )
                 owned = {d: own for d, own in owned.items() if d not in delivered.short} | materials(again)
-                asked += again
+                asked = joined([asked, again])
             day = virtual.schedule(delivered, owned)
 
             # 4. learn: train, answer, score.
-            if "shared" in experiment.arms and round == 0:  # the adapters that belong to no device, once a seed
-                send("share", {}, experiment.population.shared_users)
-            staged = {"sample_parts": run.sample_parts(seed, round, parts), "answer_parts": parts.pop("answers", [])}
-            learned = send("learn", {**virtual.order(day), **staged, "devices": devices}, len(devices))
+            if "shared" in experiment.arms and not run.shares(seed):  # what belongs to no device, once a seed
+                shared = send(Share(seed=seed, round=round), experiment.population.shared_users)
+                run.write_shared(seed, shared.arrays, shared.facts.get("left_out", {}))
+            samples, came = run.samples(seed, round, parts), run.named(parts.pop("answers", []))
+            learned = send(virtual.learn(day, devices, samples, came, run.shared(seed)))
 
             # 5. commit: what is not named here never happened.
             complete(devices, learned)
-            for table, paths in gather(learned).items():
+            for table, paths in run.parts(seed, round, learned.parts).items():
                 parts.setdefault(table, []).extend(paths)
-            events = virtual.event_rows(day, answers, run.read_rows(parts.pop("events", [])))
+            events = virtual.event_rows(day, answers, learned.events)
             parts["events"] = [run.write_part("events", seed, round, "round", events)]
             virtual.advance(day, errors(learned))
             facts = {
-                "totals": totals(learned),
-                "models": {name: value for reply in (*asked, *learned) for name, value in reply.models.items()},
-                "failures": [failure for reply in (*asked, *learned) for failure in reply.failures],
+                "totals": learned.counts(), "models": {**asked.models, **learned.models},
+                "failures": [*asked.failures, *learned.failures], **learned.facts,
             }
             run.commit(seed, round, parts, facts, virtual.state() if round + 1 < experiment.rounds else None)
             progress.end()

@@ -1,32 +1,184 @@
-"""What hosts reply to an order: counts by device, and where the tables are that they wrote. No text of a user is there.
+"""What travels between the round loop and the hosts of devices: typed orders, typed replies.
+
+An order carries all that it is about: small values, rows that each name the device they are for, and arrays. A reply
+carries counts by device, events, and arrays that may be shared. No text of a user is in either, and no path: what is
+private stays in the devices' store, where *parts*, named rows of a table, can be told apart by round and name.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
 
 from untether.sim.core.errors import Failure
+from untether.sim.core.records import Part
+from untether.sim.population.source import device_id
 from untether.sim.rounds.material import Material
 
 _COUNTS = [field.name for field in fields(Material)]
 _NOT_COUNTED = ("device", "outcome", "errors")
 
 
+FIRST = ".first"
+"""Behind the arm's name: how the first of two adapters of one round is kept."""
+
+
+class Request(NamedTuple):
+    """A request at the cloud, of a device."""
+
+    device: int
+    request: str
+
+
+class Version(NamedTuple):
+    """An adapter that may answer in a round. `round`: in which it is or was trained, `on` real data or samples too;
+    `live_s`: from when it answers; `kept`: under which name its device's store has it.
+    """
+
+    device: int
+    arm: str
+    round: int
+    on: str
+    live_s: float
+    kept: str
+
+
+class Samples(NamedTuple):
+    """The rounds, `first` to `last`, whose samples a device trains `on`."""
+
+    device: int
+    first: int
+    last: int
+    on: str
+
+
+class Upload(NamedTuple):
+    """What an attempt at the cloud sent off a device, in copies of its request's message."""
+
+    device: int
+    request: str
+    attempt: int
+    time_s: float
+    copies: float
+
+
+def _rows(kind: type) -> Any:
+    return field(default=(), metadata={"rows": kind})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What hosts are told to do in a round, for which devices. Rows are for the device that they name, nobody else."""
+
+    work: ClassVar[str]
+
+    seed: int
+    round: int
+    devices: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Unique among the orders of a pass, however they are split: the name of what is kept of it."""
+        whose = f"{device_id(self.devices[0])}-{device_id(self.devices[-1])}-" if self.devices else ""
+        return f"{self.work}-{whose}{len(self.devices)}"
+
+    def cut(self, devices: Collection[int]) -> Self:
+        """The order for some of its devices: with their rows alone, and everything else as it is."""
+        mine = set(devices)
+        rows = {
+            each.name: tuple(row for row in getattr(self, each.name) if row.device in mine)
+            for each in fields(self) if each.metadata.get("rows") not in (None, Part)
+        }  # fmt: skip
+        return replace(self, devices=tuple(devices), **rows)
+
+    def split(self, hosts: int) -> dict[int, Self]:
+        """The order by host: device i lives on host i mod `hosts`. No order for a host without devices."""
+        found = {host: [device for device in self.devices if device % hosts == host] for host in range(hosts)}
+        return {host: self.cut(own) for host, own in found.items() if own}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch(Order):
+    """Ask the cloud, and filter what it writes. `due`: who asks for samples; `held`: requests that are not made."""
+
+    work: ClassVar[str] = "fetch"
+
+    due: tuple[int, ...] = ()
+    held: tuple[Request, ...] = _rows(Request)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter(Order):
+    """Filter again, without the `lost` answers. `samples`: what the fetch pass left, of all hosts."""
+
+    work: ClassVar[str] = "filter"
+
+    lost: tuple[Request, ...] = _rows(Request)
+    samples: tuple[Part, ...] = _rows(Part)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share(Order):
+    """Train the adapters that belong to no device: of every `parts` of them the one numbered `part`."""
+
+    work: ClassVar[str] = "share"
+
+    part: int = 0
+    parts: int = 1
+
+    def split(self, hosts: int) -> dict[int, Self]:
+        """A part a host."""
+        return {host: replace(self, part=host, parts=hosts) for host in range(hosts)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learn(Order):
+    """Train, answer, score.
+
+    `due`: who asked in this round; `versions`: every adapter that may answer, those to be trained now (of this round)
+    among them; `trains`: whose samples are trained on; `lost`: answers to the cloud arm's questions that never came;
+    `uploads`: what devices sent; `settled`: every adapter up to that round is live; `measured`: for the worker's own
+    timeline (JSON); `samples`, `answers`: what earlier passes left, of all hosts; `arrays`: the shared adapters.
+    """
+
+    work: ClassVar[str] = "learn"
+
+    due: tuple[int, ...] = ()
+    settled: int = -1
+    measured: str = "{}"
+    versions: tuple[Version, ...] = _rows(Version)
+    trains: tuple[Samples, ...] = _rows(Samples)
+    lost: tuple[Request, ...] = _rows(Request)
+    uploads: tuple[Upload, ...] = _rows(Upload)
+    samples: tuple[Part, ...] = _rows(Part)
+    answers: tuple[Part, ...] = _rows(Part)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+ORDERS: dict[str, type[Order]] = {kind.work: kind for kind in (Fetch, Filter, Share, Learn)}
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What one host says of a pass.
+    """What one host says of an order.
 
-    `columns`: a value a device, `device` (its number) and `outcome` among them. `parts`: the tables' parts that it
-    wrote. `models`: what it used, by name, with the fingerprint. `failures`: the workers that died under it.
+    `columns`: a value a device, `device` (its number) and `outcome` among them. `events`: rows of the table of that
+    name. `parts`: the names of what it left in the devices' store, by table. `models`: what it used, by name, with the
+    fingerprint. `failures`: the workers that died under it. `facts`: counts and texts of models, by name. `arrays`:
+    what it shares.
     """
 
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    events: Sequence[Mapping[str, Any]] = ()
     parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     models: Mapping[str, str] = field(default_factory=dict)
     failures: Sequence[Mapping[str, Any]] = ()
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def counts(self) -> dict[str, float]:
         """The sum of every counted column, and the number of devices by outcome."""
@@ -35,45 +187,47 @@ class Reply:
         return found | {f"outcome.{name}": outcomes.count(name) for name in sorted(set(outcomes))}
 
 
-def totals(replies: Iterable[Reply]) -> dict[str, float]:
-    """The hosts' counts, added up."""
-    found: dict[str, float] = {}
-    for reply in replies:
-        for name, value in reply.counts().items():
-            found[name] = found.get(name, 0) + value
-    return found
-
-
-def gather(replies: Iterable[Reply]) -> dict[str, list[str]]:
-    """The parts that were written, by table."""
+def joined(replies: Iterable[Reply]) -> Reply:
+    """The replies to one order as one. Numbers of a fact add up; of a text, the last one counts."""
+    columns: dict[str, list[Any]] = {}
     parts: dict[str, list[str]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    events, models, failures, arrays = [], {}, [], {}
     for reply in replies:
-        for table, paths in reply.parts.items():
-            parts.setdefault(table, []).extend(paths)
-    return parts
+        for mine, theirs in ((columns, reply.columns), (parts, reply.parts)):
+            for name, values in theirs.items():
+                mine.setdefault(name, []).extend(values)
+        for fact, said in reply.facts.items():
+            known = facts.setdefault(fact, {})
+            for name, value in said.items():
+                known[name] = known.get(name, 0) + value if isinstance(value, int) else value
+        events += reply.events
+        models |= reply.models
+        failures += reply.failures
+        arrays |= reply.arrays
+    return Reply(columns, events, parts, models, failures, facts, arrays)
 
 
-def complete(devices: Iterable[int], replies: Iterable[Reply]) -> None:
-    """Raises Failure if a device of the plan is in no reply: a round is committed whole."""
+def complete(devices: Iterable[int], reply: Reply) -> None:
+    """Raises Failure if a device of the plan is not in the reply: a round is committed whole."""
     wanted = set(devices)
-    if missing := wanted.difference(*(reply.columns.get("device", ()) for reply in replies)):
+    if missing := wanted.difference(reply.columns.get("device", ())):
         raise Failure(f"{len(missing)} of {len(wanted)} devices are in no host's reply, such as {min(missing)}")
 
 
-def materials(replies: Iterable[Reply]) -> dict[int, Material]:
+def materials(reply: Reply) -> dict[int, Material]:
     """What each device could train on; a device that was lost in the pass has none."""
-    return {device: Material(*counts) for device, *counts in _rows(replies, *_COUNTS)}
+    return {device: Material(*counts) for device, *counts in _by_device(reply, *_COUNTS)}
 
 
-def errors(replies: Sequence[Reply]) -> dict[str, dict[int, list[float]]]:
+def errors(reply: Reply) -> dict[str, dict[int, list[float]]]:
     """How wrong each device's answers were, where the policy wants to know: by what the watched arm learns from."""
-    names = {name for reply in replies for name in reply.columns if name.startswith("errors.")}
+    names = sorted(name for name in reply.columns if name.startswith("errors."))
     return {
-        name.removeprefix("errors."): {device: json.loads(found) for device, found in _rows(replies, name)}
-        for name in sorted(names)
+        name.removeprefix("errors."): {device: json.loads(found) for device, found in _by_device(reply, name)}
+        for name in names
     }
 
 
-def _rows(replies: Iterable[Reply], *names: str) -> Iterator[tuple[Any, ...]]:
-    for reply in replies:
-        yield from zip(*(reply.columns.get(name, ()) for name in ("device", *names)), strict=False)
+def _by_device(reply: Reply, *names: str) -> Iterator[tuple[Any, ...]]:
+    yield from zip(*(reply.columns.get(name, ()) for name in ("device", *names)), strict=False)

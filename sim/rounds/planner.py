@@ -26,7 +26,7 @@ from untether.sim.rounds.material import (
     trained,
     trained_tokens,
 )
-from untether.sim.rounds.orders import columns
+from untether.sim.rounds.messages import FIRST, Fetch, Filter, Learn, Part, Request, Samples, Upload, Version
 from untether.sim.time.asking import Ask, Size
 from untether.sim.time.policies import Policies
 from untether.sim.time.timeline import Delivery, Plan, Schedule, Timeline
@@ -37,9 +37,6 @@ AUGMENT, CLOUD = "augment", "cloud"
 
 KINDS = ("augment", "answer")
 """Of the events that are requests."""
-
-FIRST = ".first"
-"""Behind the arm's name: where the first of two adapters of one round is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +53,6 @@ class Agenda:
     def asking(self) -> list[int]:
         return sorted({*self.due, *self.alone, *(ask.device for ask in self.plan.asks)})
 
-    def order(self) -> dict[str, Any]:
-        """For the fetch pass: who is due, and the requests that are not to be made."""
-        granted = self.plan.granted
-        held = [(ask.device, ask.request_id) for ask in self.plan.asks if ask.request_id not in granted]
-        return {"due": list(self.due), **columns("held", ("device", "request"), held)}
-
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
@@ -72,16 +63,12 @@ class Delivered:
     agenda: Agenda
     delivery: Delivery
     sizes: Mapping[str, Size]
-    lost: Mapping[str, tuple[tuple[int, str], ...]]
+    lost: Mapping[str, tuple[Request, ...]]
 
     @property
     def short(self) -> list[int]:
         """The devices that lost answers with samples: what the others hold is to be filtered without those."""
         return sorted({device for device, _ in self.lost[AUGMENT]})
-
-    def order(self) -> dict[str, Any]:
-        """For the filter pass: the answers that the devices do not have."""
-        return columns("lost", ("device", "request"), self.lost[AUGMENT])
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,17 +186,35 @@ class Rounds:
         tasks, queries = self._asked[device]
         return tasks, [task for task, when in queries if when in (None, round)]
 
+    # --- 2. fetch ---------------------------------------------------------------------------------------------
+
+    def fetch(self, agenda: Agenda) -> Fetch:
+        """The order: who asks for samples, and the requests that are not to be made."""
+        plan = agenda.plan
+        held = (Request(ask.device, ask.request_id) for ask in plan.asks if ask.request_id not in plan.granted)
+        return Fetch(
+            seed=self.seed, round=plan.round, devices=tuple(agenda.asking), due=agenda.due, held=tuple(held)
+        )  # fmt: skip
+
     # --- 3. schedule ------------------------------------------------------------------------------------------
 
     def deliver(self, agenda: Agenda, sizes: Mapping[str, Size]) -> Delivered:
         """Whose answer reaches its device, and when. `sizes` of the requests that were made."""
         delivery = self.timeline.deliver(agenda.plan, sizes)
         finals = [delivery.finals[name] for name in sorted(agenda.plan.granted) if name in sizes]
+        missed = [each for each in finals if not each.answered]
         lost = {
-            lane: tuple((each.device, each.request_id) for each in finals if each.lane == lane and not each.answered)
+            lane: tuple(Request(each.device, each.request_id) for each in missed if each.lane == lane)
             for lane in (AUGMENT, CLOUD)
         }
         return Delivered(agenda, delivery, sizes, lost)
+
+    def filter(self, delivered: Delivered, samples: Sequence[Part]) -> Filter:
+        """The order for devices that lost answers with samples, which the filters must not have seen."""
+        return Filter(
+            seed=self.seed, round=delivered.agenda.plan.round, devices=tuple(delivered.short),
+            lost=delivered.lost[AUGMENT], samples=tuple(samples),
+        )  # fmt: skip
 
     def schedule(self, delivered: Delivered, materials: Mapping[int, Material]) -> Day:
         """When everything ends. `materials`: what the devices that are due can train on, of what reached them."""
@@ -271,15 +276,11 @@ class Rounds:
 
     # --- 4. learn ---------------------------------------------------------------------------------------------
 
-    def order(self, day: Day) -> dict[str, Any]:
-        """For the learn pass, tables by device.
-
-        `versions`: every adapter that may answer in this round, those to be trained now (of this `round`) among them;
-        `as` is where it is kept. `samples`: the rounds, `first` to `last`, whose samples a device trains `on`. `lost`:
-        answers to the cloud arm's questions that never came. `uploads`: what a device sent, a row an attempt, in copies
-        of its request's message. `settled`: every adapter up to that round is live. `measured`: for the worker's own
-        timeline. A row of a table is for the device that it names; nobody else needs it.
-        """
+    def learn(
+        self, day: Day, devices: Sequence[int], samples: Sequence[Part], answers: Sequence[Part],
+        arrays: Mapping[str, Any],
+    ) -> Learn:  # fmt: skip
+        """The order: which adapters are trained, on what, and which may answer from when."""
         round, start_s = day.schedule.plan.round, day.schedule.plan.start_s
         by_day, settled = self.experiment.hardware.queries == "day", round - 1
         versions = []
@@ -288,11 +289,11 @@ class Rounds:
                 later = any(other.round == version.round for other in found[place + 1 :])
                 if by_day or place == len(found) - 1:
                     kept = arm + FIRST if later else arm
-                    versions.append((device, arm, version.round, version.on, version.live_s, kept))
+                    versions.append(Version(device, arm, version.round, version.on, version.live_s, kept))
                 if by_day and version.live_s > start_s and version.round < round:
                     settled = min(settled, version.round - 1)
-        samples = [
-            (device, rounds[0], rounds[-1], on)
+        trains = [
+            Samples(device, rounds[0], rounds[-1], on)
             for device in day.agenda.due
             for on, rounds in (
                 (SAMPLES, [*self._earlier(round, device), *([round] if device in day.came else [])]),
@@ -300,13 +301,12 @@ class Rounds:
             )
             if rounds
         ]
-        return {
-            "settled": settled, "due": list(day.agenda.due), "measured": json.dumps(self.timeline.measured()),
-            **columns("versions", ("device", "arm", "round", "on", "live_s", "as"), versions),
-            **columns("samples", ("device", "first", "last", "on"), samples),
-            **columns("lost", ("device", "request"), day.delivered.lost[CLOUD]),
-            **columns("uploads", ("device", "request", "attempt", "time_s", "copies"), _uploads(day)),
-        }
+        return Learn(
+            seed=self.seed, round=round, devices=tuple(devices), due=day.agenda.due, settled=settled,
+            measured=json.dumps(self.timeline.measured()), versions=tuple(versions), trains=tuple(trains),
+            lost=day.delivered.lost[CLOUD], uploads=tuple(_uploads(day)), samples=tuple(samples),
+            answers=tuple(answers), arrays=arrays,
+        )  # fmt: skip
 
     def event_rows(
         self, day: Day, answers: Sequence[Mapping[str, Any]], learned: Sequence[Mapping[str, Any]] = ()
@@ -358,14 +358,14 @@ class Rounds:
         }
 
 
-def _uploads(day: Day) -> Iterator[tuple[int, str, int, float, float]]:
-    """(device, request, attempt, time_s, copies): what each attempt that sent anything sent."""
+def _uploads(day: Day) -> Iterator[Upload]:
+    """What each attempt that sent anything sent."""
     sizes = {ask.request_id: ask.size for ask in day.agenda.plan.asks} | dict(day.delivered.sizes)
     for attempt in day.schedule.attempts:
         if attempt.bytes_up > 0:
             size = sizes[attempt.request_id]
             copies = attempt.bytes_up / size.bytes_up * size.bodies
-            yield attempt.device, attempt.request_id, attempt.number, attempt.start_s, copies
+            yield Upload(attempt.device, attempt.request_id, attempt.number, attempt.start_s, copies)
 
 
 def sizes_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Size]:

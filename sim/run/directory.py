@@ -19,13 +19,17 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from untether.sim.core.durable import make_folder, settle
 from untether.sim.core.errors import ResumableStop, UserError, disk_is_full
+from untether.sim.core.records import Part
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import device_id
 
@@ -71,11 +75,8 @@ TABLES: dict[str, pa.Schema] = {
     "training": _schema("seed:i round:i device_id:s arm:s step:i loss:f lr:f tokens:i"),
 }
 
-#: What one pass of a round leaves to the next or, as `left_out` and `written`, to the end of the run, on the hosts'
-#: side; no table of the run directory.
+#: What one pass of a round leaves to the next, on the hosts' side; no table of the run directory.
 STAGED: dict[str, pa.Schema] = {
-    "left_out": _schema("seed:i round:i reason:s count:i"),
-    "written": _schema("seed:i round:i model:s facts:s"),
     "answers": _schema("seed:i round:i device_id:s request_id:s query_id:s outcome:s text:s"),
 }
 
@@ -205,20 +206,63 @@ class RunDirectory:
             kept.append(part)
         return [*kept, *by]
 
-    def read_staged(self, table: str, seed: int, round: int) -> list[dict[str, Any]]:
-        """The rows of all parts of a table that were staged for a round, whether or not a commit names them."""
-        folder = self.path / "state" / "parts" / f"seed-{seed}" / f"round-{round}" / table
-        return self.read_rows(str(path.relative_to(self.path)) for path in folder.glob("*.parquet"))
+    def read_table(self, parts: Iterable[str], devices: Collection[str] | None = None) -> pa.Table | None:
+        """As `read_rows`, by column; None where there is no part."""
+        only = None if devices is None else [("device_id", "in", list(devices))]
+        tables = [pq.read_table(self.path / part, filters=only) for part in sorted(parts)]
+        return pa.concat_tables(tables) if tables else None
 
-    def sample_parts(self, seed: int, round: int, parts: Mapping[str, Sequence[str]]) -> list[str]:
-        """The parts that hold what devices may train on in `round`, itself staged as `parts`: those of earlier rounds
-        too, where the experiment's devices go back to them.
+    @staticmethod
+    def parts(seed: int, round: int, names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """The paths of staged parts, relative to the run directory, of their names by table."""
+        folder = f"state/parts/seed-{seed}/round-{round}"
+        return {table: [f"{folder}/{table}/{name}.parquet" for name in found] for table, found in names.items()}
+
+    @staticmethod
+    def named(paths: Iterable[str]) -> tuple[Part, ...]:
+        """What parts are called in messages, which carry no path."""
+        found = (Path(path) for path in paths)
+        return tuple(Part(int(p.parts[-3].removeprefix("round-")), p.name.removesuffix(".parquet")) for p in found)
+
+    def samples(
+        self, seed: int, round: int, parts: Mapping[str, Sequence[str]], this_round: bool = False
+    ) -> tuple[Part, ...]:
+        """What holds the samples that devices may train on in `round`, itself staged as `parts`: those of earlier
+        rounds too, where the experiment's devices go back to them (not with `this_round`).
         """
-        experiment, staged = self.experiment, list(parts.get("samples", []))
-        if experiment.drift.samples == "refresh" and experiment.network.fallback != "stale_samples":
-            return staged
+        experiment, staged = self.experiment, parts.get("samples", [])
+        if this_round or experiment.drift.samples == "refresh" and experiment.network.fallback != "stale_samples":
+            return self.named(staged)
         commits = [self.committed(seed, past) for past in range(round)]
-        return [path for commit in commits if commit for path in commit["parts"].get("samples", [])] + staged
+        return self.named([p for commit in commits if commit for p in commit["parts"].get("samples", [])] + [*staged])
+
+    def write_shared(self, seed: int, arrays: Mapping[str, np.ndarray], left_out: Mapping[str, int]) -> None:
+        """Keeps what belongs to no device (the adapters of the arm `shared`), and what was left out in making it."""
+        path, text = self._shared_path(seed), json.dumps(dict(left_out))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with _writing(temporary, path):
+            make_folder(path.parent)
+            whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            save_file(whole, temporary, metadata={"left_out": text})
+            settle(temporary, path)
+
+    def shares(self, seed: int) -> bool:
+        """Whether the adapters of the arm `shared` are there."""
+        return self._shared_path(seed).exists()
+
+    def shared(self, seed: int) -> dict[str, np.ndarray]:
+        """What `write_shared` kept; nothing where it did not."""
+        return load_file(self._shared_path(seed)) if self.shares(seed) else {}
+
+    def left_out(self, seed: int) -> dict[str, int]:
+        """How many items of other users the arm `shared` did not learn from, by reason."""
+        if not self.shares(seed):
+            return {}
+        with safe_open(self._shared_path(seed), framework="numpy") as file:
+            return json.loads((file.metadata() or {}).get("left_out", "{}"))
+
+    def _shared_path(self, seed: int) -> Path:
+        return self.path / "adapters" / f"seed-{seed}" / "shared.safetensors"
 
     def commit(
         self, seed: int, round: int, parts: Mapping[str, Sequence[str]], facts: Mapping[str, Any],
@@ -259,8 +303,8 @@ class RunDirectory:
             reply = json.loads(self._receipt_path(seed, round, name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        there = all((self.path / part).exists() for paths in reply["parts"].values() for part in paths)
-        return reply if there else None
+        found = self.parts(seed, round, reply["parts"])
+        return reply if all((self.path / part).exists() for paths in found.values() for part in paths) else None
 
     def _receipt_path(self, seed: int, round: int, name: str) -> Path:
         return self.path / "state" / "parts" / f"seed-{seed}" / f"round-{round}" / "receipts" / f"{name}.json"

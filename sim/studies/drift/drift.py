@@ -21,7 +21,6 @@ from untether.sim.studies.drift.measures import (
     COSTS,
     USER,
     along,
-    clusters,
     detections,
     fresh_for,
     front,
@@ -142,7 +141,7 @@ def _detector(case: Case) -> Iterator[tuple]:
         np.nan, pd.MultiIndex.from_frame(case.answers[USER].drop_duplicates())
     )  # fmt: skip
     found = detections(read_trained(case.run), by_user, case.experiment.rounds)
-    found = found.join(clusters(case.answers))
+    found = found.join(case.answers.groupby(USER)["cluster"].first())
     head = (case.change, case.policy, "")
     quiet = found[found["quiet"] > 0]
     for users, rows in (("unchanged", quiet[by_user[quiet.index].isna()]), ("changed", quiet)):

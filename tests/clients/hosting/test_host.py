@@ -3,13 +3,16 @@
 import errno
 import json
 
+import pandas as pd
 import pytest
 
+from untether.clients.device.worker import Outcome
 from untether.clients.hosting.executors import WorkerDied, memory_ran_out
-from untether.clients.hosting.host import guarded, run_pass
+from untether.clients.hosting.host import guarded, run_order
 from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import open_population
+from untether.sim.rounds.messages import ORDERS, Reply
 from untether.sim.run.directory import RunDirectory
 
 EXPERIMENT = Experiment.read(None, {"arms": "majority,local,cloud", "population.tasks": "LaMP_2,LaMP_4"})
@@ -22,7 +25,7 @@ class Flaky:
         self.poison, self.once, self.calls, self.outcome = set(poison), set(once), [], outcome
         self.with_node, self.lost_nodes = with_node, 0
 
-    def call(self, method, shard, *arguments, deadline_s):
+    def call(self, shard, inputs, *, deadline_s, progress):
         self.calls.append(shard.devices)
         if self.lost_nodes < self.with_node:
             self.lost_nodes += 1
@@ -32,63 +35,66 @@ class Flaky:
         if self.once & set(shard.devices):
             self.once -= set(shard.devices)
             raise WorkerDied("killed by signal 9")
-        n = len(shard.devices)
-        columns = {"device": list(shard.devices), "outcome": ["ok"] * n}
-        parts = {"metrics": [self.run.write_part("metrics", 1, 0, shard.name, [])]}
-        return {"parts": parts, "columns": columns, "models": {}}
+        columns = {"device": list(shard.devices), "outcome": ["ok"] * len(shard.devices)}
+        return Outcome(Reply(columns), {"metrics": []})
 
 
-def _run(tmp_path, executor, devices=range(10), shard=4, strict=False, method="learn"):
-    path = tmp_path / "run"
-    run = RunDirectory.open(path) if path.exists() else RunDirectory.create(path, EXPERIMENT)
-    executor.run = run
-    order = {"devices": list(devices), "seed": 1, "round": 0, "samples": []}
-    return run_pass(executor, method, run, order, shard, 10.0, tmp_path / "progress", strict)
+def _run(tmp_path, executor, devices=range(10), shard=4, strict=False, work="learn"):
+    path, engine = tmp_path / "run", EXPERIMENT.engine.model_copy(update={"shard": shard, "strict": strict})
+    experiment = EXPERIMENT.model_copy(update={"engine": engine})
+    run = RunDirectory.open(path) if path.exists() else RunDirectory.create(path, experiment)
+    run.take_over(experiment)
+    order = ORDERS[work](seed=1, round=0, devices=tuple(devices))
+    return run_order(executor, run, order, tmp_path / "progress")
+
+
+def _parts(tmp_path, reply, table):
+    return RunDirectory.open(tmp_path / "run").parts(1, 0, reply.parts)[table]
 
 
 def test_devices_are_handled_in_shards_of_a_bounded_size(tmp_path):
     executor = Flaky()
     result = _run(tmp_path, executor)
     assert executor.calls == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
-    assert result["columns"]["device"] == list(range(10))
+    assert result.columns["device"] == list(range(10))
     assert (tmp_path / "progress").read_text() == "10"
 
 
 def test_a_worker_that_dies_once_costs_a_retry_and_nothing_else(tmp_path):
     result = _run(tmp_path, Flaky(once={5}))
-    assert sorted(result["columns"]["device"]) == list(range(10))
-    assert set(result["columns"]["outcome"]) == {"ok"}
-    assert [failure["devices"] for failure in result["failures"]] == [[4, 5, 6, 7]]
+    assert sorted(result.columns["device"]) == list(range(10))
+    assert set(result.columns["outcome"]) == {"ok"}
+    assert [failure["devices"] for failure in result.failures] == [[4, 5, 6, 7]]
 
 
 def test_the_one_guilty_device_is_found_and_marked(tmp_path):
     result = _run(tmp_path, Flaky(poison={6}))
-    outcomes = dict(zip(result["columns"]["device"], result["columns"]["outcome"], strict=True))
+    outcomes = dict(zip(result.columns["device"], result.columns["outcome"], strict=True))
     assert outcomes == {device: "crashed" if device == 6 else "ok" for device in range(10)}
-    assert all("signal 9" in failure["detail"] for failure in result["failures"])
+    assert all("signal 9" in failure["detail"] for failure in result.failures)
 
 
 def test_finding_the_guilty_one_of_256_costs_a_dozen_deaths(tmp_path):
     executor = Flaky(poison={77})
     result = _run(tmp_path, executor, devices=range(256), shard=256)
-    assert sorted(result["columns"]["device"]) == list(range(256))
-    assert result["columns"]["outcome"].count("crashed") == 1
-    assert len(result["failures"]) == 11, "twice whole, then 128, 64, ..., 2, and the one device twice"
+    assert sorted(result.columns["device"]) == list(range(256))
+    assert result.columns["outcome"].count("crashed") == 1
+    assert len(result.failures) == 11, "twice whole, then 128, 64, ..., 2, and the one device twice"
 
 
 @pytest.mark.parametrize("outcome", ["crashed", "out_of_memory"])
 def test_what_a_lost_device_owed_stands_in_the_tables(tmp_path, outcome):
     """Every arm has a row for every query, so that comparisons stay paired; the answer is empty and scored as such."""
-    results = {name: _run(tmp_path, Flaky(poison={6}, outcome=outcome), method=name) for name in ("fetch", "learn")}
-    assert "predictions" not in results["fetch"]["parts"], "answers are recorded by the learn pass"
+    results = {name: _run(tmp_path, Flaky(poison={6}, outcome=outcome), work=name) for name in ("fetch", "learn")}
+    assert "predictions" not in results["fetch"].parts, "answers are recorded by the learn pass"
     run = RunDirectory.open(tmp_path / "run")
     device = open_population(EXPERIMENT, 1).user(6)
     for name, arms in (("learn", {"cloud": 20, "majority": 10, "local": 20}),):
-        rows = run.read_parts(results[name]["parts"]["predictions"])
+        rows = run.read_parts(_parts(tmp_path, results[name], "predictions"))
         assert rows.groupby("arm").size().to_dict() == arms
         assert set(rows["device_id"]) == {"d00006"} and set(rows["user_id"]) == {device.user_id}
         assert set(rows["outcome"]) == {outcome} and set(rows["prediction"]) == {""} and (rows["score"] == 0).all()
-        measured = run.read_parts(part for part in results[name]["parts"]["metrics"] if "host" in part)
+        measured = run.read_parts(part for part in _parts(tmp_path, results[name], "metrics") if "host" in part)
         assert set(measured["arm"]) == set(arms) and (measured["value"] == 0).all()
 
 
@@ -96,20 +102,20 @@ def test_a_lost_node_is_no_devices_fault(tmp_path):
     executor = Flaky(with_node=3)
     result = _run(tmp_path, executor, devices=range(2), shard=1)
     assert executor.calls == [(0,)] * 4 + [(1,)]
-    assert result["columns"]["outcome"] == ["ok", "ok"] and len(result["failures"]) == 3
+    assert result.columns["outcome"] == ["ok", "ok"] and len(result.failures) == 3
 
 
 def test_a_device_that_takes_every_node_with_it_is_found(tmp_path):
     executor = Flaky(with_node=100)
     result = _run(tmp_path, executor, devices=range(1), shard=1)
-    assert result["columns"]["outcome"] == ["crashed"] and len(executor.calls) < 10
+    assert result.columns["outcome"] == ["crashed"] and len(executor.calls) < 10
 
 
 def test_every_death_is_an_event(tmp_path):
     result = _run(tmp_path, Flaky(once={5}, poison={9}))
-    events = RunDirectory.open(tmp_path / "run").read_parts(result["parts"]["events"])
+    events = pd.DataFrame(result.events)
     assert set(events["kind"]) == {"worker_died"} and set(events["outcome"]) == {"crashed"}
-    assert len(events) == len(result["failures"]) == events["event_id"].nunique()
+    assert len(events) == len(result.failures) == events["event_id"].nunique()
     assert events["detail"][0] == "learn of d00004 to d00007 (4 devices): killed by signal 9"
     assert events["device_id"].dropna().unique().tolist() == ["d00009"]
 
@@ -120,15 +126,15 @@ def test_a_finished_shard_is_not_run_again(tmp_path):
     executor = Flaky()
     result = _run(tmp_path, executor)
     assert executor.calls == [(8, 9)]
-    assert result["columns"]["device"] == list(range(10))
-    assert [name.split("/")[-1] for name in result["parts"]["metrics"]] == [
-        "d00000-d00003-4.parquet", "d00004-d00007-4.parquet", "d00008-d00009-2.parquet",
+    assert result.columns["device"] == list(range(10))
+    assert result.parts["metrics"] == [
+        "learn-d00000-d00003-4", "learn-d00004-d00007-4", "learn-d00008-d00009-2",
     ]  # fmt: skip
 
 
 def test_a_shard_whose_parts_are_gone_is_run_again(tmp_path):
     result = _run(tmp_path, Flaky())
-    (tmp_path / "run" / result["parts"]["metrics"][1]).unlink()
+    (tmp_path / "run" / _parts(tmp_path, result, "metrics")[1]).unlink()
     executor = Flaky()
     _run(tmp_path, executor)
     assert executor.calls == [(4, 5, 6, 7)]

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from untether.clients.device.augmentation import questions, sample_orders
-from untether.clients.device.device import Device, Shard
+from untether.clients.device.device import Device
 from untether.clients.engine.jobs import TrainSettings
 from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.sections import Training
 from untether.sim.population.source import device_id, open_population
+from untether.sim.rounds.flower_records import columns_of
 from untether.sim.rounds.material import Material, optimizer_steps
-from untether.sim.rounds.orders import rows
+from untether.sim.rounds.messages import Order, Samples
 from untether.sim.rounds.planner import Rounds, sizes_of
 from untether.sim.run.directory import TABLES
 from untether.sim.time.asking import Size
@@ -40,20 +41,24 @@ def run(virtual: Rounds, round: int = 0, devices=range(4), material=MATERIAL):
 
 def to_train(virtual: Rounds, day, round: int = 0) -> dict[str, str]:
     """What the learn pass is told to train in this round: `device/arm` and on what."""
-    told = rows(virtual.order(day), "versions", "device", "arm", "round", "on")
-    return {f"{device}/{arm}": on for device, arm, made, on in told if made == round}
+    return {f"{row.device}/{row.arm}": row.on for row in learn(virtual, day).versions if row.round == round}
+
+
+def learn(virtual: Rounds, day):
+    """The order of the learn pass."""
+    return virtual.learn(day, range(4), (), (), {})
 
 
 def test_requests_are_named_as_the_fetch_pass_names_them():
     experiment = Experiment(population={"users": 4}, cloud={"samples": 20, "samples_per_request": 8})
     virtual = rounds(cloud={"samples": 20, "samples_per_request": 8})
-    shard = Shard(1, 2, tuple(range(4)))
+    order = Order(seed=1, round=2)
     named = [ask.request_id for ask in virtual.plan(2, range(4)).plan.asks]
     made = []
     for index in range(4):
         device = Device(index, virtual.population.user(index))
-        made += [request.request_id for request in sample_orders(experiment, shard, device)]
-        made += [request.request_id for request, _ in questions(experiment, shard, device)]
+        made += [request.request_id for request in sample_orders(experiment, order, device)]
+        made += [request.request_id for request, _ in questions(experiment, order, device)]
     assert named == made and len(named) > 20
 
 
@@ -67,12 +72,12 @@ def test_steps_are_counted_as_the_engine_counts_them(items, epochs, steps, batch
 def test_by_default_everything_is_asked_and_trained_once():
     virtual = rounds()
     agenda, day = run(virtual)
-    told = virtual.order(day)
-    assert agenda.due == (0, 1, 2, 3) and agenda.order() == {"due": [0, 1, 2, 3], "held.device": [], "held.request": []}
+    told, asked = learn(virtual, day), virtual.fetch(agenda)
+    assert agenda.due == asked.due == (0, 1, 2, 3) and asked.held == ()
     names = [f"{device}/{arm}" for device in range(4) for arm in virtual.arms]
     assert to_train(virtual, day) == {name: REAL if name.endswith("/local") else SAMPLES for name in names}
-    assert told["versions.as"] == told["versions.arm"] and told["lost.request"] == [] and told["settled"] == -1
-    assert list(rows(told, "samples", "device", "first", "last", "on")) == [(d, 0, 0, SAMPLES) for d in range(4)]
+    assert all(row.kept == row.arm for row in told.versions) and told.lost == () and told.settled == -1
+    assert told.trains == tuple(Samples(d, 0, 0, SAMPLES) for d in range(4))
     by_arm = {v.arm: v for v in day.schedule.versions if v.device == 0}
     # local: 6 items are 1 step a pass, 6 passes; the others 18 items, 3 a pass; matched: as many steps on 6 items
     assert by_arm["local"].load_s < by_arm["local_matched"].load_s
@@ -94,7 +99,7 @@ def test_what_is_trained_without_a_cloud():
     names = [f"{device}/{arm}" for device in range(4) for arm in rounds().arms]
     virtual = rounds(network={"availability": 0})
     agenda, day = run(virtual)
-    assert len(agenda.order()["held.request"]) == len(agenda.plan.asks)
+    assert len(virtual.fetch(agenda).held) == len(agenda.plan.asks)
     assert to_train(virtual, day) == dict.fromkeys(names, REAL)
     virtual = rounds(network={"availability": 0, "fallback": "wait"})
     assert to_train(virtual, run(virtual)[1]) == {name: REAL for name in names if name.endswith("/local")}
@@ -110,7 +115,7 @@ def test_a_device_that_trains_twice_keeps_both_while_queries_come():
     assert to_train(at_the_end, day)["0/collaborative"] == SAMPLES, "the first of the two would answer nobody"
     by_day = rounds(**late, hardware={"queries": "day"})
     _, day = run(by_day)
-    told = list(rows(by_day.order(day), "versions", "device", "arm", "on", "as"))
+    told = [(row.device, row.arm, row.on, row.kept) for row in learn(by_day, day).versions]
     assert (0, "collaborative", REAL, "collaborative.first") in told
     assert (0, "collaborative", SAMPLES, "collaborative") in told
 
@@ -131,8 +136,7 @@ def test_samples_of_earlier_rounds(drift, earlier):
     resumed = json.loads(json.dumps(virtual.state()))
     for each in (virtual, rounds(resumed, drift=drift, rounds=4, arms=("collaborative",))):
         _, day = run(each, 3)
-        used = list(rows(each.order(day), "samples", "device", "first", "last", "on"))
-        assert [row[1:] for row in used if row[0] == 0] == [(min([*earlier, 3]), 3, SAMPLES)]
+        assert [row[1:] for row in learn(each, day).trains if row.device == 0] == [(min([*earlier, 3]), 3, SAMPLES)]
         items = MATERIAL.real + (1 + len(earlier)) * MATERIAL.accepted
         (version,) = (version for version in day.schedule.versions if version.device == 0)
         (alike, *_) = run(rounds(arms=("collaborative",)), material=Material(items, 100 * items))[1].schedule.versions
@@ -147,8 +151,8 @@ def test_a_sample_is_used_for_max_age_rounds_where_devices_ask_seldom():
         virtual = rounds(drift=drift, rounds=7, arms=("collaborative",))
         for round in range(7):
             _, day = run(virtual, round)
-            told = rows(virtual.order(day), "samples", "device", "first", "last", "on")
-            used[max_age, round] = [(first, last) for device, first, last, _ in told if device == 0]
+            told = learn(virtual, day).trains
+            used[max_age, round] = [(row.first, row.last) for row in told if row.device == 0]
             virtual.advance(day)
     assert [used[3, round] for round in (0, 3, 6)] == [[(0, 0)], [(3, 3)], [(6, 6)]]
     assert [used[4, round] for round in (0, 3, 6)] == [[(0, 0)], [(0, 3)], [(3, 6)]]
@@ -160,7 +164,7 @@ def test_stale_samples_are_the_last_that_came():
         virtual.advance(run(virtual, round)[1])
     _, day = run(virtual, 2)
     assert to_train(virtual, day, 2) == {f"{device}/collaborative": STALE for device in range(4)}
-    told = set(rows(virtual.order(day), "samples", "device", "first", "last", "on"))
+    told = set(learn(virtual, day).trains)
     assert told == {(device, 1, 1, STALE) for device in range(4)}
 
 
@@ -174,7 +178,7 @@ def test_devices_that_are_not_due_neither_ask_nor_train():
         due.append(agenda.due)
         virtual.advance(day)
     assert due == [(0, 2), (1, 3), ()]
-    assert {(device, round) for device, round in rows(virtual.order(day), "versions", "device", "round")} == {
+    assert {(row.device, row.round) for row in learn(virtual, day).versions} == {
         (device, device % 2) for device in range(4)
     }
 
@@ -214,7 +218,7 @@ def test_a_resumed_seed_goes_on():
     agenda, day = run(again, 1)
     assert 0 in agenda.due and agenda == run(virtual, 1)[0]
     assert day.schedule.versions == run(virtual, 1)[1].schedule.versions
-    assert again.order(day) == virtual.order(run(virtual, 1)[1])
+    assert learn(again, day) == learn(virtual, run(virtual, 1)[1])
 
 
 POLICIES = {
@@ -273,7 +277,7 @@ def test_what_a_round_leaves_and_is_told_does_not_grow(kept):
         delivered = virtual.deliver(agenda, {name: Size(9000, 4000, 1000, 480) for name in agenda.plan.granted})
         lost += sum(map(len, delivered.lost.values()))
         day = virtual.schedule(delivered, dict.fromkeys(agenda.asking, MATERIAL))
-        told = len(json.dumps(virtual.order(day)))
+        told = len(json.dumps(columns_of(learn(virtual, day))))
         virtual.advance(day)
         sizes.append(told + len(json.dumps(virtual.state())))
     assert lost > 3 and max(sizes[30:]) < 1.15 * max(sizes[5:15])

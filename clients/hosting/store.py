@@ -1,0 +1,80 @@
+"""The devices' store: what is private to them stays here, and passes are given what their orders name.
+
+In a simulation it is the run directory, so that what the devices of all hosts keep becomes the run's tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from untether.clients.device.materials import donors
+from untether.clients.device.worker import Inputs, Outcome
+from untether.clients.stores.adapter_store import AdapterStore
+from untether.sim.core.records import Part
+from untether.sim.population.source import device_id
+from untether.sim.rounds.messages import Filter, Learn, Order, Reply
+from untether.sim.run.directory import RunDirectory
+
+
+class DeviceStore:
+    """The store of the devices of one order's seed, on a run directory."""
+
+    def __init__(self, run: RunDirectory, order: Order):
+        self.run, self.experiment = run, run.experiment
+        self.adapters = AdapterStore(run.path, order.seed)
+        if isinstance(order, Learn):
+            self.adapters.prune(order.settled)
+
+    def inputs(self, order: Order) -> Inputs:
+        """What the store holds of what an order names, for its devices (for the placebo: their donors too)."""
+        mine = {*order.devices}
+        if isinstance(order, Filter):
+            return Inputs(self._rows(order, "samples", order.samples, mine))
+        if not isinstance(order, Learn):
+            return Inputs()
+        if "placebo" in self.experiment.arms:
+            lenders = {*mine, *(donor for lent in donors(order).values() for donor in lent)}
+        else:
+            lenders = mine
+        adapters, starts = {}, {}
+        for version in order.versions:
+            name = device_id(version.device)
+            if version.round < order.round:
+                target, found = adapters, self.adapters.load_exactly(version.round, name, version.kept)
+            elif self.experiment.for_arm(version.arm)[1].start == "continue":
+                target, found = starts, self.adapters.load(order.round - 1, name, version.arm)
+            else:
+                continue
+            if found is not None:
+                target[version] = found
+        return Inputs(
+            self._rows(order, "samples", order.samples, lenders), self._rows(order, "answers", order.answers, mine),
+            adapters, starts,
+        )  # fmt: skip
+
+    def keep(self, order: Order, outcome: Outcome) -> Reply:
+        """Keeps what a pass made. Returns its reply, which says under which names. The same order again replaces it."""
+        if outcome.adapters:
+            self.adapters.save(order.round, order.name, outcome.adapters)
+        for table, rows in outcome.tables.items():
+            self.run.write_part(table, order.seed, order.round, order.name, rows)
+        reply = replace(outcome.reply, parts={table: [order.name] for table in outcome.tables})
+        if order.devices:
+            self.run.write_receipt(order.seed, order.round, order.name, _without_arrays(reply))
+        return reply
+
+    def kept(self, order: Order) -> Reply | None:
+        """The reply to an order that was carried out before; None for one that was not."""
+        found = self.run.read_receipt(order.seed, order.round, order.name)
+        if found is None or tuple(found["columns"]["device"]) != order.devices:
+            return None
+        return Reply(**found)
+
+    def _rows(self, order: Order, table: str, parts: tuple[Part, ...], devices: set[int]) -> Any:
+        paths = [path for part in parts for path in self.run.parts(order.seed, part.round, {table: [part.name]})[table]]
+        return self.run.read_table(paths, [device_id(index) for index in sorted(devices)])
+
+
+def _without_arrays(reply: Reply) -> dict[str, Any]:
+    return {each.name: getattr(reply, each.name) for each in fields(reply) if each.name != "arrays"}

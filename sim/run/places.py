@@ -1,0 +1,48 @@
+"""Where the runs of this machine keep what is their devices': a message names a run, never a folder.
+
+Whoever coordinates a run announces it, and the hosts of the same machine, in processes of their own, look it up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from untether.sim.core.errors import UserError
+from untether.sim.run.directory import RunDirectory
+
+
+def run_id(run: RunDirectory) -> str:
+    """What a run is called in messages."""
+    return hashlib.blake2b(str(run.path.resolve()).encode(), digest_size=8).hexdigest()
+
+
+@contextlib.contextmanager
+def announced(run: RunDirectory) -> Iterator[str]:
+    """Makes a run's directory known to this machine's hosts while it goes on. Gives the run's id."""
+    note = _folder() / run_id(run)
+    note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    note.write_text(str(run.path.resolve()), encoding="utf-8")
+    try:
+        yield note.name
+    finally:
+        note.unlink(missing_ok=True)
+
+
+def find_run(name: str) -> RunDirectory:
+    """The directory of an announced run. Raises UserError where this machine does not know it."""
+    try:
+        return RunDirectory.open((_folder() / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"this node does not know the run {name}: hosts must live on the machine that coordinates the run, under "
+            "the same user, with the same temporary folder (TMPDIR)"
+        ) from None
+
+
+def _folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"untether-{os.getuid() if hasattr(os, 'getuid') else 'runs'}" / "runs"
