@@ -64,7 +64,7 @@ def test_a_worker_stays_from_call_to_call_and_is_replaced_once_dead(cluster, tmp
     """The model that it holds is loaded once; a call to a dead worker says so, the next one finds a new worker."""
     import ray
 
-    run = RunDirectory.create(tmp_path / "run", tiny())
+    run = RunDirectory.create(tmp_path / "run", tiny(arms="local"))
     ray.init(address=cluster[0].address, log_to_driver=False, runtime_env=runtime_env())
     try:
         def process():
