@@ -22,15 +22,13 @@ from untether.clients.stores.adapter_cache import ENGINE
 from untether.sim.core.records import Interaction, Query
 from untether.sim.core.seeding import derive
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import ARMS, CLOUD, SHARED, Arm, records
 from untether.sim.population.order import latest_s
 from untether.sim.population.tasks import get_task, rag_prompt
 from untether.sim.rounds.messages import Learn
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SHARED = "shared"
-RETRIEVING = ("rag", "rag_adapter")
 
 Owner = tuple[object, str]
 """Who an adapter belongs to: (device index, arm), or (SHARED, task)."""
@@ -77,17 +75,17 @@ def answer(
         newest_s = {task: _newest_s(items, task) for task in device.user.tasks}
         for number, query, arm, prompt in _asked(worker.experiment, device, order.round, items):
             asked_s = timeline.query_time_s(order.round, device.index, number)
-            row = prediction_row(device, query, arm, answered_by="base") | {"answered_time_s": asked_s}
+            row = prediction_row(device, query, arm.name, answered_by="base") | {"answered_time_s": asked_s}
             rows.append(row)
-            if arm == "majority":
-                row |= {"answered_by": "majority", "data_until_s": newest_s[query.task]}
+            if arm.answers == "majority":
+                row |= {"answered_by": arm.answers, "data_until_s": newest_s[query.task]}
                 answered(row, _majority(items, query.task))
                 continue
-            if arm in RETRIEVING:
+            if arm.retrieves:
                 row["data_until_s"] = newest_s[query.task]
             adapter = _live(worker.experiment, adapters.get(_owner(device, query, arm), ()), asked_s)
             if adapter is not None:
-                row["answered_by"] = SHARED if arm == SHARED else "adapter"
+                row["answered_by"] = arm.answers
                 row |= {"adapter_version": adapter.version, "adapter_time_s": adapter.live_s}
                 row.setdefault("data_until_s", adapter.until_s)
             questions.append(_Question(row, device.index, query, prompt, adapter))
@@ -113,7 +111,7 @@ def cloud_answers(
         items = device.real_items(worker.experiment, order.round)
         for query in device.queries(order.round):
             found = came.get((device.device_id, query.query_id), {"outcome": "no_answer", "text": ""})
-            row = prediction_row(device, query, "cloud", answered_by="cloud")
+            row = prediction_row(device, query, CLOUD, answered_by=ARMS[CLOUD].answers)
             row["data_until_s"] = _newest_s(items, query.task)
             rows.append(answered(row, found["text"], found["outcome"]))
     return rows
@@ -130,24 +128,22 @@ def _live(experiment: Experiment, adapters: Sequence[Adapter], time_s: float) ->
     return adapters[-1] if adapters else None
 
 
-def _owner(device: Device, query: Query, arm: str) -> Owner:
-    if arm == SHARED:
-        return SHARED, query.task
-    return device.index, "collaborative" if arm == "rag_adapter" else arm
+def _owner(device: Device, query: Query, arm: Arm) -> Owner:
+    return (SHARED, query.task) if arm.answers == "shared" else (device.index, arm.adapter)
 
 
 def _asked(
     experiment: Experiment, device: Device, round: int, items: Sequence[Interaction]
-) -> Iterable[tuple[int, Query, str, str]]:
+) -> Iterable[tuple[int, Query, Arm, str]]:
     """(number, query, arm, prompt) for every query of a device's round and every arm that the device answers."""
     retrievers = {task: Retriever([item for item in items if item.task == task]) for task in device.user.tasks}
     for number, query in enumerate(device.queries(round)):
         task, retrieved = get_task(query.task), None
         plain = task.prompt(query.input)
-        for arm in experiment.arms:
-            if arm == "cloud" or (arm == "majority" and task.kind == "generation"):
+        for arm in records(experiment.arms):
+            if arm.answers == "cloud" or not arm.answers_kind(task.kind):
                 continue
-            if arm not in RETRIEVING:
+            if not arm.retrieves:
                 yield number, query, arm, plain
                 continue
             if retrieved is None:

@@ -1,4 +1,4 @@
-"""What each arm trains on. An arm is one treatment of the same device on the same data (see `sim.experiment.ARMS`).
+"""What each arm trains on. An arm is one treatment of the same device on the same data (see `sim.experiment.arms`).
 
 Nothing here depends on which other arms run: every draw comes from (seed, device, round, purpose), so adding an arm
 changes no other arm's row, and an arm that accepted nothing trains exactly like `local`.
@@ -11,11 +11,8 @@ from dataclasses import dataclass
 
 from untether.sim.core.records import Interaction, Sample
 from untether.sim.core.seeding import generator
+from untether.sim.experiment.arms import ARMS
 from untether.sim.population.tasks import get_task
-from untether.sim.rounds.material import LEARNS_FROM
-
-NEED_SAMPLES = frozenset(LEARNS_FROM) - {"local"} | {"rag_adapter"}
-"""Arms that depend on what the cloud wrote (`local_matched` by its number of steps)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +33,15 @@ class Material:
 
 def training_pairs(arm: str, material: Material, seed: int, device_id: str, round: int) -> list[tuple[str, str]]:
     """The (prompt, answer) pairs that one arm of one device trains on: real items first, in history order."""
-    real: Sequence[Interaction] = () if arm == "synthetic_only" else material.real
+    real: Sequence[Interaction] = material.real if "real" in ARMS[arm].learns else ()
     return [_pair(item) for item in (*real, *_synthetic(arm, material, seed, device_id, round))]
 
 
 def _synthetic(arm: str, material: Material, seed: int, device_id: str, round: int) -> Sequence[Sample]:
-    if arm in ("collaborative", "synthetic_only"):
-        return material.accepted
-    if arm == "unfiltered":
-        return material.unfiltered
-    if arm == "unfiltered_matched":
-        return _as_many(material.unfiltered, material.accepted, seed, device_id, round, "unfiltered_matched")
-    if arm == "placebo":
-        return _as_many(material.foreign, material.accepted, seed, device_id, round, "placebo")
-    return ()
+    pools = {"accepted": material.accepted, "received": material.unfiltered, "foreign": material.foreign}
+    if draws := ARMS[arm].draws:
+        return _as_many(pools[draws], material.accepted, seed, device_id, round, arm)
+    return [sample for kind in ARMS[arm].learns for sample in pools.get(kind, ())]
 
 
 def _as_many(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from untether.clients.cloud.records import CloudReply, CloudRequest
-from untether.clients.device.arms import NEED_SAMPLES
 from untether.clients.device.device import Device
 from untether.sim.core.records import Interaction, Query, Sample
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import CLOUD, records
 from untether.sim.population.tasks import get_task
 from untether.sim.prompts.protocol import TaskLike, build_answer_request, build_samples_request
 from untether.sim.rounds.messages import Order
@@ -89,7 +89,7 @@ def answer_request(
 def sample_orders(experiment: Experiment, order: Order, device: Device) -> list[CloudRequest]:
     """All requests for synthetic samples that a device may make in a round: per task, from what it knows by then."""
     cloud = experiment.cloud
-    if not cloud.samples or not NEED_SAMPLES.intersection(experiment.arms):
+    if not cloud.samples or not any(arm.needs_samples for arm in records(experiment.arms)):
         return []
     items = device.real_items(experiment, order.round)
     return [
@@ -107,7 +107,7 @@ def sample_orders(experiment: Experiment, order: Order, device: Device) -> list[
 def questions(experiment: Experiment, order: Order, device: Device) -> list[tuple[CloudRequest, Query]]:
     """The cloud arm's requests of a device: every query of the round with the history in its prompt."""
     cloud = experiment.cloud
-    if "cloud" not in experiment.arms:
+    if CLOUD not in experiment.arms:
         return []
     items = device.real_items(experiment, order.round)
     return [

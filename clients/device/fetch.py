@@ -18,6 +18,7 @@ from untether.clients.device.worker import Inputs, Outcome, Worker, rows_of
 from untether.clients.filters import judge
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.records import LEAK, NOT_RECEIVED, Interaction, JudgedSample, Query, Sample
+from untether.sim.experiment.arms import CLOUD
 from untether.sim.population.leaks import LeakChecker
 from untether.sim.population.tasks import get_task
 from untether.sim.prompts.protocol import estimate_tokens
@@ -170,7 +171,7 @@ def _event_rows(order: Order, request: CloudRequest, reply: CloudReply) -> list[
         rows.append({
             "time_s": order.round * DAY_S, "event_id": f"{request.request_id}#{attempt.attempt}",
             "request_id": request.request_id, "attempt": attempt.attempt, "device_id": request.device_id,
-            "arm": "cloud" if request.kind == "answer" else None,
+            "arm": CLOUD if request.kind == "answer" else None,
             "kind": "answer" if request.kind == "answer" else "augment",
             "outcome": reply.outcome if last else attempt.outcome, "duration_s": attempt.duration_s,
             "bytes_up": attempt.bytes_up, "bytes_down": attempt.bytes_down, "tokens_in": attempt.tokens_in,

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from untether.clients.device.answering import SHARED, Adapter, Owner, answer, cloud_answers
+from untether.clients.device.answering import Adapter, Owner, answer, cloud_answers
 from untether.clients.device.arms import Material, training_pairs
 from untether.clients.device.device import Device
 from untether.clients.device.ledger import ledger_rows
@@ -26,6 +26,7 @@ from untether.clients.stores.adapter_cache import train_once
 from untether.clients.stores.adapter_store import State, adapter_version, as_arrays, as_tensors
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.seeding import derive
+from untether.sim.experiment.arms import ARMS, CLOUD, SHARED
 from untether.sim.population.order import latest_s
 from untether.sim.population.source import device_id
 from untether.sim.rounds.material import watched
@@ -53,7 +54,7 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     adapters = _adapters(worker, order, devices, versions, results, inputs)
     if SHARED in experiment.arms:
         adapters |= shared_adapters(worker, order.arrays)
-    answers = cloud_answers(worker, order, devices, inputs) if "cloud" in experiment.arms else []
+    answers = cloud_answers(worker, order, devices, inputs) if CLOUD in experiment.arms else []
     answers += answer(worker, order, devices, adapters)
     events = _event_rows(order, results)
     tables = {
@@ -119,14 +120,14 @@ def _jobs(
             pairs = training_pairs(version.arm, material, *words, order.round)
             if not pairs:
                 continue
-            if version.arm == "placebo" and material.accepted:
+            if ARMS[version.arm].draws == "foreign" and material.accepted:
                 others = len(pairs) - len(material.real)
                 placebos[device.index] = others, material.of_second, others < len(material.accepted)
             lora, training = experiment.for_arm(version.arm)
             settings = TrainSettings.of(training)
-            if version.arm == "local_matched":
-                like = training_pairs("collaborative", material, *words, order.round)
-                steps = TrainSettings.of(experiment.for_arm("collaborative")[1]).total_steps(len(like))
+            if like := ARMS[version.arm].steps_of:
+                theirs = training_pairs(like, material, *words, order.round)
+                steps = TrainSettings.of(experiment.for_arm(like)[1]).total_steps(len(theirs))
                 settings = TrainSettings.of(training, steps=steps)
             yield TrainJob(
                 key=version,

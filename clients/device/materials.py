@@ -13,6 +13,7 @@ from untether.clients.device.device import Device
 from untether.clients.device.worker import Inputs, rows_of
 from untether.sim.core.records import LEAK, NOT_RECEIVED, Sample
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import records
 from untether.sim.population.leaks import LeakChecker
 from untether.sim.population.source import device_id
 from untether.sim.rounds.messages import Learn
@@ -21,6 +22,11 @@ from untether.sim.time.timeline_state import REAL
 DONORS = 2
 """How many other devices a placebo may be drawn from: the next ones that asked in the same round. The second only gives
 what the first has too little of."""
+
+
+def needs_others(experiment: Experiment) -> bool:
+    """Whether an arm trains on samples of other users."""
+    return any(arm.draws == "foreign" for arm in records(experiment.arms))
 
 
 def donors(order: Learn) -> dict[int, list[int]]:
@@ -41,7 +47,7 @@ class Materials:
     def __init__(self, experiment: Experiment, order: Learn, inputs: Inputs):
         self.experiment, self.round = experiment, order.round
         self._rounds = {(row.device, row.on): range(row.first, row.last + 1) for row in order.trains}
-        self._donors = donors(order) if "placebo" in experiment.arms else {}
+        self._donors = donors(order) if needs_others(experiment) else {}
         self._samples: dict[tuple[str, int], list[tuple[Sample, str]]] = defaultdict(list)
         for row in rows_of(inputs.samples) if self._rounds else ():
             if row["verdict"] not in (NOT_RECEIVED, LEAK):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from untether.clients.device.answering import SHARED, Adapter, Owner
+from untether.clients.device.answering import Adapter, Owner
 from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.engine.adapters import LoraSpec
 from untether.clients.engine.encoding import encode_answer, encode_prompt
@@ -16,6 +16,7 @@ from untether.clients.stores.adapter_cache import train_once
 from untether.clients.stores.adapter_store import adapter_version, as_arrays, as_tensors
 from untether.sim.core.records import Interaction
 from untether.sim.core.seeding import derive
+from untether.sim.experiment.arms import SHARED
 from untether.sim.population.others import shared_items
 from untether.sim.population.tasks import get_task
 from untether.sim.rounds.messages import Reply, Share

@@ -19,8 +19,8 @@ from untether.clients.hosting.store import DeviceStore
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import ResumableStop, UserError, disk_is_full
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import trained
 from untether.sim.population.source import device_id
-from untether.sim.rounds.material import trained
 from untether.sim.rounds.messages import Learn, Order, Reply, joined
 from untether.sim.run.directory import RunDirectory
 
@@ -88,7 +88,7 @@ def run_order(
 
 def _shard_size(experiment: Experiment, order: Order) -> int:
     """Devices that a worker is given at a time: their adapters, too, travel to it and back in one piece."""
-    most = BLOCK_ADAPTERS // max(1, len(trained(experiment))) if order.work == "learn" else experiment.engine.shard
+    most = BLOCK_ADAPTERS // max(1, len(trained(experiment.arms))) if order.work == "learn" else experiment.engine.shard
     return max(1, min(experiment.engine.shard, most))
 
 

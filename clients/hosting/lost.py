@@ -11,6 +11,7 @@ from untether.clients.device.device import Device
 from untether.clients.device.ledger import ledger_rows
 from untether.clients.device.scoring import answered, metric_rows, prediction_row
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import ARMS
 from untether.sim.population.source import open_population
 from untether.sim.population.tasks import get_task
 from untether.sim.rounds.messages import Learn
@@ -38,5 +39,5 @@ def lost_rows(
 def _owed(device: Device, round: int, arms: Sequence[str]) -> Iterator[dict[str, Any]]:
     for query in device.queries(round):
         for arm in arms:
-            if not (arm == "majority" and get_task(query.task).kind == "generation"):
+            if ARMS[arm].answers_kind(get_task(query.task).kind):
                 yield prediction_row(device, query, arm, answered_by="nobody")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from untether.clients.device.materials import donors
+from untether.clients.device.materials import donors, needs_others
 from untether.clients.device.worker import Inputs, Outcome
 from untether.clients.stores.adapter_store import AdapterStore
 from untether.sim.core.records import Part
@@ -33,7 +33,7 @@ class DeviceStore:
             return Inputs(self._rows(order, "samples", order.samples, mine))
         if not isinstance(order, Learn):
             return Inputs()
-        if "placebo" in self.experiment.arms:
+        if needs_others(self.experiment):
             lenders = {*mine, *(donor for lent in donors(order).values() for donor in lent)}
         else:
             lenders = mine

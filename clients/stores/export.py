@@ -9,15 +9,15 @@ from untether.clients.engine.adapters import LoraSpec, save_peft
 from untether.clients.engine.base import FrozenBase
 from untether.clients.stores.adapter_store import AdapterStore, as_tensors
 from untether.sim.core.errors import UserError, unknown
-from untether.sim.rounds.material import LEARNS_FROM
+from untether.sim.experiment.arms import ARMS, trained
 from untether.sim.run.directory import RunDirectory
 
 
 def export_adapter(run: RunDirectory, device: str, arm: str, out: Path, seed: int | None = None) -> Path:
     """Writes the adapter as of the last round. UserError names what there is where device, arm or seed is not."""
     experiment = run.experiment
-    if arm not in LEARNS_FROM:
-        raise UserError(f"--arm: {unknown('arm with an adapter', arm, LEARNS_FROM)}")
+    if arm not in (there := trained(ARMS)):
+        raise UserError(f"--arm: {unknown('arm with an adapter', arm, there)}")
     seed = experiment.seeds[0] if seed is None else seed
     store = AdapterStore(run.path, seed)
     state = store.load(experiment.rounds - 1, device, arm)

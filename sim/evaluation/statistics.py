@@ -30,18 +30,10 @@ from untether.sim.evaluation.resampling import (
     swap_totals,
     without_each,
 )
-from untether.sim.experiment.sections import ARMS
+from untether.sim.experiment.arms import ARMS, CONTRASTS, FLOOR, NON_INFERIORITY, PRIMARY, ordered
 from untether.sim.population.tasks import Task, get_task, higher_is_better, unit
 
-PRIMARY = (("collaborative", "local_matched"), ("collaborative", "placebo"))
-"""The contrasts that are tested: Holm's correction is over tasks times these, on each task's primary metric."""
-NON_INFERIORITY = ("collaborative", "cloud")
-"""The contrast that is judged against a margin: not worse if its interval lies above -margin."""
-CONTRASTS = (*PRIMARY, NON_INFERIORITY, ("collaborative", "frozen"), ("collaborative", "unfiltered_matched"))
-FLOOR = "frozen"
-
 _TIE = 1e-12
-_ADAPTER_OF = {"rag_adapter": "collaborative"}
 
 Row = dict[str, object]
 Contrast = tuple[str, str]
@@ -114,7 +106,7 @@ def training_costs(events: pd.DataFrame | None, predictions: pd.DataFrame) -> di
     done = events[(events["kind"] == "train") & events["steps"].notna()]
     totals = done.groupby("arm")[["steps", "tokens_in"]].sum()
     devices = predictions.groupby("arm")[["seed", "device_id"]].apply(lambda rows: len(rows.drop_duplicates()))
-    owner = {arm: _ADAPTER_OF.get(arm, arm) for arm in devices.index}
+    owner = {arm: ARMS[arm].adapter if arm in ARMS else arm for arm in devices.index}
     return {
         arm: tuple(float(total) / int(devices[arm]) for total in totals.loc[own])
         for arm, own in owner.items()
@@ -150,9 +142,7 @@ class _Comparison:
         self.task, self.seed, self.resamples = task, seed, resamples
         order = ["seed", "user_id", "round", "query_id", "arm"]
         frame = frame.sort_values(order, kind="stable").reset_index(drop=True)
-        self.arms = sorted(
-            frame["arm"].unique(), key=lambda arm: (list(ARMS).index(arm) if arm in ARMS else len(ARMS), arm)
-        )
+        self.arms = ordered(frame["arm"].unique())
         self._cluster = _numbered(frame, ["cluster"])
         self._user = _numbered(frame, ["seed", "user_id"])
         self._query = _numbered(frame, ["seed", "user_id", "query_id"])
@@ -186,7 +176,7 @@ class _Comparison:
                 row["wins"] = int(np.count_nonzero(better > _TIE))
                 row["losses"] = int(np.count_nonzero(better < -_TIE))
                 row["ties"] = len(better) - row["wins"] - row["losses"]
-            if (arm, reference) == NON_INFERIORITY and metric == self.task.primary:
+            if (arm, reference) in NON_INFERIORITY and metric == self.task.primary:
                 row["margin"], row["non_inferior"] = margin, _not_worse(row, margin)
             rows.append(row)
         return rows

@@ -17,9 +17,9 @@ import tomlkit
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from untether.sim.core.errors import UserError, unknown
+from untether.sim.experiment.arms import ARMS, check_arms
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.sections import (
-    ARMS,
     ArmSettings,
     Cloud,
     Engine,
@@ -42,9 +42,8 @@ class Experiment(Section):
     seeds: tuple[int, ...] = Field((1,), min_length=1, description="each seed draws its own, disjoint users")
     rounds: int = Field(1, ge=1, description="rounds of virtual time; each asks the cloud and trains again")
     arms: tuple[str, ...] = Field(
-        ("frozen", "majority", "rag", "local", "local_matched", "unfiltered_matched", "placebo", "collaborative",
-         "cloud"),
-        min_length=1, description="treatments compared on the same devices: " + ", ".join(ARMS),
+        tuple(name for name, arm in ARMS.items() if arm.usual), min_length=1,
+        description="treatments compared on the same devices: " + ", ".join(ARMS),
     )
     population: Population = Population()
     model: Model = Model()
@@ -64,23 +63,20 @@ class Experiment(Section):
     @field_validator("arms")
     @classmethod
     def _arms_known(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
-        for arm in arms:
-            if arm not in ARMS:
-                raise ValueError(unknown("arm", arm, ARMS))
+        check_arms(arms)
         return tuple(arm for arm in ARMS if arm in arms)
 
     @field_validator("by_arm")
     @classmethod
     def _by_arm_known(cls, by_arm: dict[str, ArmSettings]) -> dict[str, ArmSettings]:
-        for arm in by_arm:
-            if arm not in ARMS:
-                raise ValueError(unknown("arm", arm, ARMS))
-        for name in ("steps", "epochs"):
-            if name in by_arm.get("local_matched", ArmSettings()).training:
-                raise ValueError(
-                    f"local_matched.training.{name}: this arm takes as many steps as collaborative. Set "
-                    f"by_arm.collaborative.training.{name}, or leave it out"
-                )
+        check_arms(by_arm)
+        for arm, own in by_arm.items():
+            for name in ("steps", "epochs"):
+                if name in own.training and (like := ARMS[arm].steps_of):
+                    raise ValueError(
+                        f"{arm}.training.{name}: this arm takes as many steps as {like}. Set "
+                        f"by_arm.{like}.training.{name}, or leave it out"
+                    )
         return by_arm
 
     @field_validator("seeds")

@@ -14,24 +14,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.virtual_sections import CloudCapacity
 
-ARMS: dict[str, str] = {
-    "frozen": "the shared base model, trained on nothing: the floor",
-    "majority": "the history's most frequent label (classification and rating): what needs no model",
-    "shared": "one LoRA a task from disjoint users",
-    "rag": "the base model with the BM25 top-k of the history in its prompt",
-    "rag_adapter": "the collaborative adapter with the same retrieval",
-    "local": "LoRA on the user's real history",
-    "local_matched": "the same, with as many optimizer steps as `collaborative`",
-    "synthetic_only": "LoRA on the filtered synthetic samples",
-    "unfiltered": "LoRA on real and all synthetic samples",
-    "unfiltered_matched": "LoRA on real and as many random synthetic samples as `collaborative` accepted",
-    "placebo": "LoRA on real and as many accepted samples made for one other user",
-    "collaborative": "LoRA on real and filtered synthetic samples (CDCDA-PLM)",
-    "cloud": "the cloud model answers with the history in its prompt",
-}
-
 Reads = Literal["input", "output", "pair"]
-
 
 NOW, SYSTEM = "strftime_now", "system_prompt"
 """Template arguments with a meaning of their own: the day that `strftime_now` tells, and the text of a system turn."""

@@ -13,12 +13,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from untether.sim.experiment.arms import METHOD, PRIMARY
 from untether.sim.launch.progress import LiveProgress, make_console
-from untether.sim.report.summary import PRIMARY, Contrast, Summary, arrow, interval, metric_name, number, p_value
+from untether.sim.report.summary import Contrast, Summary, arrow, interval, metric_name, number, p_value
 
 __all__ = ["LiveProgress", "Results", "arms_table", "make_console"]
-
-_HERO = "collaborative"
 
 
 def arms_table(summary: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Summary) -> Results:
@@ -79,7 +78,7 @@ class Results:
                 around = interval(row.get("ci_low"), row.get("ci_high"), digits).replace(", ", " ")
                 cell.append(f" {around}" if around else "", style="not bold dim")
                 cells.append(cell)
-            table.add_row(Text(arm, style="bold cyan" if arm == _HERO else ""), *cells)
+            table.add_row(Text(arm, style="bold cyan" if arm == METHOD else ""), *cells)
         return table
 
     def _contrasts(self, contrasts: Sequence[Contrast], plain: bool, options: ConsoleOptions) -> RenderResult:
@@ -119,7 +118,7 @@ class Results:
         yield table
         words = ["W/T/L: users better, tied, worse."] if everything else []
         if intervals:
-            words.append(f"Holm: over tasks and {' and '.join(pair[1] for pair in PRIMARY)}.")
+            words.append(f"Holm: over tasks and {' and '.join(reference for _, reference in PRIMARY)}.")
         yield Text(" ".join(words), style="dim")
 
 

@@ -17,9 +17,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from untether.sim.experiment.arms import NON_INFERIORITY, PRIMARY
 from untether.sim.population.tasks import higher_is_better
 from untether.sim.report.funnel import Funnel
-from untether.sim.report.summary import CONTRASTS, Contrast, Summary, metric_name, title
+from untether.sim.report.summary import Contrast, Summary, metric_name, title
 from untether.sim.run.directory import write_atomically
 
 #: Ink is one colour of its own, and so is the gap between bars: the report turns them into the page's own colours.
@@ -69,8 +70,7 @@ def forest(summary: Summary) -> Figure | None:
     metric is an error is turned, so that right is better everywhere.
     """
     contrasts = [contrast for contrast in summary.contrasts() if contrast.gain is not None]
-    panels = [(arm, reference) for arm, reference, _ in CONTRASTS[:3]
-              if any((c.arm, c.reference) == (arm, reference) for c in contrasts)]  # fmt: skip
+    panels = [pair for pair in (*PRIMARY, *NON_INFERIORITY) if any((c.arm, c.reference) == pair for c in contrasts)]
     if not panels:
         return None
     tasks = [task for task in summary.tasks if any(c.task == task for c in contrasts)]
@@ -81,7 +81,7 @@ def forest(summary: Summary) -> Figure | None:
             own = {c.task: c for c in contrasts if (c.arm, c.reference) == (arm, reference)}
             _forest_panel(axis, [own.get(task) for task in tasks])
             axis.set_title(f"against {reference.replace('_', ' ')}", pad=14)
-        tested = [axis for axis, (_, reference) in zip(axes[0], panels, strict=True) if reference != "cloud"]
+        tested = [axis for axis, pair in zip(axes[0], panels, strict=True) if pair in PRIMARY]
         limits = [limit for axis in tested for limit in axis.get_xlim()]
         for axis in tested:
             axis.set_xlim(min(limits), max(limits))

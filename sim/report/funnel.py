@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import pandas as pd
 
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import records
 
 #: What the world's generator calls a sample without a fault in the `truth` column.
 SOUND = "good"
 _REJECTED = "rejected_by:"
-#: The arms that need synthetic samples: a run without any of them asks the cloud for none.
-_ASKING = frozenset({"rag_adapter", "synthetic_only", "unfiltered", "unfiltered_matched", "placebo", "collaborative"})
 
 
 class Funnel:
@@ -53,7 +52,7 @@ class Funnel:
 def _asked(samples: pd.DataFrame, predictions: pd.DataFrame, experiment: Experiment) -> dict[str, int]:
     """`cloud.samples` for every user and task of every round that asked: those with samples; of one round, all."""
     keys = ["seed", "round", "user_id", "task"]
-    everyone = experiment.rounds == 1 and _ASKING & set(experiment.arms)
+    everyone = experiment.rounds == 1 and any(arm.needs_samples for arm in records(experiment.arms))
     frames = [frame[keys] for frame in (samples, predictions if everyone else predictions[:0]) if len(frame)]
     if not frames:
         return {}

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from untether.sim.core.package_data import find
 from untether.sim.experiment import Experiment, fields
-from untether.sim.experiment.sections import ARMS
+from untether.sim.experiment.arms import ARMS, CONTRASTS, METHOD
 from untether.sim.report import figures, prose
 from untether.sim.report import summary as reading
 from untether.sim.report.fleet import Fleet
@@ -54,9 +54,10 @@ def write_report(run: RunDirectory) -> Path:
         contrasts=summary.contrasts(),
         others=[contrast for contrast in summary.contrasts(everything=True) if contrast not in summary.contrasts()],
         method=prose.method(summary, experiment),
-        arms=ARMS,
+        arms={name: arm.meaning for name, arm in ARMS.items()},
+        method_arm=METHOD,
         title=reading.title,
-        meaning={(arm, reference): text for arm, reference, text in reading.CONTRASTS},
+        meaning={pair: reference.settles for pair, reference in CONTRASTS.items()},
         answer=prose.answer(summary),
         scale=prose.scale(summary, experiment),
         notes=prose.notes(summary, experiment, environment),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import CONTRASTS, METHOD, NON_INFERIORITY, PRIMARY
 from untether.sim.report.summary import Contrast, Summary, amount, interval, metric_name, number, p_value
 
 _FEW_USERS = 20
@@ -25,42 +26,35 @@ class Answer:
 
 def answer(summary: Summary) -> Answer:
     """Does the cloud's help pay? The primary contrasts first, then how close the device comes to the cloud."""
-    against = {
-        reference: [c for c in summary.contrasts() if (c.arm, c.reference) == ("collaborative", reference)]
-        for reference in ("local_matched", "placebo", "cloud")
-    }
+    against = {pair: [c for c in summary.contrasts() if (c.arm, c.reference) == pair] for pair in CONTRASTS}
     sentences = []
-    for reference, what in (
-        ("local_matched", "training as many steps on the user's own history alone (local_matched)"),
-        ("placebo", "as many samples written for another user (placebo)"),
-    ):
-        if against[reference]:
-            sentences.append(_against(against[reference], what))
+    for pair in PRIMARY:
+        what = f"{CONTRASTS[pair].words} ({pair[1]})"
+        if against[pair]:
+            sentences.append(_against(against[pair], what))
         else:
-            missing = [arm for arm in ("collaborative", reference) if arm not in summary.arms]
+            missing = [arm for arm in pair if arm not in summary.arms]
             why = f"{' and '.join(missing)} did not run" if missing else "the summary holds no such contrast"
             sentences.append(f"Whether it beats {what} cannot be told: {why}.")
-    if against["cloud"]:
-        sentences.append(_close_to_cloud(against["cloud"]))
-    return Answer(_headline(against["local_matched"], against["placebo"]), tuple(sentences))
+    sentences += [_close_to_cloud(against[pair]) for pair in NON_INFERIORITY if against[pair]]
+    return Answer(_headline(*(against[pair] for pair in PRIMARY)), tuple(sentences))
 
 
 def _headline(local: list[Contrast], placebo: list[Contrast]) -> str:
     if not local or not placebo:
         return "This run does not hold both primary contrasts, so it cannot answer whether the cloud's help pays."
     tasks = list(dict.fromkeys(c.task for c in (*local, *placebo)))
-    won = {name: {c.task for c in group if c.verdict() == "better"} for name, group in
-           (("local", local), ("placebo", placebo))}  # fmt: skip
+    over_local, over_placebo = ({c.task for c in group if c.verdict() == "better"} for group in (local, placebo))
     lost = {c.task for c in (*local, *placebo) if c.verdict() == "worse"}
-    both = won["local"] & won["placebo"]
+    both = over_local & over_placebo
     where = f"{len(both)} of {_several(len(tasks), 'task')}"
     if len(both) == len(tasks):
         text = "Collaborative beat both local training and the placebo"
         text += " on every task." if len(tasks) > 1 else f" on {_name(tasks[0])}."
     elif both:
         text = f"Collaborative beat both local training and the placebo on {where}."
-    elif won["local"]:
-        text = (f"Collaborative beat local training on {len(won['local'])} of {_several(len(tasks), 'task')}, "
+    elif over_local:
+        text = (f"Collaborative beat local training on {len(over_local)} of {_several(len(tasks), 'task')}, "
                 "but nowhere beat the placebo as well: the gain is not shown to be personal.")  # fmt: skip
     else:
         text = "On no task was collaborative shown to beat local training with as many steps."
@@ -214,7 +208,7 @@ def method(summary: Summary, experiment: Experiment) -> str:
         "Queries are averaged to a user, then users are compared in pairs: mean paired difference. Intervals and p are "
         f"over clusters of users: {alike}. The interval is the jackknife's over clusters, with Student's t; p is of "
         "the permutation test that swaps the two arms within clusters; Holm is over tasks and the primary contrasts "
-        "(collaborative against local_matched and placebo)."
+        f"({METHOD} against {' and '.join(reference for _, reference in PRIMARY)})."
     )
     margins = summary.margins()
     return f"{text} Against the cloud the margin is {' or '.join(margins)}." if margins else text

@@ -11,19 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from untether.sim.core.errors import UserError
-from untether.sim.experiment.sections import ARMS
+from untether.sim.experiment.arms import CONTRASTS, PRIMARY, ordered
 from untether.sim.population.tasks import get_task, higher_is_better, unit
 
-#: The contrasts of the design, in reading order: arm, reference, and what the comparison settles.
-CONTRASTS: tuple[tuple[str, str, str], ...] = (
-    ("collaborative", "local_matched", "the cloud's samples against as many steps on the user's own history"),
-    ("collaborative", "placebo", "samples written for this user against as many written for another"),
-    ("collaborative", "cloud", "the device's own adapter against asking the cloud model itself"),
-    ("collaborative", "unfiltered_matched", "filtered samples against as many unfiltered ones"),
-)
-#: The first two are tested for a difference; against the cloud the question is whether the device is not worse; the
-#: last is reported without a correction.
-PRIMARY = CONTRASTS[:2]
 SIGNIFICANT = 0.05
 #: An interval that ends at zero but for floating-point rounding does not lie beside it.
 _ROUNDING = 1e-9
@@ -63,7 +53,7 @@ class Contrast:
 
     @property
     def is_primary(self) -> bool:
-        return any((self.arm, self.reference) == pair[:2] for pair in PRIMARY)
+        return (self.arm, self.reference) in PRIMARY
 
     @property
     def significant(self) -> bool:
@@ -105,8 +95,7 @@ class Summary:
         self.rows: list[dict[str, Any]] = [{key: _finite(value) for key, value in row.items()} for row in rows]
         self.facts: dict[str, Any] = dict(content.get("facts") or {}) if isinstance(content, Mapping) else {}
         self.tasks: list[str] = sorted({row["task"] for row in self.rows}, key=_natural)
-        present = {row["arm"] for row in self.rows}
-        self.arms: list[str] = [arm for arm in ARMS if arm in present] + sorted(present - set(ARMS))
+        self.arms: list[str] = ordered(row["arm"] for row in self.rows)
         self._means = {(r["task"], r["arm"], r["metric"]): r for r in self.rows if not r.get("reference")}
 
     def mean(self, task: str, arm: str, metric: str | None = None) -> dict[str, Any] | None:
@@ -152,7 +141,7 @@ class Summary:
 
     def contrasts(self, *, everything: bool = False) -> list[Contrast]:
         """The design's contrasts on the tasks' primary metrics, in its order, by task; `everything`: all there are."""
-        order = {pair[:2]: index for index, pair in enumerate(CONTRASTS)}
+        order = {pair: index for index, pair in enumerate(CONTRASTS)}
         found = []
         for row in self.rows:
             designed = (row["arm"], row.get("reference")) in order and row["metric"] == self.primary(row["task"])

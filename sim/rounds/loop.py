@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from untether.sim.experiment.arms import SHARED
 from untether.sim.population.source import open_population
 from untether.sim.rounds.messages import Order, Reply, Share, complete, errors, joined, materials
 from untether.sim.rounds.planner import Rounds, sizes_of
@@ -70,7 +71,7 @@ def run_rounds(run: RunDirectory, backend: Backend, progress: Progress) -> None:
             day = virtual.schedule(delivered, owned)
 
             # 4. learn: train, answer, score.
-            if "shared" in experiment.arms and not run.shares(seed):  # what belongs to no device, once a seed
+            if SHARED in experiment.arms and not run.shares(seed):  # what belongs to no device, once a seed
                 shared = send(Share(seed=seed, round=round), experiment.population.shared_users)
                 run.write_shared(seed, shared.arrays, shared.facts.get("left_out", {}))
             samples, came = run.samples(seed, round, parts), run.named(parts.pop("answers", []))

@@ -7,17 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import ALONE, METHOD, trained
 from untether.sim.experiment.sections import Training
 from untether.sim.time.timeline_state import REAL, SAMPLES
-
-LEARNS_FROM = {
-    "local": "real", "local_matched": "real", "synthetic_only": "accepted", "unfiltered": "real received",
-    "unfiltered_matched": "real accepted", "placebo": "real accepted", "collaborative": "real accepted",
-}  # fmt: skip
-"""What each trained arm's examples are counted from. `local_matched` takes its steps from `collaborative`."""
-
-ALONE = "local"
-"""The trained arm that needs no cloud."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +37,12 @@ class Material:
 SAMPLE_COUNTS = tuple(field.name for field in fields(Material))[2:6]
 
 
-def trained(experiment: Experiment) -> list[str]:
-    """The arms of an experiment that own an adapter (`rag_adapter` uses the collaborative one, so it brings it)."""
-    arms = {*experiment.arms, *(["collaborative"] if "rag_adapter" in experiment.arms else [])}
-    return [arm for arm in LEARNS_FROM if arm in arms]
-
-
 def watched(experiment: Experiment) -> dict[str, str]:
     """The arms whose answers a device's detector of drift sees, by what those learn from that it decides for: the arms
     that need samples, or `local`. Never the arms that happen to be compared: adding one must change no other.
     """
-    arms = trained(experiment)
-    return {on: arm for on, arm in ((SAMPLES, "collaborative"), (REAL, ALONE)) if arm in arms}
+    arms = trained(experiment.arms)
+    return {on: arm for on, arm in ((SAMPLES, METHOD), (REAL, ALONE)) if arm in arms}
 
 
 def optimizer_steps(training: Training, examples: int) -> int:

@@ -14,16 +14,14 @@ from typing import Any
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import ARMS, CLOUD, METHOD, trained
 from untether.sim.population.source import Population, device_id
 from untether.sim.rounds.material import (
-    ALONE,
-    LEARNS_FROM,
     SAMPLE_COUNTS,
     Material,
     effort,
     optimizer_steps,
     total,
-    trained,
     trained_tokens,
 )
 from untether.sim.rounds.messages import FIRST, Fetch, Filter, Learn, Part, Request, Samples, Upload, Version
@@ -32,8 +30,8 @@ from untether.sim.time.policies import Policies
 from untether.sim.time.timeline import Delivery, Plan, Schedule, Timeline
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, Work
 
-AUGMENT, CLOUD = "augment", "cloud"
-"""Lanes: the requests for samples that the arms share, and the cloud arm's questions."""
+AUGMENT = "augment"
+"""The lane of the requests for samples, which the arms share. The cloud arm's questions have its own name, `CLOUD`."""
 
 KINDS = ("augment", "answer")
 """Of the events that are requests."""
@@ -126,14 +124,14 @@ class Rounds:
             for device, found in state.get("samples", {}).items()
         }
         self._asked: dict[int, tuple[tuple[str, ...], Sequence[tuple[str, int | None]]]] = {}
-        self.arms = trained(experiment)
+        self.arms = trained(experiment.arms)
         self.learning = {
-            SAMPLES: [arm for arm in self.arms if arm != ALONE], REAL: [arm for arm in self.arms if arm == ALONE]
-        }  # fmt: skip
+            on: [arm for arm in self.arms if ARMS[arm].needs_samples == (on == SAMPLES)] for on in (SAMPLES, REAL)
+        }
         self.asks_samples = bool(experiment.cloud.samples and self.learning[SAMPLES])
-        if experiment.drift.policy == "on_drift" and self.learning[SAMPLES] and "collaborative" not in self.arms:
+        if experiment.drift.policy == "on_drift" and self.learning[SAMPLES] and METHOD not in self.arms:
             raise UserError(
-                f'drift.policy = "on_drift" watches the answers of the arm collaborative, which is not among arms = '
+                f'drift.policy = "on_drift" watches the answers of the arm {METHOD}, which is not among arms = '
                 f"{list(experiment.arms)}. Add it: all arms that learn from samples ask when that one needs it"
             )
 
@@ -169,7 +167,7 @@ class Rounds:
             expected = self.timeline.expected(AUGMENT)
             for name in request_names(self.experiment, self.seed, round, device, tasks):
                 yield Ask(name, device, expected, AUGMENT)
-        if "cloud" in self.experiment.arms:
+        if CLOUD in self.experiment.arms:
             expected = self.timeline.expected(CLOUD)
             by_day = self.experiment.hardware.queries == "day"
             names = question_names(self.seed, round, device, of_queries)
@@ -244,21 +242,17 @@ class Rounds:
         return Day(delivered, schedule, served, came, own)
 
     def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> Work:
-        _, training = self.experiment.for_arm(arm)
-        counted = LEARNS_FROM[arm].split()
-        if arm == "local_matched":
-            _, training = self.experiment.for_arm("collaborative")
+        counted, like = ARMS[arm].learns, ARMS[arm].steps_of
+        _, training = self.experiment.for_arm(like or arm)
         material = own.plus(self._samples[device][past] for past in self._earlier(round, device))
         items, tokens = total(material, counted)
-        steps = optimizer_steps(training, items)
-        if arm == "local_matched":
-            steps = optimizer_steps(training, material.real + material.accepted)
+        steps = optimizer_steps(training, total(material, ARMS[like or arm].learns)[0])
         nothing = replace(own, **dict.fromkeys(SAMPLE_COUNTS, 0))
         had = nothing.plus(self._samples[device][past] for past in self._stale(device))
         return Work(
             device, arm, steps, trained_tokens(training, steps, items, tokens),
-            () if arm == ALONE else tuple(requests), *effort(training, *total(had, counted)),
-            row_tokens=material.longest_real if counted == ["real"] else material.longest,
+            tuple(requests) if ARMS[arm].needs_samples else (), *effort(training, *total(had, counted)),
+            row_tokens=material.longest_real if counted == ("real",) else material.longest,
         )
 
     def _earlier(self, round: int, device: int) -> list[int]:

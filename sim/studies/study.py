@@ -15,8 +15,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.experiment import Experiment, fields, parse_plain
+from untether.sim.experiment.arms import PRIMARY, check_arms
 from untether.sim.experiment.section import Section
-from untether.sim.experiment.sections import ARMS
 from untether.sim.studies.analysis import ANALYSES
 
 FOLDER = Path(__file__).parent
@@ -30,16 +30,12 @@ class FigureSpec(Section):
 
     x: str = Field("", description="the axis that runs from left to right; empty: the first")
     label: str = Field("", description="what that axis is, with its unit")
-    contrasts: tuple[tuple[str, str], ...] = Field(
-        (("collaborative", "local_matched"), ("collaborative", "placebo")), description="pairs of arms"
-    )
+    contrasts: tuple[tuple[str, str], ...] = Field(PRIMARY, description="pairs of arms")
 
     @field_validator("contrasts")
     @classmethod
     def _arms_known(cls, contrasts: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-        for arm in itertools.chain(*contrasts):
-            if arm not in ARMS:
-                raise ValueError(unknown("arm", arm, ARMS))
+        check_arms(itertools.chain(*contrasts))
         return contrasts
 
 

@@ -12,6 +12,7 @@ import typer
 
 from untether.sim.core.errors import Failure, ResumableStop, UserError
 from untether.sim.experiment import Experiment, fields
+from untether.sim.experiment.arms import METHOD
 
 app = typer.Typer(
     help="Simulate a fleet of phones that each personalize a small language model with a cloud model's help.",
@@ -108,7 +109,7 @@ def export(
     directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     device: Annotated[str, typer.Option(help="Device, such as d00003.")],
-    arm: Annotated[str, typer.Option(help="Arm whose adapter is wanted.")] = "collaborative",
+    arm: Annotated[str, typer.Option(help="Arm whose adapter is wanted.")] = METHOD,
     seed: Annotated[int | None, typer.Option(help="Seed; default: the run's first.")] = None,
 ) -> None:
     """Write one device's adapter as a PEFT folder that `PeftModel.from_pretrained` loads."""

@@ -18,6 +18,7 @@ from untether.sim.core.errors import UserError
 from untether.sim.evaluation.resampling import AMOUNT, ANY, SHARE
 from untether.sim.evaluation.statistics import clustered
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import ALONE, FLOOR, METHOD
 from untether.sim.population.tasks import get_task, higher_is_better
 from untether.sim.report.summary import metric_name
 from untether.sim.studies.answer import save_figure, write_findings, write_table
@@ -42,7 +43,7 @@ from untether.sim.studies.study import Study
 from untether.sim.time.service import DEVICE, first_live, reached_s, survival, trainings, waiting_s, wasted
 from untether.sim.time.timeline_state import REAL, STALE
 
-ARM, REFERENCE, FLOOR = "collaborative", "local", "frozen"
+ARM, REFERENCE = METHOD, ALONE
 COSTS = ("bytes_wasted", "energy_j", "energy_wasted_j")
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from untether.sim.core.errors import UserError
 from untether.sim.evaluation.resampling import AMOUNT, SHARE
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import FLOOR
 from untether.sim.experiment.section import Section
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies.answer import save_figure, write_findings, write_table
@@ -80,8 +81,8 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
     """The analysis `drift`: writes `table.csv`, figures and `findings.md` (see docs/drift.md for the measures)."""
     cases = [_case(cell.words, cell.name, run) for cell, run in each_cell(study, runs)]
     for case in cases:
-        if studied(case.experiment) is None or "frozen" not in case.experiment.arms:
-            raise UserError(f"{study.spec.name}: arms = {list(case.experiment.arms)}: give `frozen` and a trained arm")
+        if studied(case.experiment) is None or FLOOR not in case.experiment.arms:
+            raise UserError(f"{study.spec.name}: arms = {list(case.experiment.arms)}: give `{FLOOR}` and a trained arm")
         if case.adapters.empty:
             raise UserError(f"{study.spec.name}: no adapter answered in {case.run.path.name}. Give more rounds")
     table = pd.DataFrame(measure(cases), columns=COLUMNS)

@@ -18,10 +18,10 @@ from untether.sim.evaluation.metrics import score
 from untether.sim.evaluation.resampling import ANY, drawn_clusters, widened_tails
 from untether.sim.evaluation.statistics import clustered
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import FLOOR, METHOD, trained
 from untether.sim.population.source import FromWorld
 from untether.sim.population.tasks import get_task
 from untether.sim.population.world.truth import answers as both_answers
-from untether.sim.rounds.material import trained
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies.frames import mean_interval
 
@@ -37,8 +37,8 @@ COSTS = ("refreshes", "bytes", "tokens", "energy_j", "minutes")
 
 def studied(experiment: Experiment) -> str | None:
     """The arm that the study is about: `collaborative`, else the first that is trained."""
-    arms = trained(experiment)
-    return "collaborative" if "collaborative" in arms else next(iter(arms), None)
+    arms = trained(experiment.arms)
+    return METHOD if METHOD in arms else next(iter(arms), None)
 
 
 # --- reading a run -------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def read_answers(run: RunDirectory) -> pd.DataFrame:
     """
     experiment = run.experiment
     told = clustered(run.read("predictions"))
-    told = told[told["arm"].isin(["frozen", studied(experiment)])]
+    told = told[told["arm"].isin([FLOOR, studied(experiment)])]
     told = told[[*KEYS, "cluster", "arm", "input", "prediction", "score", "answered_by"]]
     told["good"] = told["score"] * told["task"].map(lambda task: 1.0 if get_task(task).higher_is_better else -1.0)
     told = with_age(told, read_trained(run))
@@ -149,7 +149,7 @@ def paired(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
 
 def gain_over_frozen(told: pd.DataFrame) -> pd.DataFrame:
     """The adapters' answers with `gain`: how much better they are than the base model's to the same query."""
-    base = told.loc[told["arm"] == "frozen", [*KEYS, "good"]].rename(columns={"good": "base"})
+    base = told.loc[told["arm"] == FLOOR, [*KEYS, "good"]].rename(columns={"good": "base"})
     mine = told[told["age"].notna()].merge(base, on=KEYS)
     return mine.assign(gain=mine["good"] - mine["base"])
 

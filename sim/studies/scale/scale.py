@@ -13,6 +13,7 @@ import pandas as pd
 
 from untether.sim.core.clock import DAY_S, HOUR_S
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.arms import ALONE, FLOOR, METHOD
 from untether.sim.population.source import open_population
 from untether.sim.population.tasks import get_task, higher_is_better
 from untether.sim.run.directory import RunDirectory
@@ -77,7 +78,7 @@ def service(run: RunDirectory, experiment: Experiment) -> dict[str, float]:
     overall, busiest = throughput_per_s(asked, bin_s=60.0)
     attempts, requests = share_rate_limited(asked)
     paid = cost(asked, experiment.cloud.capacity)
-    made = trainings(events, "collaborative")
+    made = trainings(events, METHOD)
     first = first_live(made[made["on"] == SAMPLES], run.read("metrics", DEVICE), experiment.rounds * DAY_S)
     curve = survival(first["time_s"], first["seen"])
     last = asked.sort_values("attempt").groupby(["seed", "request_id"])["outcome"].last()
@@ -103,8 +104,8 @@ def by_history(study: Study, runs: Runs) -> pd.DataFrame:
         wide = own.pivot(index=USER, columns="arm", values="score")
         sign = 1 if higher_is_better(get_task(task).primary) else -1
         length = pd.Series([lengths[user] for _, user, _ in wide.index], index=wide.index)
-        for arm in [name for name in ("local", "collaborative") if name in wide]:
-            gain = sign * (wide[arm] - wide["frozen"])
+        for arm in [name for name in (ALONE, METHOD) if name in wide]:
+            gain = sign * (wide[arm] - wide[FLOOR])
             for least, above in zip(LENGTHS, (*LENGTHS[1:], np.inf), strict=True):
                 some = gain[(length >= least) & (length < above)].dropna()
                 if len(some):

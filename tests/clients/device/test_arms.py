@@ -2,8 +2,7 @@
 
 from untether.clients.device.arms import Material, training_pairs
 from untether.sim.core.records import Interaction, Sample
-from untether.sim.experiment import Experiment
-from untether.sim.rounds.material import LEARNS_FROM, trained
+from untether.sim.experiment.arms import ARMS, trained
 
 
 def _sample(name, task="LaMP_4"):
@@ -43,15 +42,10 @@ def test_matched_arms_draw_as_many_of_each_task_as_were_accepted():
 
 def test_without_samples_every_arm_with_real_data_is_local():
     bare = Material(REAL)
-    for arm in LEARNS_FROM:
+    for arm in trained(ARMS):
         assert _outputs(arm, bare) == ([] if arm == "synthetic_only" else _outputs("local", bare))
 
 
 def test_prompts_carry_the_task_instruction():
     prompt, _ = training_pairs("local", MATERIAL, 1, "d00000", 0)[0]
     assert prompt == "Generate a headline for the following article: real 0"
-
-
-def test_rag_adapter_brings_the_collaborative_adapter():
-    assert trained(Experiment(arms=("rag_adapter",))) == ["collaborative"]
-    assert trained(Experiment(arms=("frozen", "cloud", "local"))) == ["local"]

@@ -238,7 +238,7 @@ def test_which_comparisons_are_made():
     arms = ["frozen", "local", "local_matched", "placebo", "collaborative", "cloud"]
     assert default_contrasts(arms) == [
         ("collaborative", "local_matched"), ("collaborative", "placebo"), ("collaborative", "cloud"),
-        ("collaborative", "frozen"), ("local", "frozen"), ("local_matched", "frozen"), ("placebo", "frozen"),
+        ("local", "frozen"), ("local_matched", "frozen"), ("placebo", "frozen"), ("collaborative", "frozen"),
         ("cloud", "frozen"),
     ]  # fmt: skip
     frame = pd.DataFrame([row for arm in ("local", "cloud") for row in answers(arm, marks({"a": [1]}))])

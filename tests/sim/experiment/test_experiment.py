@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment, fields
-from untether.sim.experiment.sections import ARMS
+from untether.sim.experiment.arms import ARMS
 from untether.sim.launch.runtime import run_config
 
 
