@@ -18,3 +18,4 @@ def main(grid: Grid, context: Context) -> None:
     """The run that `untether run` makes, with the experiment's fields in the run config."""
     run, threads, progress = from_run_config(dict(context.run_config))
     coordinate(grid, run, threads, progress, threading.Event())
+    print(f"report:        {run.path.resolve() / 'report.html'}", flush=True)
