@@ -8,9 +8,10 @@ from bench.measure import Outcome
 from bench.workload import Workload, filters
 from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.generation import GenerationRow, generate
-from untether.clients.engine.training import TrainJob, TrainSettings, train
+from untether.clients.engine.training import TrainJob, train
 from untether.clients.filters import judge
 from untether.clients.filters.embedding import Encoder
+from untether.sim.core.learning import TrainSettings
 
 
 def run(workload: Workload, indices: Sequence[int]) -> Outcome:

@@ -16,7 +16,8 @@ import time
 
 import torch
 
-from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.adapters import AdapterStack
+from untether.sim.core.learning import LoraSpec
 from untether.sim.launch.this_machine import LORA, answer_s, measure, random_base, step_s
 from untether.sim.time.cost import MODELS, CostModel
 from untether.sim.time.hardware import Profile

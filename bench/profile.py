@@ -12,8 +12,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.workload import Workload
-from untether.clients.engine.jobs import TrainJob, TrainSettings
+from untether.clients.engine.jobs import TrainJob
 from untether.clients.engine.training import train
+from untether.sim.core.learning import TrainSettings
 
 _GROUPS = {
     "dense products": ("aten::mm", "aten::addmm", "mkldnn"),

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 from bench.measure import Outcome
 from bench.workload import DeviceData, Workload, encoder_path, filters
+from untether.clients.engine.adapters import peft_config
 
 
 def run(workload: Workload, workers: int) -> Outcome:
@@ -98,7 +99,7 @@ def one_device(workload: Workload, device: DeviceData, folder: Path) -> dict:
     lap("embed")
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(workload.model)
-    causal = peft.get_peft_model(workload.plain_model(), workload.spec.to_peft())
+    causal = peft.get_peft_model(workload.plain_model(), peft_config(workload.spec))
     peft.set_peft_model_state_dict(causal, device.job.state)
     settings = device.job.settings
     warmup = math.ceil(settings.warmup_ratio * device.job.total_steps)

@@ -15,10 +15,11 @@ import transformers
 
 from bench.gemm import clock, rates, shapes_of, training_flops
 from bench.tuned import TunedLoop
-from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
-from untether.clients.engine.jobs import Example, TrainJob, TrainSettings
+from untether.clients.engine.jobs import Example, TrainJob
 from untether.clients.engine.training import train
+from untether.sim.core.learning import LoraSpec, TrainSettings
 
 ROWS, TOKENS, TARGETS, VOCABULARY = 4, 64, 12, 49152
 

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from bench.measure import Outcome
 from bench.workload import Workload, encoder_path, filters
-from untether.clients.engine.jobs import Example, TrainJob, TrainSettings, batch_plan
+from untether.clients.engine.adapters import peft_config
+from untether.clients.engine.jobs import Example, TrainJob, batch_plan
 from untether.clients.engine.kernels.gemm import fast_products
 from untether.clients.filters import judge
 from untether.clients.filters.embedding import Encoder
+from untether.sim.core.learning import TrainSettings
 
 _SCHEDULES = {
     "linear": transformers.get_linear_schedule_with_warmup,
@@ -35,7 +37,7 @@ class TunedLoop:
     """A resident peft model, on whatever device it is, that trains and answers for one user at a time."""
 
     def __init__(self, model: torch.nn.Module, job: TrainJob, end_id: int):
-        self.model = peft.get_peft_model(model, job.spec.to_peft()).eval()
+        self.model = peft.get_peft_model(model, peft_config(job.spec)).eval()
         self.causal = self.model.base_model.model
         self.weights = {
             name.replace(".default", ""): parameter

@@ -15,10 +15,11 @@ import torch
 import transformers
 
 from untether.clients.base_model import resolve
-from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.encoding import encode_answer, encode_prompt
-from untether.clients.engine.jobs import Example, TrainJob, TrainSettings
+from untether.clients.engine.jobs import Example, TrainJob
+from untether.sim.core.learning import LoraSpec, TrainSettings
 from untether.sim.core.records import Interaction, Sample
 from untether.sim.core.seeding import derive
 from untether.sim.experiment import Experiment

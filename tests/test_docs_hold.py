@@ -132,7 +132,9 @@ def test_toml_blocks_are_experiments_or_studies(page, tmp_path):
 @each_page
 def test_run_configs_name_fields(page):
     for config in re.findall(r"--run-config '([^']*)'", page.read_text(encoding="utf-8")):
-        assert {pair.split("=", 1)[0] for pair in shlex.split(config)} <= {*KNOWN, "out"}
+        given = dict(pair.split("=", 1) for pair in shlex.split(config))
+        assert set(given) <= {"experiment", "set", "out"}
+        assert {word.split("=", 1)[0] for word in shlex.split(given.get("set", ""))} <= KNOWN
 
 
 def named_fields(page: Path) -> list[tuple[str, str]]:

@@ -15,10 +15,11 @@ from untether.clients.device.device import Device
 from untether.clients.device.retrieval import Retriever
 from untether.clients.device.scoring import answered, prediction_row
 from untether.clients.device.worker import Inputs, Worker, rows_of
-from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.encoding import decode_answer, encode_answer, encode_prompt
 from untether.clients.engine.generation import GenerationRow, generate, label_scores
 from untether.clients.stores.adapter_cache import ENGINE
+from untether.sim.core.learning import LoraSpec
 from untether.sim.core.records import Interaction, Query
 from untether.sim.core.seeding import derive
 from untether.sim.experiment import Experiment

@@ -19,12 +19,12 @@ from untether.clients.device.materials import Materials
 from untether.clients.device.scoring import error, metric_rows
 from untether.clients.device.shared import shared_adapters
 from untether.clients.device.worker import Inputs, Outcome, Worker
-from untether.clients.engine.adapters import LoraSpec
 from untether.clients.engine.encoding import encode_answer, encode_prompt
-from untether.clients.engine.training import Example, TrainJob, TrainResult, TrainSettings
+from untether.clients.engine.training import Example, TrainJob, TrainResult
 from untether.clients.stores.adapter_cache import train_once
 from untether.clients.stores.adapter_store import State, adapter_version, as_arrays, as_tensors
 from untether.sim.core.clock import DAY_S
+from untether.sim.core.learning import LoraSpec, TrainSettings
 from untether.sim.core.seeding import derive
 from untether.sim.experiment.arms import ARMS, CLOUD, SHARED
 from untether.sim.population.order import latest_s

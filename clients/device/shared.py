@@ -9,11 +9,11 @@ import numpy as np
 
 from untether.clients.device.answering import Adapter, Owner
 from untether.clients.device.worker import Inputs, Outcome, Worker
-from untether.clients.engine.adapters import LoraSpec
 from untether.clients.engine.encoding import encode_answer, encode_prompt
-from untether.clients.engine.training import Example, TrainJob, TrainSettings
+from untether.clients.engine.training import Example, TrainJob
 from untether.clients.stores.adapter_cache import train_once
 from untether.clients.stores.adapter_store import adapter_version, as_arrays, as_tensors
+from untether.sim.core.learning import LoraSpec, TrainSettings
 from untether.sim.core.records import Interaction
 from untether.sim.core.seeding import derive
 from untether.sim.experiment.arms import SHARED

@@ -25,49 +25,10 @@ from torch import Tensor
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.lora_layers import Fusion, Part, Piece, Route, is_linear, weight_of
 from untether.sim.core.errors import UserError
+from untether.sim.core.learning import LoraSpec
 
 _PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """An adapter's shape. Fields mean what they mean in `peft.LoraConfig` (there: r, lora_alpha, lora_dropout)."""
-
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] | str = "all-linear"
-    use_rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"LoRA rank {self.rank}: it must be 1 or more")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"LoRA dropout {self.dropout}: it must be at least 0 and less than 1")
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
-
-    @classmethod
-    def of(cls, section) -> LoraSpec:
-        """From an experiment's `[lora]` section, or anything with the same fields."""
-        targets = tuple(section.target_modules)
-        whole = targets[0] if targets == ("all-linear",) else targets
-        return cls(section.rank, section.alpha, section.dropout, whole, section.use_rslora)
-
-    @property
-    def scaling(self) -> float:
-        """What B A x is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-    def to_peft(self, base_name: str | None = None, conv1d: bool = False) -> peft.LoraConfig:
-        """The same adapter as PEFT's configuration."""
-        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-        return peft.LoraConfig(
-            task_type="CAUSAL_LM", r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,
-            target_modules=targets, use_rslora=self.use_rslora, fan_in_fan_out=conv1d,
-            base_model_name_or_path=base_name,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -287,7 +248,7 @@ def _find_targets(model: torch.nn.Module, target_modules: tuple[str, ...] | str)
     with torch.device("meta"):
         empty = type(model)(copy.deepcopy(model.config))
     try:
-        wrapped = peft.get_peft_model(empty, LoraSpec(rank=1, target_modules=target_modules).to_peft())
+        wrapped = peft.get_peft_model(empty, peft_config(LoraSpec(rank=1, target_modules=target_modules)))
     except ValueError as error:
         raise UserError(f"target_modules {target_modules!r} do not fit the base model: {error}") from error
     names = tuple(name for name, module in wrapped.base_model.model.named_modules() if isinstance(module, LoraLayer))
@@ -301,13 +262,22 @@ def _find_targets(model: torch.nn.Module, target_modules: tuple[str, ...] | str)
     return names
 
 
+def peft_config(spec: LoraSpec, base_name: str | None = None, conv1d: bool = False) -> peft.LoraConfig:
+    """The shape as PEFT's configuration. conv1d: the base keeps its weights as [in, out], as GPT-2 does."""
+    targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM", r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets,
+        use_rslora=spec.use_rslora, fan_in_fan_out=conv1d, base_model_name_or_path=base_name,
+    )  # fmt: skip
+
+
 def save_peft(folder: str | Path, spec: LoraSpec, state: dict[str, Tensor], base: FrozenBase) -> None:
     """Write a PEFT folder (adapter_config.json, adapter_model.safetensors) from a state under PEFT's keys."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = base.routing.names
     conv1d = any(type(layers[name]) is not torch.nn.Linear for name in target_names(base, spec))
-    config = spec.to_peft(base.model.config._name_or_path or None, conv1d).to_dict()
+    config = peft_config(spec, base.model.config._name_or_path or None, conv1d).to_dict()
     config["inference_mode"] = True
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

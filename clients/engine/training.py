@@ -20,7 +20,7 @@ from torch import Tensor
 from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.encoding import truncate_prompt
-from untether.clients.engine.jobs import Example, TrainJob, TrainSettings, batch_plan
+from untether.clients.engine.jobs import Example, TrainJob, batch_plan
 from untether.clients.engine.kernels.attention import TokenLosses
 from untether.clients.engine.kernels.gemm import fast_products
 from untether.clients.engine.kernels.lines import Beginnings, Line, fill
@@ -36,7 +36,7 @@ from untether.clients.engine.memory import (
 from untether.clients.engine.optimizer import CohortAdamW, Update
 from untether.sim.core.seeding import derive
 
-__all__ = ["Example", "TrainJob", "TrainResult", "TrainSettings", "batch_plan", "train"]
+__all__ = ["Example", "TrainJob", "TrainResult", "batch_plan", "train"]
 
 PASS_TOKENS = {"cpu": 3072, "cuda": 131072}
 """Padded tokens of one forward and backward pass: on a CPU its activations should stay near the caches."""

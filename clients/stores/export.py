@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from untether.clients.base_model import resolve
-from untether.clients.engine.adapters import LoraSpec, save_peft
+from untether.clients.engine.adapters import save_peft
 from untether.clients.engine.base import FrozenBase
 from untether.clients.stores.adapter_store import AdapterStore, as_tensors
 from untether.sim.core.errors import UserError, unknown
+from untether.sim.core.learning import LoraSpec
 from untether.sim.experiment.arms import ARMS, trained
 from untether.sim.run.directory import RunDirectory
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -182,6 +182,17 @@ def parse_value(model: type[BaseModel], key: str, text: Any) -> Any:
         parts = [part.strip() for part in str(value).split(",") if part.strip()]
         value = [parse_plain(part) for part in parts]
     return value
+
+
+def key_values(words: Iterable[str] | None, option: str) -> dict[str, str]:
+    """Words such as `lora.rank=4` as overrides. Raises UserError, naming the option, for one without `=`."""
+    found = {}
+    for word in words or ():
+        key, equals, value = word.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{option} {word}: give KEY=VALUE")
+        found[key.strip()] = value.strip()
+    return found
 
 
 def parse_plain(text: str) -> Any:

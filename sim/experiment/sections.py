@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from untether.sim.core.learning import LoraSpec, TrainSettings
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.virtual_sections import CloudCapacity
 
@@ -103,24 +104,28 @@ class Model(Section):
 class Lora(Section):
     """The private adapter (PEFT's meaning of every field)."""
 
-    rank: int = Field(8, ge=1, le=1024, description="LoRA rank r")
-    alpha: float = Field(16.0, gt=0, description="scaling is alpha / rank (rsLoRA: alpha / sqrt(rank))")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: tuple[str, ...] = Field(("all-linear",), description="module suffixes, or all-linear")
-    use_rslora: bool = Field(False, description="rank-stabilised scaling")
+    rank: int = Field(LoraSpec.rank, ge=1, le=1024, description="LoRA rank r")
+    alpha: float = Field(LoraSpec.alpha, gt=0, description="scaling is alpha / rank (rsLoRA: alpha / sqrt(rank))")
+    dropout: float = Field(LoraSpec.dropout, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: tuple[str, ...] = Field((LoraSpec.target_modules,), description="module suffixes, or all-linear")
+    use_rslora: bool = Field(LoraSpec.use_rslora, description="rank-stabilised scaling")
 
 
 class Training(Section):
     """How an adapter is trained on its device (loss on the answer only)."""
 
-    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
-    epochs: float = Field(4.0, gt=0, description="passes over the device's samples")
-    steps: int = Field(0, ge=0, description="optimizer steps; 0: follow epochs")
-    batch_size: int = Field(8, ge=1, description="samples a step")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after warm-up")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, an adapter at a time")
+    learning_rate: float = Field(TrainSettings.learning_rate, gt=0, description="peak learning rate of AdamW")
+    epochs: float = Field(TrainSettings.epochs, gt=0, description="passes over the device's samples")
+    steps: int = Field(TrainSettings.steps, ge=0, description="optimizer steps; 0: follow epochs")
+    batch_size: int = Field(TrainSettings.batch_size, ge=1, description="samples a step")
+    schedule: Literal["constant", "linear", "cosine"] = Field(TrainSettings.schedule, description="after warm-up")
+    warmup_ratio: float = Field(
+        TrainSettings.warmup_ratio, ge=0, lt=1, description="share of the steps spent warming up"
+    )
+    weight_decay: float = Field(TrainSettings.weight_decay, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(
+        TrainSettings.max_grad_norm, gt=0, description="gradient clipping, an adapter at a time"
+    )
     start: Literal["continue", "anew"] = Field("continue", description="later rounds: go on, or start anew")
 
 

@@ -7,9 +7,9 @@ directory and our own lines to a duplicate of the terminal's.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -23,7 +23,7 @@ import psutil
 from untether.sim.core import limits
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import Failure, ResumableStop, UserError, disk_is_full
-from untether.sim.experiment import Experiment, fields, parse_value
+from untether.sim.experiment import Experiment, key_values
 from untether.sim.launch.cluster import join_cluster, start_here
 from untether.sim.launch.console import LiveProgress
 from untether.sim.population.source import open_population
@@ -285,25 +285,16 @@ def stopping(stop: threading.Event, leave: Callable[[], None] | None = None) -> 
             timer.cancel()
 
 
-def run_config(experiment: Experiment) -> dict[str, Any]:
-    """An experiment as Flower's flat run config: lists become `a,b,c`, tables JSON."""
-    flat = {}
-    for key, _, _ in fields():
-        value: Any = experiment
-        for part in key.split("."):
-            value = getattr(value, part)
-        if key != "by_arm":
-            value = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            flat[key] = json.dumps(value) if isinstance(value, dict) else value
-    return flat
-
-
-def from_run_config(config: dict[str, Any]) -> tuple[RunDirectory, int, LiveProgress]:
-    """The run directory, threads a worker and progress of an app that Flower started (`flwr run .`)."""
-    out = str(config.pop("out", ""))
-    experiment = Experiment.read(None, {key: parse_value(Experiment, key, value) for key, value in config.items()})
-    run = prepare(experiment, Path(out).expanduser() if out else None)
-    layout = Layout.of(experiment, experiment.population.users)
+def from_run_config(config: Mapping[str, Any]) -> tuple[RunDirectory, int, LiveProgress]:
+    """The run directory, threads a worker and progress of an app that Flower started (`flwr run .`). `config` says what
+    `untether run` is told: `experiment` (a TOML file), `set` (KEY=VALUE words, quoted as for a shell) and `out`.
+    """
+    experiment, set_, out = (str(config.get(name, "")).strip() for name in ("experiment", "set", "out"))
+    found = Experiment.read(
+        Path(experiment).expanduser() if experiment else None, key_values(shlex.split(set_), "--run-config set")
+    )
+    run = prepare(found, Path(out).expanduser() if out else None)
+    layout = Layout.of(found, found.population.users)
     print(f"run directory: {run.path.resolve()}", flush=True)
     return run, layout.threads, LiveProgress()
 

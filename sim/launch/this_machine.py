@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.generation import GenerationRow, generate
-from untether.clients.engine.jobs import Example, TrainJob, TrainSettings
+from untether.clients.engine.jobs import Example, TrainJob
 from untether.clients.engine.kernels.gemm import fast_products
 from untether.clients.engine.training import train
 from untether.sim.core import limits
 from untether.sim.core.clock import WallClock
+from untether.sim.core.learning import LoraSpec, TrainSettings
 from untether.sim.experiment.sections import Lora
 from untether.sim.time.cost import CostModel, ModelShape
 from untether.sim.time.hardware import THIS_MACHINE, Profile

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
+from untether.sim.core.learning import TrainSettings
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ALONE, METHOD, trained
 from untether.sim.experiment.sections import Training
@@ -47,9 +48,7 @@ def watched(experiment: Experiment) -> dict[str, str]:
 
 def optimizer_steps(training: Training, examples: int) -> int:
     """Optimizer steps on so many examples, as the engine counts them."""
-    if not examples:
-        return 0
-    return training.steps or max(1, math.ceil(training.epochs * math.ceil(examples / training.batch_size)))
+    return TrainSettings.of(training).total_steps(examples)
 
 
 def total(material: Material, counted: Sequence[str]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from untether.sim.core.errors import Failure, ResumableStop, UserError
-from untether.sim.experiment import Experiment, fields
+from untether.sim.experiment import Experiment, fields, key_values
 from untether.sim.experiment.arms import METHOD
 
 app = typer.Typer(
@@ -140,7 +140,7 @@ def study(
     from untether.sim.launch.runtime import launch, redirected
     from untether.sim.studies import Study, run_study
 
-    found = Study.read(name, _overrides(set_), _pairs(grid, "--grid"))
+    found = Study.read(name, _overrides(set_), key_values(grid, "--grid"))
     folder = out or Path("studies") / found.spec.name
     folder.mkdir(parents=True, exist_ok=True)
     again = shlex.join(["untether", *sys.argv[1:]])
@@ -179,7 +179,7 @@ def serve(
     from untether.server.generator import create
     from untether.sim.experiment import parse_plain
 
-    options = {key: parse_plain(value) for key, value in _pairs(option, "--option").items()}
+    options = {key: parse_plain(value) for key, value in key_values(option, "--option").items()}
     if model:
         options["model"] = model
     if api_key_env and not os.environ.get(api_key_env):
@@ -224,17 +224,7 @@ def pretrain(
 
 
 def _overrides(pairs: list[str] | None) -> dict[str, str]:
-    return _pairs(pairs, "--set")
-
-
-def _pairs(pairs: list[str] | None, option: str) -> dict[str, str]:
-    found = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"{option} {pair}: give KEY=VALUE")
-        found[key.strip()] = value.strip()
-    return found
+    return key_values(pairs, "--set")
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 
-from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.adapters import AdapterStack, peft_config
 from untether.clients.engine.base import FrozenBase
-from untether.clients.engine.training import Example, TrainJob, TrainSettings, batch_plan
+from untether.clients.engine.training import Example, TrainJob, batch_plan
+from untether.sim.core.learning import LoraSpec, TrainSettings
 
 torch.set_num_threads(1)  # two threads on such small tensors only wait for one another
 
@@ -112,7 +113,7 @@ def mixed_jobs(base: FrozenBase) -> list[TrainJob]:
 
 def peft_model(model: torch.nn.Module, spec: LoraSpec, state: dict[str, torch.Tensor]) -> peft.PeftModel:
     """The same adapter in peft, on a copy of the model."""
-    config = spec.to_peft(conv1d=isinstance(model, tf.GPT2LMHeadModel))
+    config = peft_config(spec, conv1d=isinstance(model, tf.GPT2LMHeadModel))
     wrapped = peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False)
     peft.set_peft_model_state_dict(wrapped, state)
     return wrapped.eval()

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.clients import tiny_engine as engine
-from untether.clients.engine.adapters import AdapterStack, LoraSpec, load_peft, save_peft, target_names
+from untether.clients.engine.adapters import AdapterStack, load_peft, peft_config, save_peft, target_names
 from untether.clients.engine.base import FrozenBase
 from untether.sim.core.errors import UserError
+from untether.sim.core.learning import LoraSpec
 
 
 @pytest.mark.parametrize("kind", engine.ARCHITECTURES)
@@ -92,7 +93,7 @@ def test_targets_are_those_of_peft():
     base, model = engine.tiny_base("phi3", torch.float32)
     for targets in ("all-linear", ("qkv_proj",), ("o_proj", "gate_up_proj"), r".*layers\.1\..*down_proj"):
         spec = LoraSpec(2, target_modules=targets)
-        wrapped = peft.get_peft_model(engine.tiny_model("phi3"), spec.to_peft())
+        wrapped = peft.get_peft_model(engine.tiny_model("phi3"), peft_config(spec))
         expected = [n for n, m in wrapped.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
         assert list(target_names(base, spec)) == expected
 

@@ -13,11 +13,12 @@ import torch
 import transformers as tf
 
 from tests.clients import tiny_engine as engine
-from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.generation import GenerationRow, generate, label_scores
 from untether.clients.engine.memory import budget_bytes, free_bytes
-from untether.clients.engine.training import TrainJob, TrainSettings, train
+from untether.clients.engine.training import TrainJob, train
+from untether.sim.core.learning import LoraSpec, TrainSettings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -8,9 +8,10 @@ import torch
 
 from tests.clients import tiny_engine as engine
 from untether.clients.engine import training
-from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.generation import GenerationRow, generate, label_scores
-from untether.clients.engine.training import TrainJob, TrainSettings, train
+from untether.clients.engine.training import TrainJob, train
+from untether.sim.core.learning import LoraSpec, TrainSettings
 
 TOLERANCE = 1e-9
 

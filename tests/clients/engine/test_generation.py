@@ -6,8 +6,9 @@ import torch
 
 from tests.clients import tiny_engine as engine
 from untether.clients.engine import generation
-from untether.clients.engine.adapters import AdapterStack, LoraSpec
+from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.generation import GenerationRow, generate, label_scores
+from untether.sim.core.learning import LoraSpec
 
 
 @pytest.fixture(scope="module")

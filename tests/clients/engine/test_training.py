@@ -9,9 +9,9 @@ import transformers as tf
 
 from tests.clients import tiny_engine as engine
 from untether.clients.engine import training
-from untether.clients.engine.adapters import LoraSpec
-from untether.clients.engine.jobs import Example, TrainJob, TrainSettings, batch_plan
+from untether.clients.engine.jobs import Example, TrainJob, batch_plan
 from untether.clients.engine.training import train
+from untether.sim.core.learning import LoraSpec, TrainSettings
 
 
 def job(key, examples=12, **settings) -> TrainJob:

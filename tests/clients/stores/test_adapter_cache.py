@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tests.clients import tiny_engine as engine
-from untether.clients.engine.adapters import LoraSpec
-from untether.clients.engine.jobs import Example, TrainJob, TrainSettings
+from untether.clients.engine.jobs import Example, TrainJob
 from untether.clients.engine.training import TrainResult, train
 from untether.clients.stores import adapter_cache
 from untether.clients.stores.adapter_cache import content_key, train_once
 from untether.sim.core.errors import ResumableStop
+from untether.sim.core.learning import LoraSpec, TrainSettings
 
 BASE = SimpleNamespace(fingerprint="f00", dtype=torch.float32)
 STATE = {"layer.lora_A.weight": torch.ones(2, 3), "layer.lora_B.weight": torch.zeros(3, 2)}

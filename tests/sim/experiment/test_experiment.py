@@ -1,15 +1,17 @@
 """The experiment: what it refuses, how it says so, and that it survives its own TOML."""
 
 import tomllib
+from pathlib import Path
 
 import pytest
+from flwr.common.config import fuse_dicts
 from hypothesis import given
 from hypothesis import strategies as st
 
 from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment, fields
 from untether.sim.experiment.arms import ARMS
-from untether.sim.launch.runtime import run_config
+from untether.sim.launch.runtime import from_run_config
 
 
 def test_default_experiment_round_trips_through_toml():
@@ -90,16 +92,18 @@ def test_every_field_has_a_meaning():
     assert [key for key, _, meaning in listed if not meaning] == []
 
 
-def test_flower_run_config_lists_every_field_with_its_default():
-    """`flwr run .` knows only the keys in pyproject.toml, so they must be the experiment's own."""
-    with open("pyproject.toml", "rb") as file:
-        config = tomllib.load(file)["tool"]["flwr"]["app"]["config"]
-    flat = {}
-
-    def flatten(table, prefix=""):
-        for key, value in table.items():
-            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else flat.update({prefix + key: value})
-
-    flatten(config)
-    assert flat.pop("out") == ""
-    assert flat == run_config(Experiment())
+def test_flowers_run_config_says_what_the_command_is_told(tmp_path, monkeypatch):
+    """Flower refuses keys that pyproject.toml does not name, so the three that are read stand there, empty."""
+    declared = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e.toml").write_text("[lora]\nrank = 2\n")
+    words = "population.users=3 'name=a b' model.template_args.date_string='\"26 Jul\"' arms=local,collaborative"
+    assert set(declared.values()) == {""}
+    told = {"experiment": str(tmp_path / "e.toml"), "set": words, "out": str(tmp_path / "run")}
+    run, _, _ = from_run_config(fuse_dicts(declared, told))
+    said = run.experiment
+    assert (said.lora.rank, said.population.users, said.name) == (2, 3, "a b")
+    assert said.arms == ("local", "collaborative") and said.model.template_args == {"date_string": "26 Jul"}
+    assert from_run_config(declared)[0].experiment == Experiment()
+    with pytest.raises(UserError, match="--run-config set users: give KEY=VALUE"):
+        from_run_config({"set": "users"})

@@ -21,8 +21,7 @@ from untether.clients.engine.jobs import Example, TrainJob
 from untether.clients.stores.adapter_cache import content_key
 from untether.server import generator as generators
 from untether.sim.core.errors import UserError
-from untether.sim.experiment import Experiment, parse_value
-from untether.sim.launch.runtime import run_config
+from untether.sim.experiment import Experiment
 from untether.sim.prompts import chat_template
 
 DATED = (
@@ -201,7 +200,7 @@ def test_the_embedded_models_prompts_are_its_templates_own():
 ARGUMENTS = {"date_string": "26 Jul 2024", "enable_thinking": True, "more": {"deep": [1, 2.5, "x"]}}
 
 
-def test_arguments_survive_toml_and_flowers_run_config(tmp_path):
+def test_arguments_survive_toml(tmp_path):
     experiment = Experiment.model_validate({
         "model": {"template_args": ARGUMENTS},
         "cloud": {"provider": "transformers", "model": "m", "template_args": ARGUMENTS},
@@ -209,9 +208,6 @@ def test_arguments_survive_toml_and_flowers_run_config(tmp_path):
     for comments in (False, True):
         (tmp_path / "e.toml").write_text(experiment.to_toml(comments))
         assert Experiment.read(tmp_path / "e.toml") == experiment
-    config = run_config(experiment)
-    assert all(isinstance(value, (str, int, float)) for value in config.values())
-    assert Experiment.read(None, {k: parse_value(Experiment, k, v) for k, v in config.items()}) == experiment
     for text in (json.dumps({"enable_thinking": True}), "{enable_thinking = true}"):
         assert Experiment.read(None, {"model.template_args": text}).model.template_args == {"enable_thinking": True}
     alone = Experiment.read(None, {"model.template_args.date_string": "26 Jul 2024"})

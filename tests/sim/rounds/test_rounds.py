@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from untether.clients.device.augmentation import questions, sample_orders
 from untether.clients.device.device import Device
-from untether.clients.engine.jobs import TrainSettings
 from untether.sim.core.errors import UserError
+from untether.sim.core.learning import TrainSettings
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.sections import Training
 from untether.sim.population.source import device_id, open_population
