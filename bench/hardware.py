@@ -19,7 +19,7 @@ import torch
 from untether.clients.engine.adapters import AdapterStack
 from untether.sim.core.learning import LoraSpec
 from untether.sim.launch.this_machine import LORA, answer_s, measure, random_base, step_s
-from untether.sim.time.cost import MODELS, CostModel
+from untether.sim.time.cost import SHAPES, CostModel
 from untether.sim.time.hardware import Profile
 
 NAME = "SmolLM2-135M"
@@ -46,7 +46,7 @@ def main() -> None:
     steps = [tuple(map(int, each.split("x"))) for each in arguments.steps.split(",")]
     answers = [tuple(map(int, each.split("+"))) for each in arguments.answers.split(",")]
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    base = random_base(MODELS[NAME])
+    base = random_base(SHAPES[NAME])
     stack = AdapterStack.create(base, [LoraSpec.of(LORA)], [1])
     step_s(base, *steps[0], now)  # warms up
     profile: Profile | None = None
@@ -58,7 +58,7 @@ def main() -> None:
                 took = step_s(base, one, other, now) if kind == "step" else answer_s(base, stack, one, other, now)
                 real[kind, one, other] = min(took, real.get((kind, one, other), took))
     profile = best(profile, measure(3, now))
-    cost = CostModel(profile, MODELS[NAME], 32, LORA)
+    cost = CostModel(profile, SHAPES[NAME], 32, LORA)
     print(f"{NAME}, {torch.get_num_threads()} threads")
     print(
         f"this machine: {profile.compute_gflops:.0f} GFLOPS in linear maps, {profile.training_share:.2f} of it in "

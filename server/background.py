@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -66,21 +66,23 @@ def start_background(
     generator: str,
     options: Mapping[str, Any] | None = None,
     *,
+    plugins: Sequence[str] = (),
     api_key: str | None = None,
     start_timeout_s: float = 120.0,
 ) -> Gateway:
     """Serve the named generator from another process and wait until it answers.
 
-    `options` must be JSON. Raises UserError where the generator refuses its name or options, RuntimeError with the
-    process's last words where it fails otherwise or does not answer within `start_timeout_s`. The process prints
-    nothing here, ignores Ctrl-C in the terminal (its parent decides) and ends when its parent does.
+    `options` must be JSON; `plugins` are those that the name may come from. Raises UserError where the generator
+    refuses its name or options, RuntimeError with the process's last words where it fails otherwise or does not answer
+    within `start_timeout_s`. The process prints nothing here, ignores Ctrl-C in the terminal (its parent decides) and
+    ends when its parent does.
     """
     path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     environment.pop("UNTETHER_GATEWAY_KEY", None)
     if api_key is not None:
         environment["UNTETHER_GATEWAY_KEY"] = api_key
-    words = [generator, json.dumps(dict(options or {})), str(os.getpid())]
+    words = [generator, json.dumps(dict(options or {})), str(os.getpid()), *plugins]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "untether.server.gateway", *words],

@@ -13,8 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from untether.server.background import start_background
-from untether.server.generator import GENERATORS
-from untether.sim.core.errors import UserError, unknown
+from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment
 from untether.sim.run.directory import RunDirectory
 
@@ -63,13 +62,13 @@ def open_cloud(experiment: Experiment, run: RunDirectory) -> Iterator[Cloud]:
         return
     dials = {name: getattr(settings, name) for name in WORLD_DIALS} if settings.provider == "world" else {}
     truth = _truth_path(settings.cache, dials, run).resolve() if settings.provider == "world" else None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(experiment.settings.get(settings.provider, {}))
     if truth is not None:
         truth.parent.mkdir(parents=True, exist_ok=True)
         options = {**dials, "truth": str(truth)}
     if settings.provider == "transformers":
         options = {"model": settings.model, "template_args": settings.template_args}
-    with start_background(settings.provider, options) as gateway:
+    with start_background(settings.provider, options, plugins=experiment.plugins) as gateway:
         yield Cloud(gateway.base_url, gateway.model, gateway.fingerprint, settings.provider, truth, dials)
 
 
@@ -83,11 +82,8 @@ def _truth_path(cache: str, dials: Mapping[str, Any], run: RunDirectory) -> Path
 
 
 def check_cloud(experiment: Experiment) -> None:
-    """Raises UserError for an unknown provider, a malformed address or a missing key (before anything starts)."""
+    """Raises UserError for a malformed address or a missing key (before anything starts)."""
     settings = experiment.cloud
-    known = ("openai", *GENERATORS)
-    if settings.provider not in known:
-        raise UserError(f"cloud.provider: {unknown('provider', settings.provider, known)}")
     if settings.provider == "openai":
         url = urlsplit(settings.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:

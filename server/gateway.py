@@ -26,6 +26,7 @@ from untether.server.background import Gateway, start_background
 from untether.server.batching import Batcher
 from untether.server.generator import Completion, GenerationRequest, Generator, PromptTooLong, create
 from untether.sim.core.errors import UserError
+from untether.sim.experiment.plugins import load
 from untether.sim.prompts.protocol import NotARequest
 
 __all__ = ["ApiError", "Gateway", "create_app", "serve", "start_background"]
@@ -210,9 +211,11 @@ def _child() -> None:
     parser.add_argument("generator")
     parser.add_argument("options", type=json.loads)
     parser.add_argument("parent", type=int)
+    parser.add_argument("plugins", nargs="*")
     given = parser.parse_args()
     threading.Thread(target=_end_with_parent, args=(given.parent,), daemon=True).start()
     try:
+        load(given.plugins)
         made = create(given.generator, given.options)
         listening = _bind("127.0.0.1", 0)
     except Exception as error:

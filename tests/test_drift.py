@@ -12,10 +12,10 @@ from pandas.testing import assert_frame_equal
 
 from untether.clients.device.worker import Endpoint
 from untether.server.background import start_background
+from untether.sim.core.kinds import ANALYSES
 from untether.sim.population.source import FromWorld
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies import Study
-from untether.sim.studies.analysis import ANALYSES
 from untether.sim.studies.drift.drift import COLUMNS, Case, measure
 from untether.sim.studies.drift.measures import KEYS, along, paired, read_answers
 

@@ -6,6 +6,7 @@ schedule to say, so the learn pass records them.
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -136,7 +137,9 @@ def _judge(
         some = devices[start : start + COHORT]
         real = {device.index: device.real_items(worker.experiment, order.round) for device in some}
         theirs = {device.index: candidates[device.index] for device in some}
-        judged |= judge(theirs, real, worker.experiment.filters, worker.encoder, leaks)
+        judged |= judge(
+            theirs, real, worker.experiment.filters, worker.encoder, leaks, worker.experiment.settings
+        )
     return judged
 
 
@@ -149,11 +152,13 @@ def _answer_row(device: Device, query: Query, reply: CloudReply) -> dict[str, An
 
 def _sample_row(device: Device, item: JudgedSample) -> dict[str, Any]:
     sample = item.sample
+    others = {name: score for name, score in item.extra.items() if name != "leak"}
     return {
         "sample_id": sample.sample_id, "request_id": sample.request_id, "device_id": device.device_id,
         "user_id": device.user.user_id, "task": sample.task, "form": sample.form, "input": sample.input,
         "output": sample.output, "semantic": item.semantic, "diversity": item.diversity,
         "length_ratio": item.length_ratio, "verdict": LEAK if is_leak(item) else item.verdict,
+        "scores": json.dumps(others) if others else None,
     }
 
 

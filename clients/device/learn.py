@@ -24,6 +24,7 @@ from untether.clients.engine.training import Example, TrainJob, TrainResult
 from untether.clients.stores.adapter_cache import train_once
 from untether.clients.stores.adapter_store import State, adapter_version, as_arrays, as_tensors
 from untether.sim.core.clock import DAY_S
+from untether.sim.core.kinds import POLICIES
 from untether.sim.core.learning import LoraSpec, TrainSettings
 from untether.sim.core.seeding import derive
 from untether.sim.experiment.arms import ARMS, CLOUD, SHARED
@@ -73,7 +74,7 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
         "queries": [len(device.queries(order.round)) for device in devices],
         **_placebo_columns([placebos.get(device.index) for device in devices]),
     }
-    if experiment.drift.policy == "on_drift":
+    if POLICIES.fact(experiment.drift.policy, "watches"):
         for on, arm in watched(experiment).items():
             columns[f"errors.{on}"] = _errors(devices, answers, arm)
     models = {f"base {experiment.model.base}": f"{worker.base.fingerprint} {worker.base.dtype}"}

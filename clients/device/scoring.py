@@ -34,7 +34,10 @@ def answered(row: dict[str, Any], prediction: str, outcome: str = "ok") -> dict[
 
 def error(task: str, score: float) -> float:
     """How wrong an answer with this score was, from 0 (right) to 1 (as wrong as can be): one scale for all tasks."""
-    return min(1.0, score / WORST_RATING) if get_task(task).kind == "rating" else 1.0 - score
+    told = get_task(task)
+    if told.kind == "rating":
+        return min(1.0, score / WORST_RATING)
+    return 1.0 - score if told.higher_is_better else score
 
 
 def metric_rows(predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,11 +1,10 @@
 """Which synthetic samples a device keeps: named filters in a configured order, and one pass that applies them.
 
 The three filters of CDCDA-PLM (arXiv 2508.21313): semantic consistency, diversity, length. Another (adversarial
-validation, a person's review) is a factory registered under a name that `filters.order` then may list.
+validation, a person's review) is a plug-in's, under a name that `filters.order` then may list (`docs/extending.md`).
 """
 
-from untether.clients.filters.case import Case, Examination, Filter, Finding, text_of
-from untether.clients.filters.judging import judge
-from untether.clients.filters.registry import create, known, register
+from untether.clients.filters.case import Case, Examination, Filter, Finding, Fixed, text_of
+from untether.clients.filters.judging import create, judge
 
-__all__ = ["Case", "Examination", "Filter", "Finding", "create", "judge", "known", "register", "text_of"]
+__all__ = ["Case", "Examination", "Filter", "Finding", "Fixed", "create", "judge", "text_of"]

@@ -57,9 +57,8 @@ class Examination(Protocol):
 
 
 class Filter(Protocol):
-    """A named rule. `embeds` says which text's vectors the case must hold for it; None: it needs none."""
+    """A rule. `embeds` says which text's vectors the case must hold for it; None: it needs none."""
 
-    name: str
     embeds: Reads | None
 
     def examine(self, case: Case) -> Examination:

@@ -17,8 +17,6 @@ class Diversity:
     score, and the sample passes.
     """
 
-    name = "diversity"
-
     def __init__(self, section: Any) -> None:
         self.embeds = section.reads
         self._max_similarity = section.max_similarity

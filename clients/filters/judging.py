@@ -8,7 +8,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from untether.clients.filters.case import Case, Filter, text_of
-from untether.clients.filters.registry import create
+from untether.sim.core.errors import UserError
+from untether.sim.core.kinds import FILTERS
 from untether.sim.core.records import Interaction, JudgedSample, Sample
 
 Key = TypeVar("Key", bound=Hashable)
@@ -23,19 +24,38 @@ class TextEncoder(Protocol):
         """Unit vectors, float32 `[texts, dim]`."""
 
 
+def create(filters: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Filter]:
+    """The enabled filters of a `filters` section by name, in its order; those of plug-ins with their tables of
+    `settings`. Raises UserError for an unknown or repeated name.
+    """
+    made: dict[str, Filter] = {}
+    for position, name in enumerate(filters.order):
+        FILTERS.check(name)
+        if name in filters.order[:position]:
+            raise UserError(f'filters.order lists "{name}" twice. A filter is applied once: name each one time.')
+        section = getattr(filters, name, None)
+        if section is None:
+            made[name] = FILTERS.bind(name, settings or {})()
+        elif section.enabled:
+            made[name] = FILTERS.get(name)(section)
+    return made
+
+
 def judge(
     candidates: Mapping[Key, Sequence[Sample]],
     real: Mapping[Key, Sequence[Interaction]],
     filters: Any,
     encoder: TextEncoder | None,
     leaks: LeakCheck | Mapping[Key, LeakCheck] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[Key, list[JudgedSample]]:
     """A verdict for every sample of every device, in the samples' order.
 
     A sample is compared with its own device's real samples of its own task, and with nothing else: the verdicts of a
-    device do not depend on the other devices. `filters` is the experiment's section; `encoder` may be None where no
-    enabled filter embeds. The verdict names the first filter in `filters.order` that turns the sample away; every
-    enabled filter's score is kept all the same (another than the three official ones: in `extra`).
+    device do not depend on the other devices. `filters` is the experiment's section, `settings` its tables for
+    plug-ins; `encoder` may be None where no enabled filter embeds. The verdict names the first filter in
+    `filters.order` that turns the sample away; every enabled filter's score is kept all the same (another than the
+    three official ones: in `extra`).
 
     `leaks` is the evaluator's check, one for all or one a device. It comes last: `extra["leak"]` is 1 for every sample
     that leaks, and one that all filters accepted becomes `rejected_by:leak`. What the filters decide is what they would
@@ -43,8 +63,8 @@ def judge(
 
     Raises UserError for an unknown filter.
     """
-    rules = create(filters)
-    vectors = _Vectors(candidates, real, rules, encoder)
+    rules = create(filters, settings)
+    vectors = _Vectors(candidates, real, list(rules.values()), encoder)
     checks = leaks if isinstance(leaks, Mapping) else dict.fromkeys(candidates, leaks)
     return {
         key: _judge_device(samples, real.get(key, ()), rules, vectors, checks.get(key))
@@ -55,7 +75,7 @@ def judge(
 def _judge_device(
     samples: Sequence[Sample],
     real: Sequence[Interaction],
-    rules: Sequence[Filter],
+    rules: Mapping[str, Filter],
     vectors: _Vectors,
     leaks: LeakCheck | None,
 ) -> list[JudgedSample]:
@@ -68,8 +88,8 @@ def _judge_device(
     return judged
 
 
-def _judge_case(case: Case, rules: Sequence[Filter], leaks: LeakCheck | None) -> list[JudgedSample]:
-    examinations = [(rule.name, rule.examine(case)) for rule in rules]
+def _judge_case(case: Case, rules: Mapping[str, Filter], leaks: LeakCheck | None) -> list[JudgedSample]:
+    examinations = [(name, rule.examine(case)) for name, rule in rules.items()]
     judged = []
     for index, sample in enumerate(case.samples):
         findings = {name: examination.finding(index) for name, examination in examinations}

@@ -20,7 +20,6 @@ class Length:
     are chosen, not written ("style & beauty" is not a rambling "travel").
     """
 
-    name = "length"
     embeds = None
 
     def __init__(self, section: Any) -> None:

@@ -18,8 +18,6 @@ class Semantic:
     real sample of the task has no score, and the sample passes.
     """
 
-    name = "semantic"
-
     def __init__(self, section: Any) -> None:
         self.embeds = section.reads
         self._low, self._high = section.low, section.high

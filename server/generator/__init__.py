@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from untether.sim.core.errors import UserError
-from untether.sim.core.registry import Registry
+from untether.sim.core.kinds import GENERATORS
+from untether.sim.experiment.plugins import resolved
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +67,13 @@ class Generator(Protocol):
         ...
 
 
-GENERATORS: Registry[Callable[..., Generator]] = Registry("generator", "", {
-    name: f"untether.server.generator.factories:{name}" for name in ("world", "recombine", "transformers")
-})  # fmt: skip
-"""Factories, which take a generator's options as keywords."""
-
-
 def create(name: str, options: Mapping[str, Any] | None = None) -> Generator:
-    """The generator of that name. Raises UserError for an unknown name or option, listing the known ones."""
+    """The generator of that name: what makes it takes options as keywords, or, where a plug-in registered it with a
+    section of settings, that section. Raises UserError for an unknown name or option, listing the known ones.
+    """
     factory, options = GENERATORS.get(name), dict(options or {})
+    if GENERATORS.settings(name) is not None:
+        return GENERATORS.bind(name, resolved([name], {name: options}))()
     check_options(name, factory, options)
     return factory(**options)
 

@@ -24,23 +24,40 @@ from functools import lru_cache
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
-from untether.sim.population.tasks import get_task, higher_is_better
+from untether.sim.core.kinds import METRICS
+from untether.sim.population.tasks import get_task, higher_is_better, of_answers
 
 __all__ = ["corpus_score", "f1_counts", "higher_is_better", "macro_f1", "rating_error", "score"]
 
 
 def score(task: str, prediction: str | None, gold: str) -> dict[str, float]:
-    """The query-level metrics of one answer: `accuracy`; or `mae` (the absolute error); or `rouge1` and `rougeL`.
+    """The query-level metrics of one answer: `accuracy`; or `mae` (the absolute error); or `rouge1` and `rougeL`; or
+    those that a plug-in's task has.
 
-    Macro-F1 and RMSE belong to a set of answers: see `corpus_score`. Raises UserError for an unknown task.
+    Macro-F1 and RMSE belong to a set of answers: see `corpus_score`. Raises UserError for an unknown task or metric.
     """
-    kind = get_task(task).kind
     prediction, gold = (prediction or "").strip(), gold.strip()
-    if kind == "classification":
-        return {"accuracy": float(prediction == gold)}
-    if kind == "rating":
-        return {"mae": abs(rating_error(prediction, gold))}
-    return dict(zip(("rouge1", "rougeL"), _rouge(prediction, gold), strict=True))
+    return {metric: METRICS.get(metric)(prediction, gold) for metric in of_answers(get_task(task).metrics)}
+
+
+def accuracy(prediction: str, gold: str) -> float:
+    """1 for the gold's very text, else 0."""
+    return float(prediction == gold)
+
+
+def mae(prediction: str, gold: str) -> float:
+    """How many stars away (see `rating_error`)."""
+    return abs(rating_error(prediction, gold))
+
+
+def rouge1(prediction: str, gold: str) -> float:
+    """F-measure of single words."""
+    return _rouge(prediction, gold)[0]
+
+
+def rougeL(prediction: str, gold: str) -> float:
+    """F-measure of the longest common subsequence."""
+    return _rouge(prediction, gold)[1]
 
 
 def corpus_score(task: str, predictions: Sequence[str | None], golds: Sequence[str]) -> dict[str, float]:

@@ -17,7 +17,9 @@ import tomlkit
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from untether.sim.core.errors import UserError, unknown
+from untether.sim.core.kinds import NAMED
 from untether.sim.experiment.arms import ARMS, check_arms
+from untether.sim.experiment.plugins import load, located, resolved
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.sections import (
     ArmSettings,
@@ -39,6 +41,10 @@ class Experiment(Section):
     """The whole run. Read with `Experiment.read`, written with `to_toml`."""
 
     name: str = Field("main", description="a name for reports and run directories")
+    plugins: tuple[str, ...] = Field(
+        (), description="what brings filters, policies, tasks, ... of your own: .py files, seen from this one, and "
+        "modules; see docs/extending.md"
+    )
     seeds: tuple[int, ...] = Field((1,), min_length=1, description="each seed draws its own, disjoint users")
     rounds: int = Field(1, ge=1, description="rounds of virtual time; each asks the cloud and trains again")
     arms: tuple[str, ...] = Field(
@@ -59,6 +65,13 @@ class Experiment(Section):
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()
     by_arm: dict[str, ArmSettings] = Field({}, description="hyper-parameters by arm")
+    settings: dict[str, dict[str, Any]] = Field({}, description="settings of what plug-ins brought, by its name")
+
+    @field_validator("plugins")
+    @classmethod
+    def _plugins_loaded(cls, plugins: tuple[str, ...]) -> tuple[str, ...]:
+        with _refusing():
+            return load(plugins)
 
     @field_validator("arms")
     @classmethod
@@ -87,13 +100,28 @@ class Experiment(Section):
         return seeds
 
     @model_validator(mode="after")
+    def _names_known(self) -> Experiment:
+        named: list[str] = []
+        with _refusing():
+            for registry in NAMED:
+                section, _, field = registry.field.partition(".")
+                value = getattr(getattr(self, section), field)
+                for name in (value,) if isinstance(value, str) else value:
+                    if name not in registry.beside:
+                        registry.check(name)
+                    named.append(name)
+            object.__setattr__(self, "settings", resolved(named, self.settings))  # frozen from here on
+        return self
+
+    @model_validator(mode="after")
     def _users_can_change(self) -> Experiment:
         if self.drift.kind == "none":
             return self
         changes = f'drift.kind = "{self.drift.kind}"'
-        if self.population.source == "lamp":
+        if self.population.source != "world":
+            source, whose = self.population.source, "real" if self.population.source == "lamp" else "its"
             raise ValueError(
-                f'{changes} with population.source = "lamp": real users change by themselves. Leave it at "none"'
+                f'{changes} with population.source = "{source}": {whose} users change by themselves. Leave it at "none"'
             )
         if not self.population.replay:
             raise ValueError(
@@ -112,7 +140,7 @@ class Experiment(Section):
         if path is not None:
             where = str(path)
             try:
-                data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+                data = located(tomllib.loads(Path(path).read_text(encoding="utf-8")), Path(path).parent)
             except FileNotFoundError:
                 raise UserError(f"{path}: no such experiment file. `untether experiment show` prints one.") from None
             except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
@@ -147,6 +175,15 @@ class Experiment(Section):
         document = tomlkit.document()
         _write(document, self, comments)
         return tomlkit.dumps(document)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """A UserError as what pydantic takes for a refusal."""
+    try:
+        yield
+    except UserError as error:
+        raise ValueError(str(error)) from error
 
 
 def fields(model: type[BaseModel] = Experiment, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -268,7 +305,7 @@ def _write(table: Any, model: BaseModel, comments: bool) -> None:
     sections = []
     for name, info in type(model).model_fields.items():
         value = getattr(model, name)
-        if isinstance(value, BaseModel) or name == "by_arm":
+        if isinstance(value, BaseModel) or name in ("by_arm", "settings"):
             sections.append((name, value))
             continue
         value = list(value) if isinstance(value, tuple) else value
@@ -285,6 +322,7 @@ def _write(table: Any, model: BaseModel, comments: bool) -> None:
         else:
             if not value:
                 continue
-            for arm, settings in value.items():
-                inner.add(arm, {k: v for k, v in settings.model_dump().items() if v})
+            for key, given in value.items():
+                given = {k: v for k, v in given.model_dump().items() if v} if isinstance(given, BaseModel) else given
+                inner.add(key, given)
         table.add(name, inner)

@@ -60,7 +60,7 @@ TemplateArgs = Annotated[dict[str, Any], AfterValidator(check_template_args)]
 class Population(Section):
     """Who the users are."""
 
-    source: Literal["world", "lamp"] = Field("world", description="`world` (embedded, synthetic) or `lamp` (files)")
+    source: str = Field("world", description="`world` (embedded, synthetic) or `lamp` (files)")
     path: str = Field("", description="folder of LaMP files (one task's, or a parent of several); only for `lamp`")
     split: str = Field(
         "", description="lamp: file prefix (empty: `dev`); world: `evaluation` or `validation` (empty: `evaluation`)"

@@ -54,8 +54,8 @@ class CloudCapacity(Section):
 class Network(Section):
     """The devices' links to the cloud, in virtual time. The default link is always up."""
 
-    kind: Literal["always", "onoff", "trace"] = Field(
-        "always", description="when a link is up: always; generated spells; what `traces` say"
+    kind: str = Field(
+        "always", description="when a link is up: `always`; `onoff`, generated spells; `trace`, what `traces` say"
     )
     availability: float = Field(
         1.0, ge=0, le=1, description="share of whole days a link is up, whatever the rhythm, in one knob: below 1 it "
@@ -161,8 +161,9 @@ class Drift(Section):
         "the calendar"
     )
     tokens: int = Field(0, ge=0, description="budget: cloud tokens, read and written, that a device may spend")
-    detector: Literal["adwin", "page_hinkley"] = Field(
-        "page_hinkley", description="on_drift: watches how wrong the device's answers were, as its user corrected them"
+    detector: str = Field(
+        "page_hinkley", description="on_drift: `adwin` or `page_hinkley`, watches how wrong the device's answers were, "
+        "as its user corrected them"
     )
     false_alarms: float = Field(
         0.2, gt=0, lt=1, description="on_drift: share of devices whose user did not change that may raise an alarm"

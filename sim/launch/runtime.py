@@ -24,6 +24,7 @@ from untether.sim.core import limits
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import Failure, ResumableStop, UserError, disk_is_full
 from untether.sim.experiment import Experiment, key_values
+from untether.sim.experiment.plugins import fingerprints
 from untether.sim.launch.cluster import join_cluster, start_here
 from untether.sim.launch.console import LiveProgress
 from untether.sim.population.source import open_population
@@ -79,6 +80,12 @@ def reopen(path: Path, experiment: Experiment | None = None) -> RunDirectory:
         run.take_over(experiment)
     check(run.experiment)
     environment = run.read_json("environment.json") or describe(run.experiment)
+    now = fingerprints(run.experiment.plugins)
+    changed = [name for name, digest in environment.get("plugins", {}).items() if now.get(name) != digest]
+    if changed:
+        raise UserError(
+            f"plugins: {', '.join(changed)}: not what the run began with. Put it back, or start anew with --out"
+        )
     resumed = [*environment.get("resumed", []), WallClock().timestamp()]
     run.write_json("environment.json", {**environment, "resumed": resumed})
     return run
@@ -88,10 +95,8 @@ def check(experiment: Experiment) -> None:
     """Raises UserError for whatever would stop the run later: strategy, generator, key, tasks, data."""
     from untether.clients.filters import create as create_filters
     from untether.server.cloud import check_cloud
-    from untether.strategies import STRATEGIES
 
-    STRATEGIES.check(experiment.strategy.name)
-    create_filters(experiment.filters)
+    create_filters(experiment.filters, experiment.settings)
     check_cloud(experiment)
     check_model(experiment.model.base)
     kept = Path(experiment.engine.cache).expanduser()

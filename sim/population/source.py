@@ -1,4 +1,4 @@
-"""Where users come from: one door for the embedded world and for LaMP files."""
+"""Where users come from: one door for the embedded world, for LaMP files and for what a plug-in brings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from untether.sim.core.kinds import POPULATIONS
 from untether.sim.core.records import Exclusion, Query, User
 from untether.sim.experiment import Experiment
 from untether.sim.population.lamp import read_lamp
@@ -170,4 +171,4 @@ def device_id(index: int) -> str:
 
 def open_population(experiment: Experiment, seed: int) -> Population:
     """The users of one seed of an experiment. Raises UserError for missing or malformed files and unknown tasks."""
-    return FromFiles(experiment, seed) if experiment.population.source == "lamp" else FromWorld(experiment, seed)
+    return POPULATIONS.bind(experiment.population.source, experiment.settings)(experiment, seed)

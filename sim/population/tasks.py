@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from untether.sim.core.errors import UserError
+from untether.sim.core.kinds import METRICS, TASKS
 from untether.sim.core.records import Interaction
 from untether.sim.population.dates import date_span
 
@@ -24,18 +24,23 @@ NEWS_CATEGORIES = (
     "science & technology", "travel", "business", "crime", "education", "healthy living", "parents", "food & drink",
 )  # fmt: skip
 
-_LOWER_IS_BETTER = frozenset({"mae", "rmse"})
-_IN_STARS = _LOWER_IS_BETTER
+_OF_A_SET = {"macro_f1": "accuracy", "rmse": "mae"}
+"""Metrics that a single answer does not have, and the one with which they share what is better, and the unit."""
+
+
+def of_answers(metrics: Sequence[str]) -> list[str]:
+    """Those of some metrics that a single answer has."""
+    return [metric for metric in metrics if metric not in _OF_A_SET]
 
 
 def higher_is_better(metric: str) -> bool:
     """Whether a larger value of a metric is the better one (not so for `mae` and `rmse`)."""
-    return metric not in _LOWER_IS_BETTER
+    return METRICS.fact(_OF_A_SET.get(metric, metric), "higher_is_better")
 
 
 def unit(metric: str) -> str:
     """What a metric's values count: `stars`, or nothing for a share (0 to 1)."""
-    return "stars" if metric in _IN_STARS else ""
+    return METRICS.fact(_OF_A_SET.get(metric, metric), "unit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +185,7 @@ _ABSTRACT = "Generate a title for the following abstract of a paper: {content}"
 _CHOICE = ("accuracy", "macro_f1")
 _ROUGE = ("rouge1", "rougeL")
 
-_OFFICIAL = (
+_OFFICIAL: tuple[Task, ...] = (
     _Citation(
         "LaMP_1", "Citation identification", "classification", _CHOICE, "accuracy", 8,
         {"query": "{content}", "title": _ABSTRACT}, ("abstract", "title"), '"{output}"',
@@ -229,32 +234,19 @@ _OFFICIAL = (
     ),
 )  # fmt: skip
 
-_TASKS: dict[str, Task] = {}
-
-
-def register(task: Task) -> Task:
-    """Add a task to the registry. Raises ValueError where its name is taken."""
-    if task.name in _TASKS:
-        raise ValueError(f"a task named {task.name} is registered already")
-    _TASKS[task.name] = task
-    return task
-
-
-for _task in _OFFICIAL:
-    register(_task)
+OFFICIAL = {task.name: task for task in _OFFICIAL}
+"""The tasks that are built in, by name."""
 
 
 def task_names() -> tuple[str, ...]:
     """The names of all registered tasks, in order of registration."""
-    return tuple(_TASKS)
+    return tuple(TASKS)
 
 
 def get_task(name: str) -> Task:
     """The task of that name ("LaMP_4", or with a dash: "LaMP-4"). Raises UserError, listing the known, for another."""
-    task = _TASKS.get(name) or _TASKS.get(name.replace("-", "_"))
-    if task is None:
-        raise UserError(f"unknown task {name!r}: the known tasks are {', '.join(_TASKS)}")
-    return task
+    dashed = name.replace("-", "_")
+    return TASKS.get(dashed if dashed in TASKS else name)
 
 
 def rag_prompt(task: Task, items: Sequence[Interaction], content: str, max_words: int = 64) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
+from untether.sim.core.kinds import POLICIES
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ARMS, CLOUD, METHOD, trained
 from untether.sim.population.source import Population, device_id
@@ -118,7 +119,7 @@ class Rounds:
         self.experiment, self.seed, self.population = experiment, seed, population
         self.timeline = Timeline(experiment, seed, device_id, state.get("timeline"))
         kept = state.get("policies", {})
-        self.policies = {on: Policies(experiment.drift, kept.get(on)) for on in (SAMPLES, REAL)}
+        self.policies = {on: Policies(experiment.drift, kept.get(on), experiment.settings) for on in (SAMPLES, REAL)}
         self._samples: dict[int, dict[int, tuple[int, ...]]] = {
             int(device): {int(round): tuple(counts) for round, counts in found.items()}
             for device, found in state.get("samples", {}).items()
@@ -129,10 +130,12 @@ class Rounds:
             on: [arm for arm in self.arms if ARMS[arm].needs_samples == (on == SAMPLES)] for on in (SAMPLES, REAL)
         }
         self.asks_samples = bool(experiment.cloud.samples and self.learning[SAMPLES])
-        if experiment.drift.policy == "on_drift" and self.learning[SAMPLES] and METHOD not in self.arms:
+        watching = POLICIES.fact(experiment.drift.policy, "watches")
+        if watching and self.learning[SAMPLES] and METHOD not in self.arms:
             raise UserError(
-                f'drift.policy = "on_drift" watches the answers of the arm {METHOD}, which is not among arms = '
-                f"{list(experiment.arms)}. Add it: all arms that learn from samples ask when that one needs it"
+                f'drift.policy = "{experiment.drift.policy}" watches the answers of the arm {METHOD}, which is not '
+                f"among arms = {list(experiment.arms)}. Add it: all arms that learn from samples ask when that one "
+                "needs it"
             )
 
     # --- 1. plan ----------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from untether.sim.core.records import Part
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import device_id
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 
 def versions() -> dict[str, str]:
@@ -62,7 +62,7 @@ TABLES: dict[str, pa.Schema] = {
     ),
     "samples": _schema(
         "seed:i round:i sample_id:s request_id:s device_id:s user_id:s task:s form:s input:s output:s semantic:f "
-        "diversity:f length_ratio:f verdict:s truth:s"
+        "diversity:f length_ratio:f verdict:s truth:s scores:s"
     ),
     "predictions": _schema(
         "seed:i round:i device_id:s user_id:s arm:s task:s query_id:s query_time_s:f answered_time_s:f input:s "

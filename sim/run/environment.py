@@ -15,6 +15,7 @@ from untether.sim.core import limits
 from untether.sim.core.clock import WallClock
 from untether.sim.core.package_data import import_root
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.plugins import fingerprints
 from untether.sim.prompts.protocol import prompt_templates
 
 PACKAGES = (
@@ -48,6 +49,7 @@ def describe(experiment: Experiment) -> dict[str, Any]:
             "base": experiment.model.base, "encoder": experiment.filters.encoder, "cloud": experiment.cloud.model,
         },
         "prompts": prompt_templates(),
+        "plugins": fingerprints(experiment.plugins),
     }
 
 

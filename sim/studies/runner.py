@@ -6,14 +6,19 @@ run again. Cells share what they make, under `cache/`: answers of the cloud and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from untether.sim.core.kinds import ANALYSES
 from untether.sim.experiment import Experiment
 from untether.sim.launch.runtime import check
 from untether.sim.run.directory import RunDirectory
-from untether.sim.studies.analysis import ANALYSES
 from untether.sim.studies.study import Study
+
+Analysis = Callable[[Study, Path, Mapping[str, RunDirectory]], None]
+"""Writes `table.csv`, `figures/` and `findings.md` of a study into a folder, from the finished runs by their cells'
+names.
+"""
 
 
 def run_study(
@@ -35,7 +40,8 @@ def run_study(
     run_cells(list(runs.values()))
     from untether.sim.studies.report import write_study_report  # late: reading a study should not wait for matplotlib
 
-    ANALYSES.get(study.spec.analysis)(study, out, runs)
+    analyse: Analysis = ANALYSES.bind(study.spec.analysis, study.cells[0].experiment.settings)
+    analyse(study, out, runs)
     write_study_report(study, out, runs, command)
     return out
 

@@ -14,10 +14,11 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from untether.sim.core.errors import UserError, unknown
+from untether.sim.core.kinds import ANALYSES
 from untether.sim.experiment import Experiment, fields, parse_plain
 from untether.sim.experiment.arms import PRIMARY, check_arms
+from untether.sim.experiment.plugins import load, located
 from untether.sim.experiment.section import Section
-from untether.sim.studies.analysis import ANALYSES
 
 FOLDER = Path(__file__).parent
 
@@ -131,6 +132,8 @@ class Study:
             lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
             raise UserError(f"{path} is not a valid study:\n  " + "\n  ".join(lines)) from None
         try:
+            spec = spec.model_copy(update={"base": located(spec.base, path.parent)})
+            load(spec.base.get("plugins", ()))
             ANALYSES.check(spec.analysis)
             axes = _axes(spec, grid or {})
             if spec.figure.x and spec.figure.x not in axes:
@@ -178,7 +181,7 @@ def _check(axes: Mapping[str, Sequence[Point]]) -> None:
         if not points:
             raise UserError(f"{name}: the axis has no values; give some here or by --grid {name}=...")
         for key in itertools.chain(*(point.fields for point in points)):
-            if key not in known:
+            if key not in known and not key.startswith("settings."):
                 raise UserError(f"{name}: {unknown('field', key, known)}")
             if owner.setdefault(key, name) != name:
                 raise UserError(f"{key} is set by two axes, {owner[key]} and {name}; a field belongs to one")
@@ -186,7 +189,8 @@ def _check(axes: Mapping[str, Sequence[Point]]) -> None:
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested tables as dotted fields: `drift.policy = "every"` may stand with or without quotes around its key."""
-    tables = {key for key, default, _ in fields() if isinstance(default, dict)}  # fields that are tables themselves
+    # Fields that are tables themselves; those of plug-ins are tables of fields.
+    tables = {key for key, default, _ in fields() if isinstance(default, dict) and key != "settings"}
     for key, value in table.items():
         if isinstance(value, dict) and prefix + key not in tables:
             yield from _flat(value, f"{prefix}{key}.")

@@ -165,12 +165,15 @@ def show(experiment: File = None, set_: Set = None) -> None:
 
 @cloud_app.command("serve")
 def serve(
-    generator: Annotated[str, typer.Option(help="world, recombine or transformers")] = "world",
+    generator: Annotated[str, typer.Option(help="world, recombine, transformers, or a plug-in's")] = "world",
     model: Annotated[str, typer.Option(help="transformers: causal LM by name or path")] = "",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on; 0: a free one")] = 8000,
     api_key_env: Annotated[str, typer.Option(help="require the key in this environment variable; empty: no key")] = "",
     option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="generator option")] = None,
+    plugin: Annotated[
+        list[str] | None, typer.Option("--plugin", metavar="FILE.py|MODULE", help="what brings the generator")
+    ] = None,
 ) -> None:
     """Serve a generator behind an OpenAI-compatible endpoint (chat completions, models)."""
     import os
@@ -178,7 +181,9 @@ def serve(
     from untether.server.gateway import serve as serve_generator
     from untether.server.generator import create
     from untether.sim.experiment import parse_plain
+    from untether.sim.experiment.plugins import load
 
+    load(plugin or (), "--plugin")
     options = {key: parse_plain(value) for key, value in key_values(option, "--option").items()}
     if model:
         options["model"] = model

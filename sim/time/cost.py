@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from untether.sim.core.errors import UserError, unknown
+from untether.sim.core.kinds import MODELS
 from untether.sim.experiment.sections import Lora
 from untether.sim.time.hardware import Profile
 
@@ -66,7 +66,7 @@ class ModelShape:
         return rank * self.layers * sum(a + b for a, b in wanted)
 
 
-MODELS: dict[str, ModelShape] = {
+SHAPES: dict[str, ModelShape] = {
     "SmolLM2-135M": ModelShape(30, 576, 1536, 9, 3, 64, 49_152),
     "SmolLM2-360M": ModelShape(32, 960, 2560, 15, 5, 64, 49_152),
     "Qwen2.5-0.5B": ModelShape(24, 896, 4864, 14, 2, 64, 151_936, qkv_bias=True),
@@ -77,15 +77,13 @@ MODELS: dict[str, ModelShape] = {
     "Qwen2.5-3B": ModelShape(36, 2048, 11_008, 16, 2, 128, 151_936, qkv_bias=True),
     "Llama-3.2-3B": ModelShape(28, 3072, 8192, 24, 8, 128, 128_256),
 }
-"""The nominal models that are known, from their published configurations."""
+"""The nominal models that are built in, from their published configurations."""
 
 
 def model_shape(name: str) -> ModelShape:
     """A nominal model by name (an organisation before it is ignored). Raises UserError for an unknown one."""
     short = name.rpartition("/")[2].removesuffix("-Instruct")
-    if short not in MODELS:
-        raise UserError(f"hardware.nominal_model: {unknown('model', name, MODELS)}")
-    return MODELS[short]
+    return MODELS.get(short if short in MODELS else name)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.resources import files
@@ -11,16 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from untether.sim.core.errors import UserError, unknown
-from untether.sim.core.registry import Registry
+from untether.sim.core.kinds import PROFILES
 from untether.sim.core.seeding import derive
 
 THIS_MACHINE = "this-machine"
 """The profile that is measured instead of looked up."""
-
-MEASURED: Registry[Callable[[], Profile]] = Registry(
-    "measured profile", "hardware.profiles", {THIS_MACHINE: "untether.sim.launch.this_machine:measure"}
-)
-"""Profiles that are made when they are first asked for: measuring takes the engine, which is not at home here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +66,32 @@ def built_in() -> dict[str, Profile]:
     return _parse(text, "sim/time/hardware.toml", True)
 
 
+def profiles() -> dict[str, Any]:
+    """What is registered from the start: measuring takes the engine, which is not at home here."""
+    return {**built_in(), THIS_MACHINE: "untether.sim.launch.this_machine:measure"}
+
+
 def catalogue(path: str = "") -> dict[str, Profile]:
-    """The built-in profiles and those of a TOML file. Raises UserError naming file, profile, figure and rule."""
+    """The profiles that are built in or came with a plug-in, and those of a TOML file. Raises UserError naming file,
+    profile, figure and rule.
+    """
+    known = {name: _registered(name) for name in PROFILES if name != THIS_MACHINE}
     if not path:
-        return dict(built_in())
+        return known
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"hardware.catalogue = `{path}`: cannot be read: {error}") from None
     own = _parse(text, path, False)
     for name in own:
-        if name in built_in() or name == THIS_MACHINE:
+        if name in PROFILES:
             raise UserError(f"{path}: profile `{name}` exists already in the built-in catalogue. Give it another name")
-    return {**built_in(), **own}
+    return {**known, **own}
+
+
+def _registered(name: str) -> Profile:
+    thing = PROFILES.get(name)
+    return thing if isinstance(thing, Profile) else _profile(f"plugins, profile `{name}`", name, thing, False)
 
 
 class Fleet:
@@ -123,7 +131,7 @@ class Fleet:
 
 @cache
 def _measure() -> Profile:
-    return MEASURED.get(THIS_MACHINE)()
+    return PROFILES.get(THIS_MACHINE)()
 
 
 def _parse(text: str, where: str, must_source: bool) -> dict[str, Profile]:
@@ -131,27 +139,29 @@ def _parse(text: str, where: str, must_source: bool) -> dict[str, Profile]:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{where}: not a TOML file: {error}") from None
-    profiles = {}
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise UserError(f"{where}: `{name}` must be a table of figures, [{name}]")
-        for key in table:
-            if key not in (*FIGURES, "title", "kind"):
-                raise UserError(f"{where}, [{name}]: {unknown('figure', key, FIGURES)}")
-        figures = {key: _figure(f"{where}, [{name}]", key, table.get(key)) for key in FIGURES}
-        sources = {key: source for key, (_, source) in figures.items()}
-        if figures["load_w"][0] <= figures["idle_w"][0]:
-            raise UserError(
-                f"{where}, [{name}]: load_w = {figures['load_w'][0]:g} with idle_w = {figures['idle_w'][0]:g}: both "
-                "are power of the whole device, so load_w must be above idle_w"
-            )
-        if must_source and not all(sources.values()):
-            raise UserError(f"{where}, [{name}]: every figure needs its source")
-        profiles[name] = Profile(
-            name=name, title=str(table.get("title", name)), kind=str(table.get("kind", "device")),
-            **{key: value for key, (value, _) in figures.items()}, sources=sources,
+    return {name: _profile(f"{where}, [{name}]", name, table, must_source) for name, table in tables.items()}
+
+
+def _profile(where: str, name: str, table: Mapping[str, Any], must_source: bool) -> Profile:
+    for key in table:
+        if key not in (*FIGURES, "title", "kind"):
+            raise UserError(f"{where}: {unknown('figure', key, FIGURES)}")
+    figures = {key: _figure(where, key, table.get(key)) for key in FIGURES}
+    sources = {key: source for key, (_, source) in figures.items()}
+    if figures["load_w"][0] <= figures["idle_w"][0]:
+        raise UserError(
+            f"{where}: load_w = {figures['load_w'][0]:g} with idle_w = {figures['idle_w'][0]:g}: both are power of the "
+            "whole device, so load_w must be above idle_w"
         )
-    return profiles
+    if must_source and not all(sources.values()):
+        raise UserError(f"{where}: every figure needs its source")
+    return Profile(
+        name=name, title=str(table.get("title", name)), kind=str(table.get("kind", "device")),
+        **{key: value for key, (value, _) in figures.items()}, sources=sources,
+    )
 
 
 def _figure(where: str, key: str, given: Any) -> tuple[float, str]:

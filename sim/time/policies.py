@@ -1,4 +1,4 @@
-"""When a device asks the cloud and trains again: the policies of `drift.policy`, by name.
+"""When a device asks the cloud and trains again: the policies of `drift.policy` and their detectors.
 
 A policy decides for one device at the start of a round, from what that device can know: when it last did, what it has
 spent, whether it has a link, how wrong its answers were. The first time is every policy's: in round `device mod
@@ -16,7 +16,7 @@ from typing import Any
 
 from river.drift import ADWIN, PageHinkley
 
-from untether.sim.core.errors import UserError, unknown
+from untether.sim.core.kinds import DETECTORS, POLICIES
 from untether.sim.experiment.virtual_sections import Drift
 
 
@@ -31,13 +31,16 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A decision to take. `expected_tokens`: what asking would cost; `online`: has it a link when it would ask?"""
+    """A decision to take. `expected_tokens`: what asking would cost; `online`: has it a link when it would ask?
+    `settings` are the experiment's tables for plug-ins.
+    """
 
     drift: Drift
     round: int
     memory: Memory
     expected_tokens: int
     online: Callable[[], bool]
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def rested(self) -> bool:
@@ -46,56 +49,35 @@ class Case:
 
 
 Policy = Callable[[Case], bool]
-_POLICIES: dict[str, Policy] = {}
+"""Whether the device is due."""
+
+Detector = Callable[[Sequence[float], Drift], int | None]
+"""The place in a stream of errors (0 to 1) at which they have risen; None: nowhere."""
 
 
-def register(name: str) -> Callable[[Policy], Policy]:
-    """Makes a policy known by name; a name can be given once."""
-
-    def keep(policy: Policy) -> Policy:
-        if name in _POLICIES:
-            raise ValueError(f"policy `{name}` is registered already")
-        _POLICIES[name] = policy
-        return policy
-
-    return keep
-
-
-def get_policy(name: str) -> Policy:
-    """The policy of that name; UserError lists the known ones."""
-    if name not in _POLICIES:
-        raise UserError(f"drift.policy: {unknown('policy', name, _POLICIES)}")
-    return _POLICIES[name]
-
-
-@register("every")
 def every(case: Case) -> bool:
     """Every `drift.every` rounds."""
     return case.rested
 
 
-@register("never")
 def never(case: Case) -> bool:
     """Once."""
     return case.memory.since is None
 
 
-@register("when_online")
 def when_online(case: Case) -> bool:
     """Every `drift.every` rounds, but only with a link: no training on what there is in rounds without one."""
     return case.rested and case.online()
 
 
-@register("budget")
 def budget(case: Case) -> bool:
     """Every `drift.every` rounds, while what that costs is left of `drift.tokens`."""
     return case.rested and case.memory.tokens + case.expected_tokens <= case.drift.tokens
 
 
-@register("on_drift")
 def on_drift(case: Case) -> bool:
     """When the detector finds that the device's answers have become worse."""
-    return case.memory.since is None or alarm(case.drift, case.memory.errors) is not None
+    return case.memory.since is None or alarm(case.drift, case.memory.errors, case.settings) is not None
 
 
 # --- detectors -----------------------------------------------------------------------------------------------------
@@ -112,16 +94,19 @@ FIRST = 10
 PRIOR = 4
 
 
-def alarm(drift: Drift, errors: Sequence[float]) -> int | None:
-    """The place in a stream of errors (0 to 1) at which the detector finds that they have risen; None: nowhere."""
-    return _DETECTORS[drift.detector](errors, drift.false_alarms)
+def alarm(
+    drift: Drift, errors: Sequence[float], settings: Mapping[str, Mapping[str, Any]] | None = None
+) -> int | None:
+    """Where the detector of `drift.detector` finds that errors have risen. Raises UserError for an unknown one."""
+    detector: Detector = DETECTORS.bind(drift.detector, settings or {})
+    return detector(errors, drift)
 
 
-def _adwin(errors: Sequence[float], false_alarms: float) -> int | None:
+def adwin(errors: Sequence[float], drift: Drift) -> int | None:
     """ADWIN (Bifet and Gavalda, SDM 2007): its `delta` bounds the chance of a false alarm. It finds changes both ways;
     only a rise counts.
     """
-    detector = ADWIN(delta=false_alarms, clock=1, min_window_length=5, grace_period=10)
+    detector = ADWIN(delta=drift.false_alarms, clock=1, min_window_length=5, grace_period=10)
     before = 0.0
     for place, error in enumerate(errors):
         detector.update(error)
@@ -131,7 +116,7 @@ def _adwin(errors: Sequence[float], false_alarms: float) -> int | None:
     return None
 
 
-def _page_hinkley(errors: Sequence[float], false_alarms: float) -> int | None:
+def page_hinkley(errors: Sequence[float], drift: Drift) -> int | None:
     """Page-Hinkley (Page, Biometrika 1954), as sensitive as the stream's own variance allows: a walk that falls by
     `TOLERANCE` a step, with that variance, rises by `threshold` with a chance of at most
     exp(-2 TOLERANCE threshold / variance) from each of `LONGEST` starts (Lundberg's bound for a Gaussian walk).
@@ -139,7 +124,7 @@ def _page_hinkley(errors: Sequence[float], false_alarms: float) -> int | None:
     if len(errors) < FIRST:
         return None
     variance = (FIRST * pvariance(errors[:FIRST]) + PRIOR * 0.25) / (FIRST + PRIOR)
-    threshold = variance * math.log(LONGEST / false_alarms) / (2 * TOLERANCE)
+    threshold = variance * math.log(LONGEST / drift.false_alarms) / (2 * TOLERANCE)
     detector = PageHinkley(min_instances=FIRST, delta=TOLERANCE, threshold=threshold, alpha=1.0, mode="up")
     for place, error in enumerate(errors):
         detector.update(error)
@@ -148,19 +133,20 @@ def _page_hinkley(errors: Sequence[float], false_alarms: float) -> int | None:
     return None
 
 
-_DETECTORS: dict[str, Callable[[Sequence[float], float], int | None]] = {
-    "adwin": _adwin, "page_hinkley": _page_hinkley,
-}  # fmt: skip
-
-
 # --- a fleet -------------------------------------------------------------------------------------------------------
 
 
 class Policies:
-    """The policy of a seed's fleet, and what its devices remember. `state` is what an earlier one's `state()` said."""
+    """The policy of a seed's fleet, and what its devices remember. `state` is what an earlier one's `state()` said;
+    `settings` are the experiment's tables for plug-ins.
+    """
 
-    def __init__(self, drift: Drift, state: Mapping[str, Any] | None = None):
-        self.drift, self._decide = drift, get_policy(drift.policy)
+    def __init__(
+        self, drift: Drift, state: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+    ):  # fmt: skip
+        self.drift, self.settings = drift, settings or {}
+        self._decide: Policy = POLICIES.bind(drift.policy, self.settings)
         self._memories = {int(device): Memory(*kept) for device, kept in (state or {}).items()}
 
     def due(self, round: int, device: int, expected_tokens: int, online: Callable[[], bool]) -> bool:
@@ -168,7 +154,7 @@ class Policies:
         memory = self._memories.get(device) or Memory()
         if memory.since is None and round < device % self.drift.stagger:
             return False
-        return self._decide(Case(self.drift, round, memory, expected_tokens, online))
+        return self._decide(Case(self.drift, round, memory, expected_tokens, online, self.settings))
 
     def served(self, round: int, device: int, tokens: int, done: bool) -> None:
         """What became of a device that was due: cloud tokens spent, and whether samples came (or none were asked)."""
@@ -179,7 +165,7 @@ class Policies:
 
     def observe(self, device: int, errors: Iterable[float]) -> None:
         """How wrong a device's answers were in a round, in order (0: right, 1: as wrong as can be)."""
-        if self.drift.policy == "on_drift":
+        if POLICIES.fact(self.drift.policy, "watches"):
             self._memories.setdefault(device, Memory()).errors.extend(errors)
 
     def state(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Timeline:
         self.experiment, self.seed, self.device_id = experiment, seed, device_id
         self._state = State.load(state or {})
         hardware = experiment.hardware
-        self.links = Links(experiment.network, seed)
+        self.links = Links(experiment.network, seed, experiment.settings)
         self.fleet = Fleet(hardware.profiles, hardware.catalogue, seed, self._state.this_machine)
         self.model = model_shape(hardware.nominal_model)
         self._profiles: dict[int, Profile] = {}

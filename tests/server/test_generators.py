@@ -18,6 +18,7 @@ from untether.server.background import start_background
 from untether.server.generator import Completion, GenerationRequest, PromptTooLong
 from untether.server.generator.local_model import LocalModelGenerator
 from untether.sim.core.errors import UserError
+from untether.sim.core.kinds import GENERATORS
 from untether.sim.core.records import Interaction
 from untether.sim.experiment.sections import Cloud
 from untether.sim.population.tasks import get_task
@@ -44,7 +45,7 @@ def answer(task: str, contents, query: str) -> str:
 
 def test_the_registry_refuses_a_taken_name_and_lists_the_known_ones():
     with pytest.raises(ValueError, match="registered already"):
-        generators.GENERATORS.register("recombine", lambda: recombine)
+        GENERATORS.register("recombine", lambda: recombine)
     with pytest.raises(UserError, match="unknown generator `gpt`.*world.*recombine.*transformers"):
         generators.create("gpt")
     with pytest.raises(UserError, match="'size'.*model"):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
 from untether.sim.core.clock import Span
+from untether.sim.core.kinds import LINKS
 from untether.sim.core.seeding import derive, generator
 from untether.sim.experiment.virtual_sections import Network
 from untether.sim.time.network.bandwidth import Constant, Log, LoopedLog
@@ -12,15 +17,34 @@ from untether.sim.time.network.traces import StateTrace, read_traces
 
 MEGA = 1e6
 
+Maker = Callable[["Links", int, str], Link]
+"""What a `network.kind` is: makes a device's link, from the device's number and name. `wifi_only`, `outages`, state
+traces and `availability` take their time from whatever it makes.
+"""
+
+
+def configured(links: Links, device: int, device_id: str) -> Link:
+    """The link that the fields of `[network]` describe, always up: the kinds `always`, `onoff` and `trace`."""
+    network, trace = links.network, links.trace_of(device_id)
+    down, up = (Constant(mbps * MEGA * network.scale) for mbps in (network.downlink_mbps, network.uplink_mbps))
+    rtt_s = network.rtt_s
+    if isinstance(trace, Log):
+        phase_s = links.phase_s(device_id, trace)
+        down = LoopedLog(trace, phase_s, network.scale)
+        up = LoopedLog(trace, phase_s, network.scale * network.uplink_mbps / network.downlink_mbps)
+        rtt_s = rtt_s if trace.latency_s is None else trace.latency_s
+    return Link(ALWAYS, down, up, rtt_s)
+
 
 class Links:
     """Makes each device's link once and keeps it. `device_id` enters every draw, so order and company change nothing.
 
-    Raises UserError where the traces cannot be read.
+    `settings` are the experiment's tables for plug-ins. Raises UserError where the traces cannot be read.
     """
 
-    def __init__(self, network: Network, seed: int):
+    def __init__(self, network: Network, seed: int, settings: Mapping[str, Mapping[str, Any]] | None = None):
         self.network, self.seed = network, seed
+        self._maker: Maker = LINKS.bind(network.kind, settings or {})
         self.traces = read_traces(network.traces) if network.traces else []
         self.outages = [Span.parse(text) for text in network.outages]
         self._links: dict[int, Link] = {}
@@ -51,19 +75,12 @@ class Links:
             spells.forget(before_s)
 
     def _make(self, device: int, device_id: str) -> Link:
-        network, trace = self.network, self.trace_of(device_id)
-        down, up = (Constant(mbps * MEGA * network.scale) for mbps in (network.downlink_mbps, network.uplink_mbps))
-        rtt_s = network.rtt_s
-        if isinstance(trace, Log):
-            phase_s = self.phase_s(device_id, trace)
-            down = LoopedLog(trace, phase_s, network.scale)
-            up = LoopedLog(trace, phase_s, network.scale * network.uplink_mbps / network.downlink_mbps)
-            rtt_s = rtt_s if trace.latency_s is None else trace.latency_s
+        link, trace = self._maker(self, device, device_id), self.trace_of(device_id)
         spells = all_of([
-            self._spells(device, device_id), self._traced(device_id, trace), self._wifi(device_id, trace),
+            link.spells, self._spells(device, device_id), self._traced(device_id, trace), self._wifi(device_id, trace),
             self._outage(device, device_id),
         ])  # fmt: skip
-        return Link(spells, down, up, rtt_s)
+        return replace(link, spells=spells)
 
     def _spells(self, device: int, device_id: str) -> Spells:
         network = self.network

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from untether.clients.filters import Case, Finding, create, judge, known, register, text_of
-from untether.clients.filters.case import Fixed
+from untether.clients.filters import Case, Finding, Fixed, create, judge, text_of
 from untether.clients.filters.embedding import Encoder
-from untether.clients.filters.registry import _FACTORIES
+from untether.plugins import apart, register
 from untether.sim.core.errors import UserError
 from untether.sim.core.records import Interaction, Sample
 from untether.sim.experiment.sections import DiversityFilter, Filters, LengthFilter, SemanticFilter
@@ -212,26 +211,24 @@ def test_the_pair_puts_the_output_first():
 
 
 def test_unknown_and_repeated_names():
-    with pytest.raises(UserError, match='"semantics".*Did you mean "semantic".*semantic, diversity, length'):
+    with pytest.raises(UserError, match="unknown filter `semantics`. Did you mean `semantic`.*semantic, diversity, len"):
         create(section(order=("semantics",)))
     with pytest.raises(UserError, match='"length" twice'):
         create(section(order=("length", "diversity", "length")))
-    with pytest.raises(ValueError, match="exists already"):
-        register("diversity", lambda filters: None)
-    with pytest.raises(ValueError, match="exists already"):
-        register("leak", lambda filters: None)
+    for name in ("diversity", "leak"):
+        with pytest.raises(ValueError, match="registered already"):
+            register("filter", name, lambda: None)
 
 
 def test_another_filter_by_name():
     class Polite:
-        name, embeds = "polite", None
+        embeds = None
 
         def examine(self, case: Case) -> Fixed:
             return Fixed([Finding(float(len(s.output)), "please" in s.output) for s in case.samples])
 
-    register("polite", lambda filters: Polite())
-    try:
-        assert "polite" in known()
+    with apart():
+        register("filter", "polite", Polite)
         judged = judge(
             {"d": [sample("a", 90, "please"), sample("b", 120, "now")]},
             {"d": [item(0)]},
@@ -242,8 +239,8 @@ def test_another_filter_by_name():
             ("accepted", {"polite": 6.0}),
             ("rejected_by:polite", {"polite": 3.0}),
         ]
-    finally:
-        del _FACTORIES["polite"]
+    with pytest.raises(UserError, match="unknown filter `polite`"):
+        create(section(order=("polite",)))
 
 
 angles = st.integers(0, 359)

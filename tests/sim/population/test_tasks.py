@@ -10,10 +10,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from untether.plugins import register
 from untether.sim.core.errors import UserError
 from untether.sim.core.records import Interaction
 from untether.sim.population.dates import parse_date
-from untether.sim.population.tasks import get_task, rag_prompt, register, task_names
+from untether.sim.population.tasks import get_task, rag_prompt, task_names
 
 CITATION = (
     'For an author who has written the paper with the title "On A", which reference is related? Just answer with [1] '
@@ -87,7 +88,7 @@ def test_names_may_be_spelled_with_a_dash_and_unknown_ones_list_the_known():
     with pytest.raises(UserError, match=r"LaMP_6.*LaMP_1, LaMP_2, LaMP_2N, LaMP_3, LaMP_4, LaMP_5, LaMP_7"):
         get_task("LaMP_6")
     with pytest.raises(ValueError, match="registered already"):
-        register(get_task("LaMP_4"))
+        register("task", "LaMP_4", get_task("LaMP_4"))
 
 
 def test_profiles_become_training_pairs():

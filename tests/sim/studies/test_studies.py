@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from untether.sim.core.errors import ResumableStop, UserError
+from untether.sim.core.kinds import ANALYSES
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies import Study, run_study
-from untether.sim.studies.analysis import ANALYSES
 from untether.sim.studies.frames import mean_interval, paired_interval, tables, user_scores
 from untether.sim.studies.study import FOLDER
 
@@ -193,7 +193,7 @@ def test_a_field_that_the_study_varies_is_not_set_beside_it(study, tmp_path):
 
 
 def test_analyses_have_names(varied, tmp_path, monkeypatch):
-    monkeypatch.setattr(ANALYSES, "_things", dict(ANALYSES._things))
+    monkeypatch.setattr(ANALYSES, "_added", {})
     seen = {}
 
     def analyse(study, out, runs):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from untether.sim.core.errors import UserError
 from untether.sim.experiment.sections import Lora
-from untether.sim.time.cost import MODELS, CostModel, Heat, ModelShape, model_shape
+from untether.sim.time.cost import SHAPES, CostModel, Heat, ModelShape, model_shape
 from untether.sim.time.hardware import FIGURES, Fleet, Profile, built_in, catalogue
 
 PLAIN = Profile(
@@ -47,7 +47,7 @@ def test_the_catalogue_is_of_this_world():
         least, most = batteries_wh[profile.kind]
         assert least <= profile.battery_wh <= most and profile.charge_w <= 2 * profile.battery_wh, profile.name
         assert profile.idle_w < profile.load_w and profile.radio_w < profile.load_w, profile.name
-    costs = {name: CostModel(profile, MODELS["Qwen2.5-0.5B"]) for name, profile in built_in().items()}
+    costs = {name: CostModel(profile, SHAPES["Qwen2.5-0.5B"]) for name, profile in built_in().items()}
     training_s = {name: cost.training_s(20_000) for name, cost in costs.items()}
     assert min(training_s, key=training_s.get) == "macbook-air-m2"
     assert max(training_s, key=training_s.get) == "raspberry-pi-4"
@@ -95,12 +95,12 @@ def test_profiles_are_drawn_by_weight_and_device_alone():
 
 def test_shapes_have_the_published_numbers_of_parameters():
     """As counted on the models' own pages."""
-    assert {name: shape.parameters for name, shape in MODELS.items()} == {
+    assert {name: shape.parameters for name, shape in SHAPES.items()} == {
         "SmolLM2-135M": 134_515_008, "SmolLM2-360M": 361_821_120, "Qwen2.5-0.5B": 494_032_768,
         "TinyLlama-1.1B": 1_100_048_384, "Llama-3.2-1B": 1_235_814_400, "Qwen2.5-1.5B": 1_543_714_304,
         "SmolLM2-1.7B": 1_711_376_384, "Qwen2.5-3B": 3_085_938_688, "Llama-3.2-3B": 3_212_749_824,
     }  # fmt: skip
-    assert model_shape("Qwen/Qwen2.5-0.5B-Instruct") is MODELS["Qwen2.5-0.5B"]
+    assert model_shape("Qwen/Qwen2.5-0.5B-Instruct") is SHAPES["Qwen2.5-0.5B"]
     with pytest.raises(UserError, match="Did you mean `Qwen2.5-0.5B`"):
         model_shape("Qwen2-0.5B")
 
@@ -123,7 +123,7 @@ def test_costs_by_hand():
 
 
 def test_time_depends_on_model_tokens_and_weights():
-    cost = {name: CostModel(built_in()["pixel-8"], shape) for name, shape in MODELS.items()}
+    cost = {name: CostModel(built_in()["pixel-8"], shape) for name, shape in SHAPES.items()}
     small, large = cost["Qwen2.5-0.5B"], cost["Qwen2.5-3B"]
     assert large.training_s(1000) > 4 * small.training_s(1000)
     assert small.training_s(2000) == pytest.approx(2 * small.training_s(1000))
@@ -136,7 +136,7 @@ def test_time_depends_on_model_tokens_and_weights():
 def test_decoding_and_heat_agree_with_a_phone_that_was_measured():
     """An iPhone 17 Pro decoded a 4-bit 3B model at 37 tokens/s when cool and 17.9 after five minutes."""
     phone = built_in()["iphone-17-pro"]
-    cost = CostModel(phone, MODELS["Llama-3.2-3B"], 4)
+    cost = CostModel(phone, SHAPES["Llama-3.2-3B"], 4)
     cool = 100 / (cost.decoding_s(50, 100) - cost.decoding_s(50, 0))
     hot = Heat(phone.hot_share, phone.heating_s).after(load_s=300)
     speed = 1 - (1 - hot.hot_share) * hot.level

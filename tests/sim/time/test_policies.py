@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from untether.sim.core.errors import UserError
+from untether.sim.core.kinds import POLICIES
 from untether.sim.experiment.virtual_sections import Drift
-from untether.sim.time.policies import Case, Memory, Policies, alarm, get_policy, register
+from untether.sim.time.policies import Case, Memory, Policies, alarm
 
 CALM, BAD = [0.0] * 40, [1.0] * 20
 
 
 def decide(policy, round, *, since=None, tokens=0, errors=(), expected=100, online=True, **drift):
     memory = Memory(since, tokens, list(errors))
-    return get_policy(policy)(Case(Drift(policy=policy, **drift), round, memory, expected, lambda: online))
+    return POLICIES.get(policy)(Case(Drift(policy=policy, **drift), round, memory, expected, lambda: online))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_a_policy_by_hand(policy, round, situation, due):
 
 def test_a_budget_is_never_overspent():
     drift = Drift(policy="budget", tokens=250)
-    policy = get_policy("budget")
+    policy = POLICIES.get("budget")
     assert policy(Case(drift, 3, Memory(2, 150), 100, lambda: True))  # 150 + 100 is what there is
     assert not policy(Case(drift, 3, Memory(2, 151), 100, lambda: True))
     assert not policy(Case(Drift(policy="budget", tokens=250, every=2), 3, Memory(2, 0), 100, lambda: True))
@@ -124,9 +125,9 @@ def test_what_a_fleet_remembers_survives_json(policy):
 
 def test_policies_have_names():
     with pytest.raises(UserError, match="Did you mean `never`"):
-        get_policy("nevr")
+        POLICIES.get("nevr")
     with pytest.raises(ValueError, match="registered already"):
-        register("never")(get_policy("never"))
+        POLICIES.register("never", POLICIES.get("never"))
 
 
 # --- detectors -----------------------------------------------------------------------------------------------------
