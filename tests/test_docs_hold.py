@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from tests.sim.timelines import run, timeline
+from untether.plugins import apart
 from untether.sim.experiment import Experiment, fields
 from untether.sim.run.directory import TABLES, RunDirectory
 from untether.sim.studies import Study
@@ -42,6 +43,13 @@ def python(page: Path) -> list[str]:
         text for language, text in blocks(page)
         if language == "python" or (not language and re.search(r"^(from \S+ )?import \w", text, re.M))
     ]  # fmt: skip
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """The Python blocks that begin with a file's name, as files."""
+    for code in python(page):
+        if name := re.match(r"# (\w+\.py)\n", code):
+            (folder / name[1]).write_text(code)
 
 
 def spans(page: Path) -> list[str]:
@@ -93,8 +101,9 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     scores = pd.DataFrame({"task": ["LaMP_2"], "arm": ["local"], "metric": ["accuracy"], "value": [0.5]})
     metrics = "metrics.parquet"
     monkeypatch.setattr("untether.sim.launch.runtime.launch", lambda made: scores.to_parquet(made.path / metrics))
-    for code in python(page):
-        exec(compile(code, page.name, "exec"), {})
+    with apart():
+        for code in python(page):
+            exec(compile(code, page.name, "exec"), {"__name__": page.stem})
 
 
 @each_page
@@ -123,10 +132,12 @@ def test_every_command_is_one(page):
 
 @each_page
 def test_toml_blocks_are_experiments_or_studies(page, tmp_path):
-    for number, text in enumerate(text for language, text in blocks(page) if language == "toml"):
-        (tmp_path / f"{number}.toml").write_text(text)
-        read = Study.read if "[base]" in text else Experiment.read
-        read(str(tmp_path / f"{number}.toml"))
+    write_files(page, tmp_path)
+    with apart():
+        for number, text in enumerate(text for language, text in blocks(page) if language == "toml"):
+            (tmp_path / f"{number}.toml").write_text(text)
+            read = Study.read if "[base]" in text else Experiment.read
+            read(str(tmp_path / f"{number}.toml"))
 
 
 @each_page

@@ -21,7 +21,10 @@ from untether.sim.population.world.truth import truth_rows
 
 
 class Population(Protocol):
-    """The users of one seed. Device i is user i; `order` is `time` where dates prove it, else `unknown`."""
+    """The users of one seed. Device i is user i; `order` is `time` where dates prove it, else `unknown`.
+
+    A population of one's own derives from it and says at least `order`, how many they are, and each `user`.
+    """
 
     order: str
 
@@ -33,27 +36,29 @@ class Population(Protocol):
 
     def asked(self, index: int) -> Sequence[tuple[str, int | None]]:
         """The task and the round of each query of a user, in their order: what planning needs to know."""
-        ...
+        return [(query.task, query.round) for query in self.user(index).queries]
 
     def scored(self, task: str) -> Iterator[Query]:
         """All queries of a task, of every user and round."""
-        ...
+        return (query for index in range(len(self)) for query in self.user(index).queries if query.task == task)
 
     def shared_users(self) -> Sequence[User]:
         """Disjoint users, for the `shared` arm."""
-        ...
+        return []
 
     def first_query_s(self) -> float | None:
         """When the first query of any user is asked: what is shared must be older. None where nothing is dated."""
-        ...
+        users = (self.user(index) for index in range(len(self)))
+        dates = (query.time_s for user in users for query in user.queries if query.time_s is not None)
+        return min(dates, default=None)
 
     def exclusions(self) -> Counter[str]:
         """How often each reason left a user, a question or an item out."""
-        ...
+        return Counter()
 
 
 @dataclass
-class FromFiles:
+class FromFiles(Population):
     """Users drawn from LaMP files: those of this seed, and disjoint others for the `shared` arm."""
 
     experiment: Experiment
@@ -69,12 +74,6 @@ class FromFiles:
     def user(self, index: int) -> User:
         return self._users[0][index]
 
-    def asked(self, index: int) -> list[tuple[str, int | None]]:
-        return [(query.task, query.round) for query in self.user(index).queries]
-
-    def scored(self, task: str) -> Iterator[Query]:
-        return (query for user in self._users[0] for query in user.queries if query.task == task)
-
     @property
     def order(self) -> str:
         return "time" if all(order_of(user) == "time" for user in self._users[0]) else "unknown"
@@ -83,10 +82,6 @@ class FromFiles:
         population = self.experiment.population
         drawn = population.users * len(self.experiment.seeds)
         return self._read(population.shared_users, 0, drawn)[0] if population.shared_users else []
-
-    def first_query_s(self) -> float | None:
-        dates = [q.time_s for user in self._users[0] for q in user.queries if q.time_s is not None]
-        return min(dates, default=None)
 
     def exclusions(self) -> Counter[str]:
         return Counter(item.reason for item in self._users[1])
@@ -101,7 +96,7 @@ class FromFiles:
 
 
 @dataclass
-class FromWorld:
+class FromWorld(Population):
     """Users of the embedded world, made when they are asked for: a fleet of any size costs no memory."""
 
     experiment: Experiment
@@ -159,9 +154,6 @@ class FromWorld:
 
     def first_query_s(self) -> float:
         return NOW_S
-
-    def exclusions(self) -> Counter[str]:
-        return Counter()
 
 
 def device_id(index: int) -> str:
