@@ -13,7 +13,6 @@ import psutil
 import pytest
 from fleet import tiny
 
-from untether.sim.launch.runtime import run_config
 from untether.sim.run.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,15 +61,11 @@ def free_ports(count: int) -> list[str]:
     return ports
 
 
-def toml(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 @pytest.mark.timeout(600)
 def test_flwr_run_installs_nothing_and_leaves_a_finished_run(flwr, tmp_path):
-    out, defaults = tmp_path / "run", run_config(type(tiny())())
-    chosen = {key: value for key, value in run_config(tiny()).items() if value != defaults[key]}
-    started = flwr("run", ".", "--run-config", " ".join(f"{k}={toml(v)}" for k, v in {**chosen, "out": str(out)}.items()))
+    out, file = tmp_path / "run", tmp_path / "tiny.toml"
+    file.write_text(tiny().to_toml())
+    started = flwr("run", ".", "--run-config", f'experiment="{file}" out="{out}"')
     number = re.search(r"Successfully started run (\d+)", started)[1]
     log = flwr("log", number, "--stream")
     assert f"run directory: {out}" in log and f"report:        {out / 'report.html'}" in log

@@ -135,7 +135,15 @@ def launch(*runs: RunDirectory, terminal: TextIO | None = None, ray_address: str
     after a stop. Raises UserError, ResumableStop (Ctrl-C, SIGTERM and a full disk among its causes), or Failure with
     the traceback of the defect that ended a run; where there are several runs, the message names the one.
     """
-    again = again or f"untether run --resume {runs[0].path}"
+    stop, again = threading.Event(), again or f"untether run --resume {runs[0].path}"
+    with stopping(stop, farewell(again, terminal)), LiveProgress(file=terminal) as progress:
+        carry_out(runs, progress, stop, ray_address)
+
+
+def carry_out(
+    runs: Sequence[RunDirectory], progress: LiveProgress, stop: threading.Event, ray_address: str = ""
+) -> None:
+    """As `launch`, for whoever has a progress and signals of their own; ends soon after `stop` is set, resumably."""
     with contextlib.ExitStack() as locks:
         for run in runs:
             locks.enter_context(RunLock(run.path))
@@ -143,16 +151,14 @@ def launch(*runs: RunDirectory, terminal: TextIO | None = None, ray_address: str
                 run.drop_parts()
         if all(run.finished for run in runs):
             return
-        stop = threading.Event()
-        with stopping(stop, farewell(again, terminal)), LiveProgress(file=terminal) as progress:
-            try:
-                _simulate(runs, progress, stop, ray_address)
-            except KeyboardInterrupt:
-                raise ResumableStop("interrupted") from None
-            except OSError as error:
-                if not disk_is_full(error):
-                    raise
-                raise ResumableStop(f"a disk is full ({error}). Free some space, then resume the run.") from error
+        try:
+            _simulate(runs, progress, stop, ray_address)
+        except KeyboardInterrupt:
+            raise ResumableStop("interrupted") from None
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            raise ResumableStop(f"a disk is full ({error}). Free some space, then resume the run.") from error
 
 
 def _simulate(runs: Sequence[RunDirectory], progress: LiveProgress, stop: threading.Event, ray_address: str) -> None:
