@@ -72,7 +72,7 @@ class Registry(Generic[T]):
         """Makes a thing known by name. Raises ValueError where the name is taken (of one with settings: by whatever
         kind has settings), and for what this kind does not have.
         """
-        if name in self._things or name in self._reserved:
+        if name in self or name in self._reserved:
             raise ValueError(f"{self.kind} `{name}` is registered already. Give it another name")
         if settings is not None and self.values:
             raise ValueError(f"{self.kind} `{name}`: this kind takes no settings")
@@ -85,24 +85,22 @@ class Registry(Generic[T]):
 
     def check(self, name: str) -> None:
         """Raises UserError, naming the field and the known names, for a name that nobody registered."""
-        if name not in self._things:
+        if name not in self:
             where = f"{self.field}: " if self.field else ""
-            raise UserError(f"{where}{unknown(self.kind, name, [*self.beside, *self._things])}")
+            raise UserError(f"{where}{unknown(self.kind, name, [*self.beside, *self])}")
 
     def get(self, name: str) -> T:
         """The thing of that name. Raises UserError as `check` does."""
-        self.check(name)
-        thing = self._things[name].thing
+        thing = self._entry(name).thing
         return _imported(thing) if isinstance(thing, str) else thing
 
     def settings(self, name: str) -> Any:
         """The section of settings of a thing; None where it has none."""
-        return self._things[name].settings if name in self._things else None
+        return self._entry(name).settings if name in self else None
 
     def fact(self, name: str, fact: str) -> Any:
         """What was said of a thing, or the default."""
-        self.check(name)
-        return (self._things[name].facts or {}).get(fact, self.facts[fact])
+        return (self._entry(name).facts or {}).get(fact, self.facts[fact])
 
     def bind(self, name: str, settings: Mapping[str, Mapping[str, Any]]) -> T:
         """The thing, to be called: where it has a section of settings, it gets that as the keyword `settings`, made of
@@ -113,18 +111,22 @@ class Registry(Generic[T]):
             return thing
         return functools.partial(thing, settings=section.model_validate(settings.get(name, {})))  # type: ignore
 
-    @property
-    def _things(self) -> dict[str, Entry]:
-        if isinstance(self._built_in, str):
-            found = _imported(self._built_in)
-            self._built_in = found() if callable(found) else found
-        return {name: t if isinstance(t, Entry) else Entry(t) for name, t in self._built_in.items()} | self._added
+    @functools.cached_property
+    def _first(self) -> dict[str, Entry]:
+        """What is built in."""
+        found = _imported(self._built_in) if isinstance(self._built_in, str) else self._built_in
+        found = found() if callable(found) else found
+        return {name: thing if isinstance(thing, Entry) else Entry(thing) for name, thing in found.items()}
+
+    def _entry(self, name: str) -> Entry:
+        self.check(name)
+        return self._added[name] if name in self._added else self._first[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._things
+        return name in self._added or name in self._first
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._things)
+        return iter([*self._first, *self._added])
 
 
 def added() -> set[tuple[str, str]]:
