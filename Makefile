@@ -9,8 +9,7 @@ STAMP := .venv/.installed
 run: $(STAMP)
 	$(BIN)/untether run
 
-test: $(STAMP)
-	$(BIN)/ruff check .
+test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # One run, killed twenty times at random moments, against an undisturbed one (some twenty minutes).
@@ -30,8 +29,16 @@ $(STAMP): pyproject.toml constraints.txt
 bench: $(STAMP)
 	$(BIN)/python -m bench
 
+# mypy wants the folders where they are imported from: inside `untether`.
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	mkdir -p build/typed/untether
+	ln -sf $(CURDIR)/untether/*.py $(CURDIR)/untether/py.typed build/typed/untether
+	ln -sfn $(CURDIR)/sim build/typed/untether/sim
+	ln -sfn $(CURDIR)/clients build/typed/untether/clients
+	ln -sfn $(CURDIR)/server build/typed/untether/server
+	ln -sfn $(CURDIR)/strategies build/typed/untether/strategies
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv build *.egg-info

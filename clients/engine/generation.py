@@ -152,7 +152,8 @@ def _batches(
     tokens = BATCH_TOKENS.get(base.device.type, 16384)
 
     def adapter(index: int) -> float:
-        return math.inf if rows[index].adapter is None else rows[index].adapter
+        own = rows[index].adapter
+        return math.inf if own is None else own
 
     def bucket(index: int) -> int:
         return int(math.log(lengths[index]) / math.log(_LENGTH_RATIO))
@@ -206,7 +207,7 @@ class _Prompts:
         self.mask = mask.to(device)
         self.position = self.mask[:, :longest].sum(1)
         self.cache = RoomyCache(base.model.config, longest + room)
-        if self.slots:
+        if self.slots and stack is not None:
             whole = self.slots == list(range(len(stack)))
             self._flat = stack.flat if whole else stack.flat[torch.tensor(self.slots, device=device)]
         if base.lean is not None:
@@ -222,18 +223,19 @@ class _Prompts:
         """Logits after the prompts. They are read packed and right-padded, where causal order is mask enough, and kept
         left-padded, so that all go on in the same column.
         """
+        assert self.base.lean is not None
         rows = self._rows(prompts)
         worn = [adapter for adapter in rows if adapter is not None]
-        order = [[index for line in row for index in line.texts] for of_one in rows.values() for row in of_one]
-        texts = [[prompts[index] for index in of_row] for of_row in order]
+        by_row = [[index for line in row for index in line.texts] for of_one in rows.values() for row in of_one]
+        texts = [[prompts[index] for index in of_row] for of_row in by_row]
         split = self.base.lean.splits(longest)
         ids, places, packing = pack(list(itertools.chain(*rows.values())), texts, self.base.device, split)
-        order = list(itertools.chain(*order))
+        order = list(itertools.chain(*by_row))
         kept = torch.zeros(len(prompts), longest, dtype=torch.long)
         for index, place in zip(order, places, strict=True):
             kept[index, longest - len(place) :] = torch.from_numpy(place)
         last, device, route = torch.tensor([place[-1] for place in places]), self.base.device, None
-        if worn:
+        if worn and self.stack is not None:
             route = self.stack.route(worn, [len(rows[adapter]) for adapter in worn], len(ids), self._flat)
         ids = torch.from_numpy(ids).to(device)
         logits = self._logits_at(last, ids, route, packing=packing, kept=kept.to(device))
@@ -263,7 +265,7 @@ class _Prompts:
 
     def _logits_at(self, at: Tensor, ids: Tensor, route: Route | None, **inputs) -> Tensor:
         """Logits at flattened places of ids, whose rows wear what the route says; the cache grows."""
-        with self.stack.wearing(route) if route is not None else contextlib.nullcontext():
+        with self.stack.wearing(route) if self.stack is not None and route is not None else contextlib.nullcontext():
             return self.base.logits_at(at, ids, past_key_values=self.cache, use_cache=True, **inputs)
 
     def take(self, rows: list[int]) -> None:
@@ -277,7 +279,7 @@ class _Prompts:
     _made: Route | None = None
 
     def _route(self, rows: int) -> Route | None:
-        if self._made is None and self.slots:
+        if self._made is None and self.slots and self.stack is not None:
             counts = [self.adapters.count(slot) for slot in self.slots]
             self._made = self.stack.route(self.slots, counts, rows, self._flat)
         return self._made
@@ -294,7 +296,7 @@ class _Decoding:
     def run(self) -> list[list[int]]:
         prompts, end_ids = self.prompts, self.base.end_ids
         logits = prompts.logits
-        live = list(range(len(self.tokens)))
+        live: list[int | None] = list(range(len(self.tokens)))
         """Rows of the batch by their place; None where a finished row still sits."""
         while True:
             chosen = self._choose(logits, live)

@@ -337,7 +337,7 @@ def _complete(shares: list[_Share], losses: Tensor, grads: Tensor) -> list[_Run]
         run.grad = grad if run.grad is None else run.grad.add_(grad)
     runs = list(dict.fromkeys(share.run for share in shares))
     for run in runs:
-        if run.missing:
+        if run.missing and run.grad is not None:
             run.grad = run.grad.clone()  # a view would keep the gradients of the whole pass
     return [run for run in runs if not run.missing]
 

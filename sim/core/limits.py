@@ -77,13 +77,13 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 def _mounts(root: Path) -> dict[str, tuple[PurePosixPath, Path]]:
     """Where each controller of version 1 is mounted, and version 2 (``""``): (the group that is its top, folder)."""
-    found = {}
+    found: dict[str, tuple[PurePosixPath, Path]] = {}
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = (part.split() for part in line.partition(" - "))
         if len(before) < 5 or len(after) < 3 or after[0] not in ("cgroup", "cgroup2"):
             continue
-        top, folder = (_unescaped(word) for word in before[3:5])
-        place = PurePosixPath(top), root / folder.lstrip("/")
+        group, folder = (_unescaped(word) for word in before[3:5])
+        place = PurePosixPath(group), root / folder.lstrip("/")
         for name in [""] if after[0] == "cgroup2" else after[2].split(","):
             found.setdefault(name, place)
     if not found:  # no such file: the usual places

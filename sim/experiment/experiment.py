@@ -316,8 +316,8 @@ def _write(table: Any, model: BaseModel, comments: bool) -> None:
     for name, value in sections:
         inner = tomlkit.table()
         if isinstance(value, BaseModel):
-            if comments and type(value).__doc__:
-                inner.add(tomlkit.comment(" ".join(type(value).__doc__.split())))
+            if comments and (meaning := type(value).__doc__):
+                inner.add(tomlkit.comment(" ".join(meaning.split())))
             _write(inner, value, comments)
         else:
             if not value:

@@ -48,7 +48,9 @@ def run_rounds(run: RunDirectory, backend: Backend, progress: Progress) -> None:
         population = open_population(experiment, seed)
         devices = range(len(population))
         rounds = [round for round in range(experiment.rounds) if not run.committed(seed, round)]
-        virtual = Rounds(experiment, seed, population, run.carried(seed, rounds[0] - 1)) if rounds else None
+        if not rounds:
+            continue
+        virtual = Rounds(experiment, seed, population, run.carried(seed, rounds[0] - 1))
         for round in rounds:
             progress.begin(seed, round)
 
