@@ -6,8 +6,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from untether.sim.core.errors import UserError
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear map but the head."""
+
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,7 @@ class LoraSpec:
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.0
-    target_modules: tuple[str, ...] | str = "all-linear"
+    target_modules: tuple[str, ...] | str = ALL_LINEAR
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
@@ -32,7 +38,7 @@ class LoraSpec:
     def of(cls, section) -> LoraSpec:
         """From an experiment's `[lora]` section, or anything with the same fields."""
         targets = tuple(section.target_modules)
-        whole = targets[0] if targets == ("all-linear",) else targets
+        whole = targets[0] if targets == (ALL_LINEAR,) else targets
         return cls(section.rank, section.alpha, section.dropout, whole, section.use_rslora)
 
     @property
@@ -49,7 +55,7 @@ class TrainSettings:
     epochs: float = 4.0
     steps: int = 0
     batch_size: int = 8
-    schedule: str = "linear"
+    schedule: Schedule = "linear"
     warmup_ratio: float = 0.05
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0

@@ -48,7 +48,8 @@ class Registry(Generic[T]):
         self.kind, self.field, self.values = kind, field, values
         self.beside, self.facts = tuple(beside), dict(facts or {})
         self._reserved = {*self.beside, *reserved}
-        self._built_in, self._added = built_in, {}
+        self._built_in = built_in
+        self._added: dict[str, Any] = {}
         if kind in self._kinds:
             raise ValueError(f"a registry of kind `{kind}` exists already")
         self._kinds[kind] = self

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from untether.sim.core.learning import LoraSpec, TrainSettings
+from untether.sim.core.learning import ALL_LINEAR, LoraSpec, Schedule, TrainSettings
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.virtual_sections import CloudCapacity
 
@@ -107,7 +107,7 @@ class Lora(Section):
     rank: int = Field(LoraSpec.rank, ge=1, le=1024, description="LoRA rank r")
     alpha: float = Field(LoraSpec.alpha, gt=0, description="scaling is alpha / rank (rsLoRA: alpha / sqrt(rank))")
     dropout: float = Field(LoraSpec.dropout, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: tuple[str, ...] = Field((LoraSpec.target_modules,), description="module suffixes, or all-linear")
+    target_modules: tuple[str, ...] = Field((ALL_LINEAR,), description="module suffixes, or all-linear")
     use_rslora: bool = Field(LoraSpec.use_rslora, description="rank-stabilised scaling")
 
 
@@ -118,7 +118,7 @@ class Training(Section):
     epochs: float = Field(TrainSettings.epochs, gt=0, description="passes over the device's samples")
     steps: int = Field(TrainSettings.steps, ge=0, description="optimizer steps; 0: follow epochs")
     batch_size: int = Field(TrainSettings.batch_size, ge=1, description="samples a step")
-    schedule: Literal["constant", "linear", "cosine"] = Field(TrainSettings.schedule, description="after warm-up")
+    schedule: Schedule = Field(TrainSettings.schedule, description="after warm-up")
     warmup_ratio: float = Field(
         TrainSettings.warmup_ratio, ge=0, lt=1, description="share of the steps spent warming up"
     )
