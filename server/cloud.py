@@ -23,7 +23,7 @@ WORLD_DIALS = (
 
 
 @dataclass(frozen=True)
-class Cloud:
+class OpenCloud:
     """Where to ask, and what to say of who answered."""
 
     base_url: str
@@ -54,11 +54,11 @@ class Cloud:
 
 
 @contextlib.contextmanager
-def open_cloud(experiment: Experiment, run: RunDirectory) -> Iterator[Cloud]:
+def open_cloud(experiment: Experiment, run: RunDirectory) -> Iterator[OpenCloud]:
     """Serves the embedded generator while it is open, or hands out the configured endpoint."""
     settings = experiment.cloud
     if settings.provider == "openai":
-        yield Cloud(settings.base_url, settings.model, "", "openai")
+        yield OpenCloud(settings.base_url, settings.model, "", "openai")
         return
     dials = {name: getattr(settings, name) for name in WORLD_DIALS} if settings.provider == "world" else {}
     truth = _truth_path(settings.cache, dials, run).resolve() if settings.provider == "world" else None
@@ -69,7 +69,7 @@ def open_cloud(experiment: Experiment, run: RunDirectory) -> Iterator[Cloud]:
     if settings.provider == "transformers":
         options = {"model": settings.model, "template_args": settings.template_args}
     with start_background(settings.provider, options, plugins=experiment.plugins) as gateway:
-        yield Cloud(gateway.base_url, gateway.model, gateway.fingerprint, settings.provider, truth, dials)
+        yield OpenCloud(gateway.base_url, gateway.model, gateway.fingerprint, settings.provider, truth, dials)
 
 
 def _truth_path(cache: str, dials: Mapping[str, Any], run: RunDirectory) -> Path:

@@ -22,7 +22,7 @@ from untether.server.background import start_background
 from untether.sim.evaluation.statistics import summarize
 from untether.sim.population.source import open_population
 from untether.sim.prompts.protocol import parse_request
-from untether.sim.report.fleet import Fleet
+from untether.sim.report.fleet import FleetSummary
 from untether.sim.report.funnel import Funnel
 from untether.sim.rounds.messages import Learn, Order, Samples
 from untether.sim.rounds.planner import Rounds
@@ -137,7 +137,7 @@ def test_bytes_are_those_on_the_wire(runs):
     assert set(names) == set(on_wire)
     for messages, alike in names.items():
         assert by_request[alike].sum() == on_wire[messages]
-    fleet = Fleet(run.read("events"), run.read("ledger"), run.read("predictions"))
+    fleet = FleetSummary(run.read("events"), run.read("ledger"), run.read("predictions"))
     assert fleet.bytes_up == sum(map(len, bodies))
 
 

@@ -16,7 +16,7 @@ from untether.sim.core.kinds import ANALYSES
 from untether.sim.population.source import FromWorld
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies import Study
-from untether.sim.studies.drift.drift import COLUMNS, Case, measure
+from untether.sim.studies.drift.drift import COLUMNS, DriftCase, measure
 from untether.sim.studies.drift.measures import KEYS, along, paired, read_answers
 
 TEXT = """
@@ -165,7 +165,7 @@ def test_a_detector_is_measured_on_its_own_run(days):
     study, _, run = days
     (cell,) = (cell for cell in study.cells if cell.words == {"change": "abrupt", "policy": "second"})
     drift = cell.experiment.drift.model_copy(update={"policy": "on_drift"})
-    case = Case("abrupt", "watched", run("watched", cell.experiment.model_copy(update={"drift": drift})))
+    case = DriftCase("abrupt", "watched", run("watched", cell.experiment.model_copy(update={"drift": drift})))
     told = pd.DataFrame(measure([case]), columns=COLUMNS).set_index("measure")
     assert told.loc["detected", "users"] == "changed" and 0 <= told.loc["detected", "value"] <= 1
     assert told.loc["raised a false alarm", "n_users"] > 0

@@ -111,3 +111,14 @@ def test_only_the_clock_waits():
                if "time.sleep(" in p.read_text()]  # fmt: skip
     allowed = ["clients/cloud/answer_cache.py", "sim/core/clock.py"]
     assert sorted(waiting) == allowed, "and a locked database, which is waited for"
+
+
+def test_a_name_means_one_thing():
+    """Of public classes; private ones and those of tests may repeat."""
+    found: dict[str, list[str]] = {}
+    for package in PACKAGES:
+        for path in Path(package).rglob("*.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(str(path))
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}

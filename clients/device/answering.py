@@ -36,7 +36,7 @@ Owner = tuple[object, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
+class LiveAdapter:
     """One adapter: since when it answers (virtual time), and the date of the latest item that it may have seen."""
 
     spec: LoraSpec
@@ -52,7 +52,7 @@ class _Question:
     device: int
     query: Query
     prompt: str
-    adapter: Adapter | None
+    adapter: LiveAdapter | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class _Answer:
 
 
 def answer(
-    worker: Worker, order: Learn, devices: Sequence[Device], adapters: Mapping[Owner, Sequence[Adapter]]
+    worker: Worker, order: Learn, devices: Sequence[Device], adapters: Mapping[Owner, Sequence[LiveAdapter]]
 ) -> list[dict[str, Any]]:
     """Prediction rows, scored, of these devices for every arm that they answer themselves (all but `cloud`).
 
@@ -123,7 +123,7 @@ def _newest_s(items: Sequence[Interaction], task: str) -> float | None:
     return latest_s(item for item in items if item.task == task)
 
 
-def _live(experiment: Experiment, adapters: Sequence[Adapter], time_s: float) -> Adapter | None:
+def _live(experiment: Experiment, adapters: Sequence[LiveAdapter], time_s: float) -> LiveAdapter | None:
     if experiment.hardware.queries == "day":
         adapters = [adapter for adapter in adapters if adapter.live_s is None or adapter.live_s <= time_s]
     return adapters[-1] if adapters else None
@@ -185,7 +185,7 @@ def _decode(worker: Worker, order: Learn, questions: Sequence[_Question]) -> lis
 class _Prepared:
     """What an answer is made of. `labels`: to choose from by likelihood; none: decode up to `limit` tokens."""
 
-    adapter: Adapter | None
+    adapter: LiveAdapter | None
     prompt_ids: list[int]
     labels: tuple[str, ...]
     limit: int

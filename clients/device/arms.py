@@ -16,7 +16,7 @@ from untether.sim.population.tasks import get_task
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class TrainingData:
     """What one device could train on in one round.
 
     `real` is its own history; `accepted` what its filters kept; `unfiltered` all that the cloud wrote but leaks;
@@ -31,13 +31,13 @@ class Material:
     of_second: int = 0
 
 
-def training_pairs(arm: str, material: Material, seed: int, device_id: str, round: int) -> list[tuple[str, str]]:
+def training_pairs(arm: str, material: TrainingData, seed: int, device_id: str, round: int) -> list[tuple[str, str]]:
     """The (prompt, answer) pairs that one arm of one device trains on: real items first, in history order."""
     real: Sequence[Interaction] = material.real if "real" in ARMS[arm].learns else ()
     return [_pair(item) for item in (*real, *_synthetic(arm, material, seed, device_id, round))]
 
 
-def _synthetic(arm: str, material: Material, seed: int, device_id: str, round: int) -> Sequence[Sample]:
+def _synthetic(arm: str, material: TrainingData, seed: int, device_id: str, round: int) -> Sequence[Sample]:
     pools = {"accepted": material.accepted, "received": material.unfiltered, "foreign": material.foreign}
     if draws := ARMS[arm].draws:
         return _as_many(pools[draws], material.accepted, seed, device_id, round, arm)

@@ -23,7 +23,7 @@ from untether.sim.experiment.arms import CLOUD
 from untether.sim.population.leaks import LeakChecker
 from untether.sim.population.tasks import get_task
 from untether.sim.prompts.protocol import estimate_tokens
-from untether.sim.rounds.messages import Fetch, Filter, Order, Reply
+from untether.sim.rounds.messages import Fetch, Order, Refilter, Reply
 
 COHORT = 64
 """Devices whose samples are embedded and judged together."""
@@ -67,7 +67,7 @@ def fetch(worker: Worker, order: Fetch, inputs: Inputs) -> Outcome:
     return Outcome(_reply(worker, order, devices, judged, columns, models, events), tables)
 
 
-def filter_again(worker: Worker, order: Filter, inputs: Inputs) -> Outcome:
+def filter_again(worker: Worker, order: Refilter, inputs: Inputs) -> Outcome:
     """Runs the filters of devices that lost some answers on the others, as if those had never been written: a sample
     that is not there makes no other one a duplicate. Those of the `lost` requests are `NOT_RECEIVED`.
     """

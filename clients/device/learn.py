@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from untether.clients.device.answering import Adapter, Owner, answer, cloud_answers
-from untether.clients.device.arms import Material, training_pairs
+from untether.clients.device.answering import LiveAdapter, Owner, answer, cloud_answers
+from untether.clients.device.arms import TrainingData, training_pairs
 from untether.clients.device.device import Device
 from untether.clients.device.ledger import ledger_rows
 from untether.clients.device.materials import Materials
@@ -117,7 +117,7 @@ def _jobs(
         for version in versions.get(device.index, ()):
             if version.round != order.round:
                 continue
-            material: Material = materials.of(device, version.on)
+            material: TrainingData = materials.of(device, version.on)
             pairs = training_pairs(version.arm, material, *words, order.round)
             if not pairs:
                 continue
@@ -164,9 +164,9 @@ def _kept(results: Mapping[Version, TrainResult]) -> dict[str, dict[str, State]]
 def _adapters(
     worker: Worker, order: Learn, devices: Sequence[Device], versions: Mapping[int, Sequence[Version]],
     results: Mapping[Version, TrainResult], inputs: Inputs,
-) -> dict[Owner, list[Adapter]]:  # fmt: skip
+) -> dict[Owner, list[LiveAdapter]]:  # fmt: skip
     """Every adapter that may answer a query of this round, by its owner, in the order in which they go live."""
-    adapters: dict[Owner, list[Adapter]] = defaultdict(list)
+    adapters: dict[Owner, list[LiveAdapter]] = defaultdict(list)
     for device in devices:
         for version in versions.get(device.index, ()) if device.queries(order.round) else ():
             if version in results:
@@ -178,7 +178,7 @@ def _adapters(
             known = device.real_items(worker.experiment, version.round)
             spec = LoraSpec.of(worker.experiment.for_arm(version.arm)[0])
             adapters[device.index, version.arm].append(
-                Adapter(spec, state, adapter_version(state), version.live_s, latest_s(known))
+                LiveAdapter(spec, state, adapter_version(state), version.live_s, latest_s(known))
             )
     return adapters
 

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from untether.clients.device.arms import Material
+from untether.clients.device.arms import TrainingData
 from untether.clients.device.device import Device
 from untether.clients.device.worker import Inputs, rows_of
 from untether.sim.core.records import LEAK, NOT_RECEIVED, Sample
@@ -54,16 +54,16 @@ class Materials:
                 sample = Sample(*(row[name] for name in Sample.__dataclass_fields__))
                 self._samples[row["device_id"], row["round"]].append((sample, row["verdict"]))
 
-    def of(self, device: Device, on: str) -> Material:
+    def of(self, device: Device, on: str) -> TrainingData:
         """A device's own data and, unless it trains on that alone, the samples that it goes with."""
         real = device.real_items(self.experiment, self.round)
         if on == REAL:
-            return Material(real)
+            return TrainingData(real)
         name = device.device_id
         rounds = [round for round in self._rounds.get((device.index, on), ()) if (name, round) in self._samples]
         accepted = self._accepted(name, rounds)
         foreign, of_second = self._foreign(device, rounds, accepted)
-        return Material(
+        return TrainingData(
             real=real,
             accepted=tuple(accepted),
             unfiltered=tuple(sample for round in rounds for sample, _ in self._samples[name, round]),

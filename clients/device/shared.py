@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from untether.clients.device.answering import Adapter, Owner
+from untether.clients.device.answering import LiveAdapter, Owner
 from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.engine.encoding import encode_answer, encode_prompt
 from untether.clients.engine.training import Example, TrainJob
@@ -53,7 +53,7 @@ def train_shared(worker: Worker, order: Share, inputs: Inputs) -> Outcome:
     return Outcome(Reply(facts={"left_out": dict(left_out)}, arrays=arrays))
 
 
-def shared_adapters(worker: Worker, arrays: Mapping[str, np.ndarray]) -> dict[Owner, list[Adapter]]:
+def shared_adapters(worker: Worker, arrays: Mapping[str, np.ndarray]) -> dict[Owner, list[LiveAdapter]]:
     """The shared adapters by (SHARED, task), as `train_shared` shares them (none where there are no other users)."""
     spec = LoraSpec.of(worker.experiment.for_arm(SHARED)[0])
     states: dict[str, dict[str, np.ndarray]] = {}
@@ -61,7 +61,7 @@ def shared_adapters(worker: Worker, arrays: Mapping[str, np.ndarray]) -> dict[Ow
         task, _, key = name.partition("/")
         states.setdefault(task, {})[key] = array
     return {
-        (SHARED, task): [Adapter(spec, as_tensors(state), adapter_version(state))] for task, state in states.items()
+        (SHARED, task): [LiveAdapter(spec, as_tensors(state), adapter_version(state))] for task, state in states.items()
     }
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from untether.clients.engine.base import FrozenBase
-from untether.clients.engine.lora_layers import Fusion, Part, Piece, Route, is_linear, weight_of
+from untether.clients.engine.lora_layers import Fusion, LinearPart, Piece, Route, is_linear, weight_of
 from untether.sim.core.errors import UserError
 from untether.sim.core.learning import LoraSpec
 
@@ -78,14 +78,14 @@ class Layout:
         target = self.targets[name]
         return flat[:, target.at_B : target.at_B + self.rank * target.outputs].unflatten(1, (self.rank, target.outputs))
 
-    def parts(self, flat: Tensor, grad: Tensor | None, fused: bool) -> dict[str | Fusion, Part]:
+    def parts(self, flat: Tensor, grad: Tensor | None, fused: bool) -> dict[str | Fusion, LinearPart]:
         """The parts that a route serves: each target under its name and, if `fused`, each fusion under its names."""
-        parts: dict[str | Fusion, Part] = {name: self._part(flat, grad, [(name, 0)]) for name in self.targets}
+        parts: dict[str | Fusion, LinearPart] = {name: self._part(flat, grad, [(name, 0)]) for name in self.targets}
         if fused:
             parts |= {names: self._part(flat, grad, members) for names, members in self.fused.items()}
         return parts
 
-    def _part(self, flat: Tensor, grad: Tensor | None, members: list[tuple[str, int]]) -> Part:
+    def _part(self, flat: Tensor, grad: Tensor | None, members: list[tuple[str, int]]) -> LinearPart:
         first = self.targets[members[0][0]]
         rows = len(members) * self.rank
         span = slice(first.at_A, first.at_A + rows * first.inputs)
@@ -95,7 +95,7 @@ class Layout:
             pieces.append(Piece(self.B(flat, name), grad_B, index * self.rank, (index + 1) * self.rank, member))
         A = flat[:, span].unflatten(1, (rows, first.inputs))
         grad_A = None if grad is None else grad[:, span].unflatten(1, (rows, first.inputs))
-        return Part(tuple(name for name, _ in members), A, grad_A, pieces)
+        return LinearPart(tuple(name for name, _ in members), A, grad_A, pieces)
 
 
 class AdapterStack:

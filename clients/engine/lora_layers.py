@@ -32,7 +32,7 @@ class Piece:
 
 
 @dataclass
-class Part:
+class LinearPart:
     """The adapters of one linear layer, or of several that share their input and run as one.
 
     A [groups, ranks, in] with the gradient matrix `grad_A` of the same shape (None when decoding), and the pieces.
@@ -55,7 +55,7 @@ class Route:
         self,
         counts: Sequence[int],
         rows: int,
-        parts: dict[str | tuple[str, ...], Part],
+        parts: dict[str | tuple[str, ...], LinearPart],
         scale: Tensor,
         dropout: Callable[[str, Route, Tensor], Tensor] | None = None,
     ):
@@ -179,12 +179,14 @@ def joint_linear(
     return outputs
 
 
-def _forward(x: Tensor, weights, biases, part: Part, route: Route):
+def _forward(x: Tensor, weights, biases, part: LinearPart, route: Route):
     outputs = tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     return outputs, *_adapt(x, outputs, part, route)
 
 
-def _adapt(x: Tensor, outputs: Sequence[Tensor], part: Part, route: Route) -> tuple[Tensor, Tensor, Tensor | None]:
+def _adapt(
+    x: Tensor, outputs: Sequence[Tensor], part: LinearPart, route: Route
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Add the adapters to the outputs, in place; returns what the backward pass needs: (inputs, x A, dropout mask)."""
     inputs = route.spread(x).to(part.A.dtype)
     mask = route.dropout(part.names[0], route, x) if route.dropout is not None else None

@@ -13,7 +13,7 @@ from untether.clients.device.worker import Inputs, Outcome
 from untether.clients.stores.adapter_store import AdapterStore
 from untether.sim.core.records import Part
 from untether.sim.population.source import device_id
-from untether.sim.rounds.messages import Filter, Learn, Order, Reply
+from untether.sim.rounds.messages import Learn, Order, Refilter, Reply
 from untether.sim.run.directory import RunDirectory
 
 
@@ -29,7 +29,7 @@ class DeviceStore:
     def inputs(self, order: Order) -> Inputs:
         """What the store holds of what an order names, for its devices (for the placebo: their donors too)."""
         mine = {*order.devices}
-        if isinstance(order, Filter):
+        if isinstance(order, Refilter):
             return Inputs(self._rows(order, "samples", order.samples, mine))
         if not isinstance(order, Learn):
             return Inputs()

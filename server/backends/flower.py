@@ -17,7 +17,7 @@ from untether.sim.run.directory import RunDirectory
 from untether.strategies import FleetStrategy
 
 
-class Endpoint(Protocol):
+class OpenEndpoint(Protocol):
     """Where devices ask the cloud."""
 
     @property
@@ -36,7 +36,7 @@ class FlowerBackend:
     """
 
     def __init__(
-        self, grid: Grid, run: RunDirectory, name: str, strategy: FleetStrategy, cloud: Endpoint, threads: int,
+        self, grid: Grid, run: RunDirectory, name: str, strategy: FleetStrategy, cloud: OpenEndpoint, threads: int,
         stop: threading.Event,
     ):  # fmt: skip
         self.grid, self.run, self.strategy, self.stop = grid, run, strategy, stop

@@ -23,14 +23,14 @@ from untether.sim.experiment.plugins import load, located, resolved
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.sections import (
     ArmSettings,
-    Cloud,
+    CloudSection,
     Engine,
     Evaluation,
     Filters,
     Generation,
     Lora,
     Model,
-    Population,
+    PopulationSection,
     Strategy,
     Training,
 )
@@ -51,12 +51,12 @@ class Experiment(Section):
         tuple(name for name, arm in ARMS.items() if arm.usual), min_length=1,
         description="treatments compared on the same devices: " + ", ".join(ARMS),
     )
-    population: Population = Population()
+    population: PopulationSection = PopulationSection()
     model: Model = Model()
     lora: Lora = Lora()
     training: Training = Training()
     generation: Generation = Generation()
-    cloud: Cloud = Cloud()
+    cloud: CloudSection = CloudSection()
     filters: Filters = Filters()
     network: Network = Network()
     hardware: Hardware = Hardware()

@@ -57,7 +57,7 @@ def _plain(value: Any) -> bool:
 TemplateArgs = Annotated[dict[str, Any], AfterValidator(check_template_args)]
 
 
-class Population(Section):
+class PopulationSection(Section):
     """Who the users are."""
 
     source: str = Field("world", description="`world` (embedded, synthetic) or `lamp` (files)")
@@ -80,7 +80,7 @@ class Population(Section):
     round_days: float = Field(30.0, gt=0, description="files, replay: days of a real history that a round stands for")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Population:
+    def _consistent(self) -> PopulationSection:
         if self.source == "lamp" and not self.path:
             raise ValueError('source = "lamp" needs population.path, a folder with LaMP files')
         if self.history[0] < 1 or self.history[1] < self.history[0]:
@@ -140,7 +140,7 @@ class Generation(Section):
     rag_items: int = Field(3, ge=1, description="history items in the prompt of the rag arms")
 
 
-class Cloud(Section):
+class CloudSection(Section):
     """The cloud that writes synthetic samples: any OpenAI-compatible chat-completions endpoint."""
 
     provider: str = Field(
@@ -176,7 +176,7 @@ class Cloud(Section):
     capacity: CloudCapacity = CloudCapacity()
 
     @model_validator(mode="after")
-    def _endpoint(self) -> Cloud:
+    def _endpoint(self) -> CloudSection:
         if self.provider == "openai" and not (self.base_url and self.model):
             raise ValueError('provider = "openai" needs cloud.base_url and cloud.model')
         if self.provider != "openai" and self.base_url:

@@ -38,7 +38,7 @@ GRACE_S = 6.0
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Resources:
     """How a run is spread over this machine: worker processes, Flower nodes, torch threads a worker, GPUs."""
 
     workers: int
@@ -47,7 +47,7 @@ class Layout:
     gpus: int
 
     @classmethod
-    def of(cls, experiment: Experiment, devices: int) -> Layout:
+    def of(cls, experiment: Experiment, devices: int) -> Resources:
         """From `[engine]`, the cores that are ours and the GPUs: one worker a core, or one a GPU."""
         engine, cores = experiment.engine, limits.cores()
         gpus = _gpus() if engine.device in ("auto", "cuda") else 0
@@ -177,7 +177,7 @@ def _simulate(runs: Sequence[RunDirectory], progress: LiveProgress, stop: thread
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     waiting = [run for run in runs if not run.finished]
     devices = [len(open_population(run.experiment, run.experiment.seeds[0])) for run in waiting]
-    layouts = [Layout.of(run.experiment, count) for run, count in zip(waiting, devices, strict=True)]
+    layouts = [Resources.of(run.experiment, count) for run, count in zip(waiting, devices, strict=True)]
     turns = _Turns(runs, {run: layout.threads for run, layout in zip(waiting, layouts, strict=True)}, progress)
     workers, hosts, gpus = (max(getattr(layout, name) for layout in layouts) for name in ("workers", "hosts", "gpus"))
     _check_stop(stop)
@@ -305,7 +305,7 @@ def from_run_config(config: Mapping[str, Any]) -> tuple[RunDirectory, int, LiveP
         Path(experiment).expanduser() if experiment else None, key_values(shlex.split(set_), "--run-config set")
     )
     run = prepare(found, Path(out).expanduser() if out else None)
-    layout = Layout.of(found, found.population.users)
+    layout = Resources.of(found, found.population.users)
     print(f"run directory: {run.path.resolve()}", flush=True)
     return run, layout.threads, LiveProgress()
 

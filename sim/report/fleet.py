@@ -38,7 +38,7 @@ class Uploads:
     chars_max: int
 
 
-class Fleet:
+class FleetSummary:
     """Events by kind and outcome, answers that did not come, and the ledger's totals.
 
     The token and byte totals are those of requests to the cloud; tokens that a device trained on are not among them.

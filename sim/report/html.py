@@ -21,7 +21,7 @@ from untether.sim.experiment import Experiment, fields
 from untether.sim.experiment.arms import ARMS, CONTRASTS, METHOD
 from untether.sim.report import figures, prose
 from untether.sim.report import summary as reading
-from untether.sim.report.fleet import Fleet
+from untether.sim.report.fleet import FleetSummary
 from untether.sim.report.funnel import Funnel, faults, precision
 from untether.sim.report.summary import Summary
 from untether.sim.report.tables import write_tables
@@ -66,7 +66,7 @@ def write_report(run: RunDirectory) -> Path:
         funnel=funnel,
         truth=truth,
         precision=lambda name: precision(truth, name),
-        fleet=Fleet(tables["events"], tables["ledger"], tables["predictions"]),
+        fleet=FleetSummary(tables["events"], tables["ledger"], tables["predictions"]),
         purposes={"augment": "write samples", "answer": "answer queries"},
         exclusions=_exclusions(summary.facts),
         settings=list(_settings(experiment)),

@@ -27,7 +27,7 @@ FIRST = ".first"
 """Behind the arm's name: how the first of two adapters of one round is kept."""
 
 
-class Request(NamedTuple):
+class RequestOf(NamedTuple):
     """A request at the cloud, of a device."""
 
     device: int
@@ -108,16 +108,16 @@ class Fetch(Order):
     work: ClassVar[str] = "fetch"
 
     due: tuple[int, ...] = ()
-    held: tuple[Request, ...] = _rows(Request)
+    held: tuple[RequestOf, ...] = _rows(RequestOf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Filter(Order):
+class Refilter(Order):
     """Filter again, without the `lost` answers. `samples`: what the fetch pass left, of all hosts."""
 
     work: ClassVar[str] = "filter"
 
-    lost: tuple[Request, ...] = _rows(Request)
+    lost: tuple[RequestOf, ...] = _rows(RequestOf)
     samples: tuple[Part, ...] = _rows(Part)
 
 
@@ -152,14 +152,14 @@ class Learn(Order):
     measured: str = "{}"
     versions: tuple[Version, ...] = _rows(Version)
     trains: tuple[Samples, ...] = _rows(Samples)
-    lost: tuple[Request, ...] = _rows(Request)
+    lost: tuple[RequestOf, ...] = _rows(RequestOf)
     uploads: tuple[Upload, ...] = _rows(Upload)
     samples: tuple[Part, ...] = _rows(Part)
     answers: tuple[Part, ...] = _rows(Part)
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-ORDERS: dict[str, type[Order]] = {kind.work: kind for kind in (Fetch, Filter, Share, Learn)}
+ORDERS: dict[str, type[Order]] = {kind.work: kind for kind in (Fetch, Refilter, Share, Learn)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from untether.sim.rounds.material import (
     total,
     trained_tokens,
 )
-from untether.sim.rounds.messages import FIRST, Fetch, Filter, Learn, Part, Request, Samples, Upload, Version
+from untether.sim.rounds.messages import FIRST, Fetch, Learn, Part, Refilter, RequestOf, Samples, Upload, Version
 from untether.sim.time.asking import Ask, Size
 from untether.sim.time.policies import Policies
 from untether.sim.time.timeline import Delivery, Plan, Schedule, Timeline
@@ -62,7 +62,7 @@ class Delivered:
     agenda: Agenda
     delivery: Delivery
     sizes: Mapping[str, Size]
-    lost: Mapping[str, tuple[Request, ...]]
+    lost: Mapping[str, tuple[RequestOf, ...]]
 
     @property
     def short(self) -> list[int]:
@@ -192,7 +192,7 @@ class Rounds:
     def fetch(self, agenda: Agenda) -> Fetch:
         """The order: who asks for samples, and the requests that are not to be made."""
         plan = agenda.plan
-        held = (Request(ask.device, ask.request_id) for ask in plan.asks if ask.request_id not in plan.granted)
+        held = (RequestOf(ask.device, ask.request_id) for ask in plan.asks if ask.request_id not in plan.granted)
         return Fetch(
             seed=self.seed, round=plan.round, devices=tuple(agenda.asking), due=agenda.due, held=tuple(held)
         )  # fmt: skip
@@ -205,14 +205,14 @@ class Rounds:
         finals = [delivery.finals[name] for name in sorted(agenda.plan.granted) if name in sizes]
         missed = [each for each in finals if not each.answered]
         lost = {
-            lane: tuple(Request(each.device, each.request_id) for each in missed if each.lane == lane)
+            lane: tuple(RequestOf(each.device, each.request_id) for each in missed if each.lane == lane)
             for lane in (AUGMENT, CLOUD)
         }
         return Delivered(agenda, delivery, sizes, lost)
 
-    def filter(self, delivered: Delivered, samples: Sequence[Part]) -> Filter:
+    def filter(self, delivered: Delivered, samples: Sequence[Part]) -> Refilter:
         """The order for devices that lost answers with samples, which the filters must not have seen."""
-        return Filter(
+        return Refilter(
             seed=self.seed, round=delivered.agenda.plan.round, devices=tuple(delivered.short),
             lost=delivered.lost[AUGMENT], samples=tuple(samples),
         )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 from untether.sim.core.seeding import derive
 from untether.sim.experiment.virtual_sections import CloudCapacity
-from untether.sim.time.cloud_capacity import Cloud, price
+from untether.sim.time.cloud_capacity import VirtualCloud, price
 from untether.sim.time.network.link import HANDSHAKES, Link
 
 
@@ -49,7 +49,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class VirtualAttempt:
     """One try. Bytes are those that left their sender; tokens those the cloud spent.
 
     `queued_s`: how long it waited for a place (None: it was not admitted); `arrived_s`: since when; `place_s`: when it
@@ -96,7 +96,7 @@ class Final:
 class Asked:
     """What a round of asking came to; attempts in the order in which they ended."""
 
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[VirtualAttempt] = field(default_factory=list)
     finals: dict[str, Final] = field(default_factory=dict)
     spent: dict[int, float] = field(default_factory=dict)
     cloud_state: dict[str, Any] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Traffic:
     in_flight: float
 
 
-def traffic(attempts: Sequence[Attempt], at_s: float) -> Traffic:
+def traffic(attempts: Sequence[VirtualAttempt], at_s: float) -> Traffic:
     """The bytes of the attempts begun by `at_s`: received if their request was served, wasted if the attempt failed (an
     upload whose answer never came is of no use), in flight if it is still under way.
     """
@@ -145,7 +145,7 @@ class Rules:
 def ask_all(
     asks: Sequence[Ask], link_of: Callable[[int], Link], rules: Rules, cloud_state: Mapping[str, Any] | None = None,
     spent: Mapping[int, float] | None = None, sizes: Mapping[str, Size] | None = None,
-    as_planned: Mapping[str, Sequence[Attempt]] | None = None,
+    as_planned: Mapping[str, Sequence[VirtualAttempt]] | None = None,
 ) -> Asked:  # fmt: skip
     """Simulates one lane of one round. The order of `asks` matters only within a device: it asks one after another.
 
@@ -153,7 +153,7 @@ def ask_all(
     simulation of the same round, in these attempts, and are not made again: each keeps its device busy, takes of the
     cloud and costs what it did there, neither more nor less, and has neither attempts nor an end in the result.
     """
-    cloud, asked = Cloud(rules.capacity, cloud_state), Asked(spent=dict(spent or {}))
+    cloud, asked = VirtualCloud(rules.capacity, cloud_state), Asked(spent=dict(spent or {}))
     by_device: dict[int, list[Ask]] = defaultdict(list)
     for ask in asks:
         by_device[ask.device].append(ask)
@@ -180,8 +180,8 @@ class _Asker:
     """
 
     def __init__(
-        self, device: int, cloud: Cloud, rules: Rules, link: Link, asked: Asked, sizes: Mapping[str, Size],
-        as_planned: Mapping[str, Sequence[Attempt]],
+        self, device: int, cloud: VirtualCloud, rules: Rules, link: Link, asked: Asked, sizes: Mapping[str, Size],
+        as_planned: Mapping[str, Sequence[VirtualAttempt]],
     ):  # fmt: skip
         self.device, self.cloud, self.rules, self.link, self.asked = device, cloud, rules, link, asked
         self.sizes, self.as_planned, self.now_s = sizes, as_planned, rules.start_s
@@ -198,7 +198,7 @@ class _Asker:
             else:
                 yield from self._request(ask, self.sizes.get(ask.request_id, ask.size))
 
-    def _repeat(self, ask: Ask, attempts: Sequence[Attempt]) -> Iterator[float]:
+    def _repeat(self, ask: Ask, attempts: Sequence[VirtualAttempt]) -> Iterator[float]:
         for attempt in attempts:
             if attempt.queued_s is not None:
                 yield attempt.arrived_s
@@ -207,7 +207,7 @@ class _Asker:
             self._pay(attempt)
             self.now_s = max(self.now_s, attempt.end_s)
 
-    def _pay(self, attempt: Attempt) -> None:
+    def _pay(self, attempt: VirtualAttempt) -> None:
         if attempt.tokens_in or attempt.tokens_out:
             paid = price(self.rules.capacity, attempt.tokens_in, attempt.tokens_out)
             self.asked.spent[self.device] = self.asked.spent.get(self.device, 0.0) + paid
@@ -252,8 +252,10 @@ class _Asker:
             last.outcome == "ok",
         )
 
-    def _note(self, ask: Ask, number: int, outcome: str, detail: str) -> Attempt:
-        attempt = Attempt(ask.request_id, ask.device, ask.lane, number, self.now_s, self.now_s, outcome, detail=detail)
+    def _note(self, ask: Ask, number: int, outcome: str, detail: str) -> VirtualAttempt:
+        attempt = VirtualAttempt(
+            ask.request_id, ask.device, ask.lane, number, self.now_s, self.now_s, outcome, detail=detail
+        )
         self.asked.attempts.append(attempt)
         return attempt
 
@@ -265,9 +267,9 @@ class _Asker:
         first = "timeout" if limit_s == deadline_s else "dropped"
         found: dict[str, Any] = {}
 
-        def ended(at_s: float, outcome: str = first) -> Attempt:
+        def ended(at_s: float, outcome: str = first) -> VirtualAttempt:
             """The attempt as ended by `outcome` or, without one, by the link's end or the deadline."""
-            return Attempt(ask.request_id, ask.device, ask.lane, number, start_s, at_s, outcome, **found)
+            return VirtualAttempt(ask.request_id, ask.device, ask.lane, number, start_s, at_s, outcome, **found)
 
         sending_s = start_s + HANDSHAKES * link.rtt_s
         if sending_s >= limit_s:

@@ -62,7 +62,7 @@ class Served:
     tokens_out: int = 0
 
 
-class Cloud:
+class VirtualCloud:
     """The cloud of one lane. Requests must be brought to it in the order of their arrival.
 
     First come, first served, by places that take as long as the tokens ask for: so all that becomes of a request is

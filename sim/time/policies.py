@@ -30,7 +30,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class PolicyCase:
     """A decision to take. `expected_tokens`: what asking would cost; `online`: has it a link when it would ask?
     `settings` are the experiment's tables for plug-ins.
     """
@@ -48,34 +48,34 @@ class Case:
         return self.memory.since is None or self.round - self.memory.since >= self.drift.every
 
 
-Policy = Callable[[Case], bool]
+Policy = Callable[[PolicyCase], bool]
 """Whether the device is due."""
 
 Detector = Callable[[Sequence[float], Drift], int | None]
 """The place in a stream of errors (0 to 1) at which they have risen; None: nowhere."""
 
 
-def every(case: Case) -> bool:
+def every(case: PolicyCase) -> bool:
     """Every `drift.every` rounds."""
     return case.rested
 
 
-def never(case: Case) -> bool:
+def never(case: PolicyCase) -> bool:
     """Once."""
     return case.memory.since is None
 
 
-def when_online(case: Case) -> bool:
+def when_online(case: PolicyCase) -> bool:
     """Every `drift.every` rounds, but only with a link: no training on what there is in rounds without one."""
     return case.rested and case.online()
 
 
-def budget(case: Case) -> bool:
+def budget(case: PolicyCase) -> bool:
     """Every `drift.every` rounds, while what that costs is left of `drift.tokens`."""
     return case.rested and case.memory.tokens + case.expected_tokens <= case.drift.tokens
 
 
-def on_drift(case: Case) -> bool:
+def on_drift(case: PolicyCase) -> bool:
     """When the detector finds that the device's answers have become worse."""
     return case.memory.since is None or alarm(case.drift, case.memory.errors, case.settings) is not None
 
@@ -154,7 +154,7 @@ class Policies:
         memory = self._memories.get(device) or Memory()
         if memory.since is None and round < device % self.drift.stagger:
             return False
-        return self._decide(Case(self.drift, round, memory, expected_tokens, online, self.settings))
+        return self._decide(PolicyCase(self.drift, round, memory, expected_tokens, online, self.settings))
 
     def served(self, round: int, device: int, tokens: int, done: bool) -> None:
         """What became of a device that was due: cloud tokens spent, and whether samples came (or none were asked)."""

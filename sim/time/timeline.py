@@ -23,12 +23,12 @@ from typing import Any
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.seeding import derive
 from untether.sim.experiment import Experiment
-from untether.sim.time.asking import Ask, Asked, Attempt, Final, Rules, Size, ask_all
+from untether.sim.time.asking import Ask, Asked, Final, Rules, Size, VirtualAttempt, ask_all
 from untether.sim.time.cost import CostModel, model_shape
 from untether.sim.time.hardware import THIS_MACHINE, Fleet, Profile
 from untether.sim.time.network import Link, Links, StateTrace
 from untether.sim.time.readiness import Body, Readiness, rest, work
-from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, Version, Work
+from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, TrainedVersion, Work
 
 CHARS_PER_TOKEN = 4
 
@@ -55,7 +55,7 @@ class Plan:
     start_s: float
     end_s: float
     asks: tuple[Ask, ...]
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[VirtualAttempt, ...]
     finals: Mapping[str, Final]
 
     @property
@@ -76,7 +76,7 @@ class Delivery:
     """
 
     plan: Plan
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[VirtualAttempt, ...]
     finals: Mapping[str, Final]
     state: State = field(repr=False)
 
@@ -89,7 +89,7 @@ class Delivery:
 class Schedule(Delivery):
     """A whole round: what became of its requests, and every version of every adapter."""
 
-    versions: tuple[Version, ...] = ()
+    versions: tuple[TrainedVersion, ...] = ()
 
 
 class Timeline:
@@ -186,7 +186,7 @@ class Timeline:
         if unknown:
             raise ValueError(f"sizes of requests that were not granted: {sorted(unknown)[:3]}")
         attempts = [attempt for attempt in plan.attempts if attempt.request_id not in granted]
-        as_planned: dict[str, list[Attempt]] = {name: [] for name in plan.finals if name not in granted}
+        as_planned: dict[str, list[VirtualAttempt]] = {name: [] for name in plan.finals if name not in granted}
         for attempt in sorted(attempts, key=attrgetter("number")):
             as_planned[attempt.request_id].append(attempt)
         lanes = self._ask(plan.round, plan.asks, sizes, as_planned)
@@ -225,7 +225,7 @@ class Timeline:
 
     def _ask(
         self, round: int, asks: Sequence[Ask], sizes: Mapping[str, Size] | None = None,
-        as_planned: Mapping[str, Sequence[Attempt]] | None = None,
+        as_planned: Mapping[str, Sequence[VirtualAttempt]] | None = None,
     ) -> dict[str, Asked]:  # fmt: skip
         experiment, lanes = self.experiment, defaultdict(list)
         for ask in asks:
@@ -244,14 +244,14 @@ class Timeline:
 
     # --- training ---------------------------------------------------------------------------------------------
 
-    def _train(self, plan: Plan, each: Work, finals: Mapping[str, Final], state: State) -> list[Version]:
+    def _train(self, plan: Plan, each: Work, finals: Mapping[str, Final], state: State) -> list[TrainedVersion]:
         """The versions of one adapter in one round: perhaps one on what there is, then one with the samples."""
         asked = [finals[name] for name in each.needs]
         came_s = max((final.end_s for final in asked if final.answered), default=None)
         failed_s = min((final.failed_s for final in asked if final.failed_s is not None), default=None)
         if came_s is None and failed_s is None:  # crashed
             failed_s = max((final.end_s for final in asked), default=None)
-        versions: list[Version] = []
+        versions: list[TrainedVersion] = []
         fallback = self.experiment.network.fallback
         if not asked:
             versions.append(self._version(plan, each, state, REAL, plan.start_s, each.steps, each.tokens))
@@ -272,7 +272,7 @@ class Timeline:
     def _version(
         self, plan: Plan, each: Work, state: State, on: str, from_s: float, steps: int, tokens: int,
         stop_s: float = math.inf,
-    ) -> Version | None:  # fmt: skip
+    ) -> TrainedVersion | None:  # fmt: skip
         if not steps:
             return None
         key, profile, readiness = (each.device, each.arm), self.profile(each.device), self.readiness(each.device)
@@ -280,7 +280,7 @@ class Timeline:
         body = state.bodies.get(key, Body())
         from_s = max(from_s, body.time_s)  # work of an earlier round may still go on
         if not cost.fits(each.row_tokens):
-            return Version(each.device, each.arm, plan.round, on, from_s, math.inf, "out_of_memory", 0.0, 0.0)
+            return TrainedVersion(each.device, each.arm, plan.round, on, from_s, math.inf, "out_of_memory", 0.0, 0.0)
         if from_s >= stop_s:
             return None
         seconds = cost.training_s(tokens, context=min(each.row_tokens, tokens / max(1, steps)))
@@ -292,7 +292,7 @@ class Timeline:
             state.bodies[key] = done.body
         begun_s = from_s if done.begun_s is None else done.begun_s
         energy_j = profile.work_w * done.load_s
-        version = Version(
+        version = TrainedVersion(
             each.device, each.arm, plan.round, on, begun_s, done.end_s, outcome, done.load_s, energy_j
         )
         if outcome == "ok":
@@ -308,7 +308,7 @@ class Timeline:
         drawn = derive(self.seed, self.device_id(device), round, "query", number) / 2**63
         return round * DAY_S + (7 + 16 * drawn) * 3600
 
-    def answering(self, schedule: Schedule, device: int, arm: str, time_s: float) -> Version | None:
+    def answering(self, schedule: Schedule, device: int, arm: str, time_s: float) -> TrainedVersion | None:
         """The adapter that answers at `time_s` (None: the frozen base). With queries at the round's end, the newest one
         that the round's work leads to, whenever that ends.
         """

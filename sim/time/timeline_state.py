@@ -34,7 +34,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class TrainedVersion:
     """A trained adapter. `live_s`: from when it answers. `outcome`: `ok`, `out_of_memory`, `never_ready` or
     `superseded` (given up when samples came); only `ok` ones go live.
     """
@@ -64,7 +64,7 @@ class State:
     sizes: dict[str, list[float]] = field(default_factory=dict)
     had_samples: dict[int, int] = field(default_factory=dict)
     bodies: dict[tuple[int, str], Body] = field(default_factory=dict)
-    live: dict[tuple[int, str], list[Version]] = field(default_factory=lambda: defaultdict(list))
+    live: dict[tuple[int, str], list[TrainedVersion]] = field(default_factory=lambda: defaultdict(list))
     this_machine: Profile | None = None
 
     def after(
@@ -118,13 +118,14 @@ class State:
             {int(device): round for device, round in data.get("had_samples", {}).items()},
             {_unkey(key): Body(*values) for key, values in data.get("bodies", {}).items()},
             defaultdict(list, {
-                _unkey(key): [Version(**values) for values in found] for key, found in data.get("live", {}).items()
+                _unkey(key): [TrainedVersion(**values) for values in found]
+                for key, found in data.get("live", {}).items()
             }),
             Profile(**measured) if measured else None,
         )
 
 
-def _since(versions: Sequence[Version], time_s: float) -> list[Version]:
+def _since(versions: Sequence[TrainedVersion], time_s: float) -> list[TrainedVersion]:
     """Those that answer at `time_s` or later."""
     past = [version for version in versions if version.live_s <= time_s]
     return past[-1:] + [version for version in versions if version.live_s > time_s]

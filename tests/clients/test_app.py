@@ -20,10 +20,10 @@ from untether.sim.population.source import open_population
 from untether.sim.rounds.flower_records import order_from, reply_from, to_records
 from untether.sim.rounds.messages import (
     Fetch,
-    Filter,
     Learn,
+    Refilter,
     Reply,
-    Request,
+    RequestOf,
     Samples,
     Share,
     Upload,
@@ -80,8 +80,8 @@ def test_a_host_says_which_partition_it_is(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "order",
     [
-        Fetch(seed=1, round=2, devices=(3, 1), due=(1, 3, 5), held=(Request(3, "r3"), Request(1, "r1"))),
-        Filter(seed=1, round=2, devices=(3,), lost=(Request(3, "r3"),), samples=(Part(2, "fetch-a"),)),
+        Fetch(seed=1, round=2, devices=(3, 1), due=(1, 3, 5), held=(RequestOf(3, "r3"), RequestOf(1, "r1"))),
+        Refilter(seed=1, round=2, devices=(3,), lost=(RequestOf(3, "r3"),), samples=(Part(2, "fetch-a"),)),
         Share(seed=4, round=0, part=1, parts=3),
         Learn(
             seed=1, round=2, devices=(3, 1), due=(1,), settled=0, measured="{}",
@@ -108,10 +108,10 @@ def test_arrays_come_as_they_were_sent():
 
 
 def test_rows_are_for_the_device_that_they_name():
-    order = Learn(seed=1, round=0, devices=(0, 1), due=(0, 1), lost=(Request(0, "r0"), Request(1, "r1")),
+    order = Learn(seed=1, round=0, devices=(0, 1), due=(0, 1), lost=(RequestOf(0, "r0"), RequestOf(1, "r1")),
                   samples=(Part(0, "a"),))  # fmt: skip
     assert order.cut((1,)) == Learn(
-        seed=1, round=0, devices=(1,), due=(0, 1), lost=(Request(1, "r1"),), samples=(Part(0, "a"),)
+        seed=1, round=0, devices=(1,), due=(0, 1), lost=(RequestOf(1, "r1"),), samples=(Part(0, "a"),)
     )
 
 

@@ -23,7 +23,7 @@ from untether.server.gateway import create_app, serve, start_background
 from untether.server.generator import Completion, GenerationRequest, create
 from untether.sim.core.errors import UserError
 from untether.sim.core.records import Interaction
-from untether.sim.experiment.sections import Cloud
+from untether.sim.experiment.sections import CloudSection
 from untether.sim.population.tasks import get_task
 from untether.sim.prompts.protocol import build_samples_request, parse_samples
 
@@ -121,7 +121,7 @@ def test_an_api_key_is_asked_for_where_one_is_set():
 
 
 def test_client_and_gateway_end_to_end(gateway):
-    cloud = Cloud(provider="recombine")
+    cloud = CloudSection(provider="recombine")
     client = CloudClient(cloud, base_url=gateway.base_url, model=gateway.model, variant=gateway.fingerprint, api_key="")
     requests = [
         request

@@ -20,7 +20,7 @@ from untether.server.generator.local_model import LocalModelGenerator
 from untether.sim.core.errors import UserError
 from untether.sim.core.kinds import GENERATORS
 from untether.sim.core.records import Interaction
-from untether.sim.experiment.sections import Cloud
+from untether.sim.experiment.sections import CloudSection
 from untether.sim.population.tasks import get_task
 from untether.sim.prompts.protocol import NotARequest, build_answer_request, build_samples_request, parse_samples
 
@@ -254,7 +254,7 @@ def test_a_local_model_is_asked_like_any_endpoint(tmp_path):
     names = {"request_id": "r", "device_id": "d", "seed": 0, "round": 0}
     requests = [*samples_requests(task, items, 2, **names), answer_request(task, items, "w4 w5", "q", **names)]
     with start_background("transformers", {"model": path, "threads": 1}) as gateway:
-        settings = Cloud(provider="transformers", model=path, max_tokens=16, max_retries=1, concurrency=2)
+        settings = CloudSection(provider="transformers", model=path, max_tokens=16, max_retries=1, concurrency=2)
         client = CloudClient(settings, base_url=gateway.base_url, model=gateway.model, api_key="")
         samples, text = client.ask_sync(requests)
     assert gateway.model == "roomy" and client.left_out == {"response_format"}

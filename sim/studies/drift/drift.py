@@ -52,7 +52,7 @@ DAYS = 3
 
 
 @dataclass(frozen=True)
-class Case:
+class DriftCase:
     """A finished cell: how its users change, its policy, and what its run says."""
 
     change: str
@@ -93,14 +93,14 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
     write_findings(study, out, found, notes)
 
 
-def _case(words: dict[str, str], name: str, run: RunDirectory) -> Case:
+def _case(words: dict[str, str], name: str, run: RunDirectory) -> DriftCase:
     policy = ", ".join(word for axis, word in words.items() if axis != CHANGE)
-    return Case(words.get(CHANGE, "all"), policy or name, run)
+    return DriftCase(words.get(CHANGE, "all"), policy or name, run)
 
 
-def measure(cases: Iterable[Case]) -> Iterator[tuple]:
+def measure(cases: Iterable[DriftCase]) -> Iterator[tuple]:
     """All rows of the table: those of each case alone, and those of cases against each other."""
-    by_change: dict[str, list[Case]] = {}
+    by_change: dict[str, list[DriftCase]] = {}
     for case in cases:
         by_change.setdefault(case.change, []).append(case)
     for own in by_change.values():
@@ -115,7 +115,7 @@ def measure(cases: Iterable[Case]) -> Iterator[tuple]:
             yield from _against(case, own, best)
 
 
-def _alone(case: Case, users: str, rows: pd.DataFrame) -> Iterator[tuple]:
+def _alone(case: DriftCase, users: str, rows: pd.DataFrame) -> Iterator[tuple]:
     """Scores, gains and half-lives."""
     head = (case.change, case.policy, "")
     yield _whole(*head, users, "score", overall(rows, "good"))
@@ -133,7 +133,7 @@ def _alone(case: Case, users: str, rows: pd.DataFrame) -> Iterator[tuple]:
         yield (*head, users, "half-life", 0, upto, *half, gains.groupby(USER).ngroups)
 
 
-def _detector(case: Case) -> Iterator[tuple]:
+def _detector(case: DriftCase) -> Iterator[tuple]:
     """Delay and false alarms, where a detector decides."""
     if case.experiment.drift.policy != "on_drift" or case.experiment.population.source != "world":
         return
@@ -158,7 +158,7 @@ def _detector(case: Case) -> Iterator[tuple]:
         yield _whole(*head, "changed", "delay", overall(changed, "delay", AMOUNT))
 
 
-def _two_golds(case: Case) -> Iterator[tuple]:
+def _two_golds(case: DriftCase) -> Iterator[tuple]:
     """What the old and the new person would have said, by days since the change."""
     if case.experiment.drift.kind == "none":
         return
@@ -168,7 +168,7 @@ def _two_golds(case: Case) -> Iterator[tuple]:
             yield (case.change, case.policy, "", "changed", f"score on the {persona} gold", *line)
 
 
-def _prices(cases: list[Case]) -> Iterator[tuple]:
+def _prices(cases: list[DriftCase]) -> Iterator[tuple]:
     """Costs of a user, and which policies are on the front of score (of users that change, if any) against tokens."""
     for case in cases:
         for name in COSTS:
@@ -181,7 +181,7 @@ def _prices(cases: list[Case]) -> Iterator[tuple]:
         yield (case.change, case.policy, "", users, "on the front", np.nan, np.nan, float(on), np.nan, np.nan, np.nan)
 
 
-def _against(case: Case, others: list[Case], best: Case | None) -> Iterator[tuple]:
+def _against(case: DriftCase, others: list[DriftCase], best: DriftCase | None) -> Iterator[tuple]:
     """Regret, decay, and what else the twin of a policy tells."""
     if best is not None and case is not best:
         for users, rows in paired(best.adapters, case.adapters).groupby("users"):
@@ -199,7 +199,7 @@ def _against(case: Case, others: list[Case], best: Case | None) -> Iterator[tupl
                 yield (case.change, case.policy, fresh.policy, "changed", "held back", *line)
 
 
-def _decay(fresh: Case, stale: Case) -> Iterator[tuple]:
+def _decay(fresh: DriftCase, stale: DriftCase) -> Iterator[tuple]:
     both = paired(fresh.adapters, stale.adapters)
     for users, rows in both.groupby("users"):
         head = (stale.change, stale.policy, fresh.policy, str(users))
@@ -210,7 +210,7 @@ def _decay(fresh: Case, stale: Case) -> Iterator[tuple]:
                 yield (*head, "decay since the change", *line)
 
 
-def _most_often(cases: list[Case]) -> Case | None:
+def _most_often(cases: list[DriftCase]) -> DriftCase | None:
     """What regret is measured against: the most often refreshed of those that train on nothing old."""
     plain = [case for case in cases if case.experiment.drift.samples == "refresh"]
     return min(plain, key=lambda case: (case.experiment.drift.every, case.experiment.population.max_history or np.inf),

@@ -1,6 +1,6 @@
 """What each arm trains on, and that arms are independent of each other."""
 
-from untether.clients.device.arms import Material, training_pairs
+from untether.clients.device.arms import TrainingData, training_pairs
 from untether.sim.core.records import Interaction, Sample
 from untether.sim.experiment.arms import ARMS, trained
 
@@ -13,7 +13,7 @@ REAL = tuple(Interaction(f"i{n}", "LaMP_4", f"real {n}", f"title {n}") for n in 
 ACCEPTED = tuple(_sample(f"a{n}") for n in range(4)) + (_sample("b0", "LaMP_5"),)
 UNFILTERED = ACCEPTED + tuple(_sample(f"x{n}") for n in range(6))
 FOREIGN = tuple(_sample(f"f{n}") for n in range(9)) + tuple(_sample(f"g{n}", "LaMP_5") for n in range(2))
-MATERIAL = Material(REAL, ACCEPTED, UNFILTERED, FOREIGN)
+MATERIAL = TrainingData(REAL, ACCEPTED, UNFILTERED, FOREIGN)
 
 
 def _outputs(arm, material=MATERIAL, seed=1, device="d00000"):
@@ -41,7 +41,7 @@ def test_matched_arms_draw_as_many_of_each_task_as_were_accepted():
 
 
 def test_without_samples_every_arm_with_real_data_is_local():
-    bare = Material(REAL)
+    bare = TrainingData(REAL)
     for arm in trained(ARMS):
         assert _outputs(arm, bare) == ([] if arm == "synthetic_only" else _outputs("local", bare))
 

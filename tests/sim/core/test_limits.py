@@ -150,9 +150,9 @@ def container(tmp_path, monkeypatch):
 
 
 def test_a_run_is_laid_out_over_what_is_ours(container):
-    assert launch.Layout.of(Experiment(engine={"device": "cpu"}), 100) == launch.Layout(3, 3, 1, 0)
-    assert launch.Layout.of(Experiment(engine={"device": "cpu", "workers": 1}), 100).threads == 3
-    assert launch.Layout.of(Experiment(engine={"device": "cpu", "workers": 8}), 100) == launch.Layout(8, 8, 1, 0)
+    assert launch.Resources.of(Experiment(engine={"device": "cpu"}), 100) == launch.Resources(3, 3, 1, 0)
+    assert launch.Resources.of(Experiment(engine={"device": "cpu", "workers": 1}), 100).threads == 3
+    assert launch.Resources.of(Experiment(engine={"device": "cpu", "workers": 8}), 100) == launch.Resources(8, 8, 1, 0)
 
 
 def test_a_cohorts_budget_is_half_of_what_is_left_to_us(container):

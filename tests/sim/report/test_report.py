@@ -13,7 +13,7 @@ import pytest
 from untether.sim.core.seeding import generator
 from untether.sim.experiment import Experiment
 from untether.sim.report import write_report
-from untether.sim.report.fleet import Fleet
+from untether.sim.report.fleet import FleetSummary
 from untether.sim.report.funnel import Funnel, faults, precision
 from untether.sim.report.prose import answer, captions, method, notes
 from untether.sim.report.summary import Summary
@@ -323,7 +323,7 @@ def test_precision_and_recall_of_the_filters():
 def test_tokens_a_device_trained_on_are_not_the_clouds(run):
     events = run.read("events")
     trained = events.head(1).assign(request_id=None, kind="train", tokens_in=10**9)
-    with_training = Fleet(pd.concat([events, trained]), run.read("ledger"), run.read("predictions"))
+    with_training = FleetSummary(pd.concat([events, trained]), run.read("ledger"), run.read("predictions"))
     assert with_training.tokens_in == int(events["tokens_in"].sum())
     assert [upload.kind for upload in with_training.uploads] == ["augment"]
     assert with_training.uploads[0].chars == int(run.read("ledger")["chars"].sum())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from untether.sim.experiment.virtual_sections import CloudCapacity
-from untether.sim.time.cloud_capacity import Cloud, outages, price
+from untether.sim.time.cloud_capacity import VirtualCloud, outages, price
 from untether.sim.time.network.spells import up_until
 
 PER_S = 50.0
@@ -55,10 +55,10 @@ def simulated(capacity: CloudCapacity, asked: list[Asked]) -> list[tuple[str, fl
 
 def in_closed_form(capacity: CloudCapacity, asked: list[Asked], cut: int | None = None) -> list[tuple[str, float]]:
     """The same, one arrival after another; carried over to another cloud after `cut` of them."""
-    cloud, found = Cloud(capacity), []
+    cloud, found = VirtualCloud(capacity), []
     for number, (arrives_s, tokens, stays_s) in enumerate(asked):
         if number == cut:
-            cloud = Cloud(capacity, json.loads(json.dumps(cloud.state_at(arrives_s))))
+            cloud = VirtualCloud(capacity, json.loads(json.dumps(cloud.state_at(arrives_s))))
         verdict = cloud.admit(arrives_s, tokens)
         if verdict.outcome != "ok":
             found.append((verdict.detail if verdict.detail == "queue full" else verdict.outcome, arrives_s))
@@ -100,7 +100,7 @@ def test_the_traffic_meets_everything_that_can_happen():
 
 def test_a_queue_of_two_by_hand():
     """One place, 10 s each, patience 25 s: the third would have to wait 20 s, the fourth 30 s."""
-    cloud = Cloud(CloudCapacity(concurrency=1, queue=3, output_tokens_per_s=PER_S))
+    cloud = VirtualCloud(CloudCapacity(concurrency=1, queue=3, output_tokens_per_s=PER_S))
     served = [cloud.serve(0.0, 25.0, 0, 500) for _ in range(4)]
     assert [(each.outcome, each.end_s, each.queued_s) for each in served] == [
         ("ok", 10.0, 0.0), ("ok", 20.0, 10.0), ("gone", 25.0, 20.0), ("gone", 25.0, 25.0),

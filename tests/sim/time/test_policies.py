@@ -10,14 +10,14 @@ import pytest
 from untether.sim.core.errors import UserError
 from untether.sim.core.kinds import POLICIES
 from untether.sim.experiment.virtual_sections import Drift
-from untether.sim.time.policies import Case, Memory, Policies, alarm
+from untether.sim.time.policies import Memory, Policies, PolicyCase, alarm
 
 CALM, BAD = [0.0] * 40, [1.0] * 20
 
 
 def decide(policy, round, *, since=None, tokens=0, errors=(), expected=100, online=True, **drift):
     memory = Memory(since, tokens, list(errors))
-    return POLICIES.get(policy)(Case(Drift(policy=policy, **drift), round, memory, expected, lambda: online))
+    return POLICIES.get(policy)(PolicyCase(Drift(policy=policy, **drift), round, memory, expected, lambda: online))
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_a_policy_by_hand(policy, round, situation, due):
 def test_a_budget_is_never_overspent():
     drift = Drift(policy="budget", tokens=250)
     policy = POLICIES.get("budget")
-    assert policy(Case(drift, 3, Memory(2, 150), 100, lambda: True))  # 150 + 100 is what there is
-    assert not policy(Case(drift, 3, Memory(2, 151), 100, lambda: True))
-    assert not policy(Case(Drift(policy="budget", tokens=250, every=2), 3, Memory(2, 0), 100, lambda: True))
+    assert policy(PolicyCase(drift, 3, Memory(2, 150), 100, lambda: True))  # 150 + 100 is what there is
+    assert not policy(PolicyCase(drift, 3, Memory(2, 151), 100, lambda: True))
+    assert not policy(PolicyCase(Drift(policy="budget", tokens=250, every=2), 3, Memory(2, 0), 100, lambda: True))
 
 
 def test_a_link_is_only_looked_at_by_who_needs_one():
