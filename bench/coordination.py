@@ -117,7 +117,7 @@ def measure(devices: int, rounds: int) -> None:
     begun = time.perf_counter()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env())
     try:
-        made = untether.server.coordinator.make_app([(run, 1)], watch, threading.Event())
+        made = untether.server.coordinator.make_app([(run, 1)], watch, threading.Event(), [])
         run_simulation(made, app, num_supernodes=2, backend_config={"client_resources": {"num_cpus": 1}})
     finally:
         ray.shutdown()

@@ -30,16 +30,23 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
         finish(run, truth, cloud.facts(), usage)
 
 
-def make_app(runs: Iterable[tuple[RunDirectory, int]], progress: Progress, stop: threading.Event) -> ServerApp:
+def make_app(
+    runs: Iterable[tuple[RunDirectory, int]], progress: Progress, stop: threading.Event, failed: list[BaseException]
+) -> ServerApp:
     """The ServerApp of in-process runs: coordinates each, with its threads a worker, when the one before has ended.
 
-    `runs` is asked for the next one only then. The first error ends it all.
+    `runs` is asked for the next one only then. The first error ends it all; it is put into `failed`, too, since Flower
+    does not raise it where its caller handles another exception.
     """
     in_process = ServerApp()
 
     @in_process.main()
     def run_here(grid: Grid, context: Context) -> None:
-        for run, threads in runs:
-            coordinate(grid, run, threads, progress, stop)
+        try:
+            for run, threads in runs:
+                coordinate(grid, run, threads, progress, stop)
+        except BaseException as error:
+            failed.append(error)
+            raise
 
     return in_process

@@ -49,7 +49,7 @@ class Interrupter(Watcher):
         threading.Thread(target=self.interrupt, args=what, daemon=True).start()
 
     def interrupt(self, folder: Path, begun: float) -> None:
-        while not any(path.stat().st_mtime > begun for path in folder.glob("*.shard")):
+        while not any(path.stat().st_mtime > begun for path in folder.glob("*.done")):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 

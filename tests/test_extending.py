@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from fleet import run_in_process, tiny
+from fleet import NOWHERE, make_worker, run_in_process, tiny
 
 from tests.conftest import untether
 from tests.sim.population.lamp_files import write
 from tests.test_docs_hold import blocks
-from untether.clients.device.worker import Endpoint, Worker
+from untether.clients.device.worker import Endpoint
 from untether.plugins import Section, apart, register
 from untether.server.background import start_background
 from untether.sim.core.errors import UserError
@@ -72,7 +72,7 @@ def example(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def held(tmp_path_factory):
     """A worker whose models are there."""
-    return Worker(str(RunDirectory.create(tmp_path_factory.mktemp("held") / "run", tiny()).path), Endpoint("", ""))
+    return make_worker(RunDirectory.create(tmp_path_factory.mktemp("held") / "run", tiny()), NOWHERE)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from fleet import answers, losses, metrics, run_in_process, tiny
+from fleet import answers, losses, make_post, metrics, run_in_process, tiny
 from pandas.testing import assert_frame_equal
 from survival import Untether, wait_for
 
@@ -14,7 +14,7 @@ from untether.clients.device.worker import Endpoint, Models
 from untether.clients.engine.generation import generate
 from untether.clients.engine.training import train
 from untether.clients.filters.embedding import Encoder
-from untether.clients.hosting.process import Post, WorkerProcess
+from untether.clients.hosting.process import WorkerProcess
 from untether.clients.stores import adapter_cache
 from untether.server.background import start_background
 from untether.sim.run.directory import RunDirectory
@@ -108,13 +108,12 @@ def test_models_stay_until_another_is_asked_for(tmp_path, monkeypatch):
     loaded = []
     load = "untether.clients.engine.base.FrozenBase.load"
     monkeypatch.setattr(load, lambda *words, **given: loaded.append(words) or object())
-    process, endpoint = WorkerProcess(), Endpoint("http://127.0.0.1:9/v1", "none")
-    posts = []
+    process, posts = WorkerProcess(), []
     for number, dtype in enumerate(["float32", "float32", "bfloat16"]):
         run = RunDirectory.create(tmp_path / str(number), tiny(model__dtype=dtype))
-        posts.append(Post(str(run.path), endpoint))
+        posts.append(make_post(run))
     bases = [process.at(post).base for post in posts]
     assert bases[0] is bases[1] and bases[1] is not bases[2]
     assert process.at(posts[2]).base is bases[2] and len(loaded) == 2
-    assert process.at(posts[2]) is not process.at(dataclasses.replace(posts[2], threads=1)), "another post"
+    assert process.at(posts[2]) is not process.at(dataclasses.replace(posts[2], threads=2)), "another post"
     assert Models().base("embedded", "float32", "cpu") is not bases[0]

@@ -188,12 +188,15 @@ def _simulate(runs: Sequence[RunDirectory], progress: LiveProgress, stop: thread
     else:
         start_here(max(2, hosts), gpus, workers)
     healing = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # a dead actor comes back; `exchange` asks again
+    failed: list[BaseException] = []
     try:
         _check_stop(stop)
         run_simulation(
-            make_app(turns, progress, stop), client_app, num_supernodes=hosts,
+            make_app(turns, progress, stop, failed), client_app, num_supernodes=hosts,
             backend_config={"client_resources": healing},
         )
+        if failed:
+            raise failed[0]
     except (UserError, ResumableStop, Failure) as error:
         if len(runs) > 1 and turns.now is not None:
             raise type(error)(f"{turns.now.path.name}: {error}") from error

@@ -1,7 +1,6 @@
 """Every wait ends: with the replies, a stop, or a deadline that starts anew while somebody gets on."""
 
 import itertools
-import json
 import threading
 
 import pytest
@@ -73,7 +72,7 @@ def _said(text):
 
 def _wrong(kind):
     words = {"error": kind, "message": f"a {kind}", "traceback": "line 1"}
-    return RecordDict({"result": ConfigRecord({name: json.dumps(value) for name, value in words.items()})})
+    return RecordDict({"error": ConfigRecord(words)})
 
 
 def test_replies_come_in_the_order_of_the_messages():

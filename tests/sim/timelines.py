@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from untether.sim.experiment import Experiment
 from untether.sim.time.asking import Ask, Size
-from untether.sim.time.timeline import Schedule, Timeline, Version, Work
+from untether.sim.time.timeline import Schedule, Timeline, TrainedVersion, Work
 
 SIZE = Size(4000, 2000, 1000, 500)
 QUICK = {"downlink_mbps": 1e6, "uplink_mbps": 1e6, "rtt_s": 0.0, "ask_within_h": 0.0}
@@ -47,5 +47,5 @@ def run(virtual: Timeline, round: int, devices, size: Size = SIZE, each: int = 1
     return schedule
 
 
-def trained(schedule: Schedule, arm: str = "collaborative", device: int = 0) -> list[Version]:
+def trained(schedule: Schedule, arm: str = "collaborative", device: int = 0) -> list[TrainedVersion]:
     return [version for version in schedule.versions if (version.arm, version.device) == (arm, device)]

@@ -220,7 +220,7 @@ def test_ids_files_and_tasks_that_are_missing_or_double(tmp_path):
         read_lamp(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"population\.tasks: LaMP_5 has no dev_questions\.json.*found: LaMP_4"):
         read_lamp(tmp_path, ["LaMP_5"])
-    with pytest.raises(UserError, match=r"unknown task 'LaMP_9'"):
+    with pytest.raises(UserError, match=r"unknown task `LaMP_9`"):
         read_lamp(tmp_path, ["LaMP_9"])
     with pytest.raises(UserError, match=r"no test_questions\.json"):
         read_lamp(tmp_path, split="test")
