@@ -61,7 +61,7 @@ def test_bfloat16_moves_a_cosine_by_less_than_a_hundredth(encoder):
 
 def test_in_bfloat16_a_texts_vector_has_the_same_bits_in_any_company():
     half = Encoder(dtype="bfloat16", device="cpu", remembered_texts=0)
-    many = [*TEXTS, *(f"a text about {word} and {word * 3}" for word in "abcdefghijklmnopqrstuvw"), "long " * 60]
+    many = [*TEXTS, *(f"a text about {word} and {word * 3}" for word in "abcdefg"), "long " * 60]
     together = half.encode(many)
     np.testing.assert_array_equal(half.encode(many[::-1])[::-1], together)
     np.testing.assert_array_equal(np.concatenate([half.encode([text]) for text in many]), together)
