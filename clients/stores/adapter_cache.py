@@ -25,8 +25,8 @@ from torch import Tensor
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.training import TrainJob, TrainResult, train
 from untether.clients.stores.adapter_store import adapter_version
+from untether.sim.core.durable import cannot_write
 from untether.sim.core.errors import ResumableStop
-from untether.sim.run.directory import cannot_write
 
 ENGINE = 1
 """Count up with every change of the engine that moves numbers beyond rounding: what older ones made is left alone."""

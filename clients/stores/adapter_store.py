@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from untether.sim.core.durable import make_folder, settle
-from untether.sim.core.errors import ResumableStop
+from untether.sim.core.durable import written
 from untether.sim.rounds.messages import FIRST
-from untether.sim.run.directory import cannot_write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,16 +61,17 @@ class AdapterStore:
 
     def save(self, round: int, block: str, by_arm: Mapping[str, Mapping[str, State]]) -> list[str]:
         """Writes the adapters of a block, by arm and device id. Returns the paths, relative to the store's root."""
-        written = []
+        paths = []
         for arm, states in by_arm.items():
             devices = list(states)
             names = list(next(iter(states.values())))
             stacked = {name: np.stack([states[device][name] for device in devices]) for name in names}
             path = self.root / f"round-{round}" / arm / f"{block}.safetensors"
-            self._write(path, stacked, {"devices": json.dumps(devices)})
-            written.append(str(path.relative_to(self.root)))
+            with written(path, SafetensorError) as temporary:
+                save_file(stacked, temporary, metadata={"devices": json.dumps(devices)})
+            paths.append(str(path.relative_to(self.root)))
             self._index.pop((round, arm), None)
-        return written
+        return paths
 
     def load(self, round: int, device: str, arm: str) -> dict[str, np.ndarray] | None:
         """The device's adapter as of `round` (the latest at or before it), or None."""
@@ -138,17 +136,6 @@ class AdapterStore:
                 found |= {device: (path, row) for row, device in enumerate(devices)}
             self._index[round, arm] = found
         return self._index[round, arm]
-
-    def _write(self, path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            make_folder(path.parent)
-            save_file(tensors, temporary, metadata=metadata)
-            settle(temporary, path)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise ResumableStop(cannot_write(path, error)) from error
 
 
 def _listed(folder: Path, pattern: str = "*") -> list[Path]:

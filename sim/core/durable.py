@@ -2,8 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from untether.sim.core.errors import ResumableStop, disk_is_full
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees the old one or the new one. Raises as `written` does."""
+    with written(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def written(path: Path, *errors: type[Exception]) -> Iterator[Path]:
+    """A temporary path to write to, which becomes `path`, whole and on the disk, when the block ends.
+
+    Raises ResumableStop, and leaves no half-written file behind, where that fails: for an OSError, or one of `errors`,
+    which a library raises in its stead.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        make_folder(path.parent)
+        yield temporary
+        settle(temporary, path)
+    except (OSError, *errors) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ResumableStop(cannot_write(path, error)) from error
+
+
+def cannot_write(path: str | Path, error: BaseException) -> str:
+    """What a user is told where a file of a run could not be written."""
+    advice = "Free some space" if disk_is_full(error) else "See to it"
+    return f"cannot write {path}: {getattr(error, 'strerror', None) or error}. {advice}, then resume the run."
 
 
 def settle(temporary: Path, target: Path) -> None:

@@ -17,11 +17,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from untether.sim.core.durable import write_atomically
 from untether.sim.experiment.arms import NON_INFERIORITY, PRIMARY
 from untether.sim.population.tasks import higher_is_better
 from untether.sim.report.funnel import Funnel
 from untether.sim.report.summary import Contrast, Summary, metric_name, title
-from untether.sim.run.directory import write_atomically
 
 #: Ink is one colour of its own, and so is the gap between bars: the report turns them into the page's own colours.
 INK, FAINT, PAPER = "#1a1a1a", "#8a8a8a", "#fefefd"

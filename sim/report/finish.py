@@ -12,6 +12,7 @@ from untether.sim.evaluation.statistics import summarize
 from untether.sim.population.source import FromWorld, open_population
 from untether.sim.report import write_report
 from untether.sim.run.directory import RunDirectory
+from untether.sim.run.shared import SharedAdapters
 from untether.sim.run.usage import Usage
 
 COMPARED = (
@@ -43,7 +44,7 @@ def finish(
         population = open_population(experiment, seed)
         exclusions |= population.exclusions()  # files tell the same for every seed: the most, not the sum
         orders.add(population.order)
-        left_out.update(run.left_out(seed))
+        left_out.update(SharedAdapters(run, seed).left_out())
     if experiment.drift.kind != "none":
         run.write_truth(rows for seed in experiment.seeds for rows in FromWorld(experiment, seed).truth())
     commits = [run.committed(seed, round) for seed in experiment.seeds for round in range(experiment.rounds)]

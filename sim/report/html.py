@@ -16,6 +16,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
 
+from untether.sim.core.durable import write_atomically
 from untether.sim.core.package_data import find
 from untether.sim.experiment import Experiment, fields
 from untether.sim.experiment.arms import ARMS, CONTRASTS, METHOD
@@ -25,7 +26,7 @@ from untether.sim.report.fleet import FleetSummary
 from untether.sim.report.funnel import Funnel, faults, precision
 from untether.sim.report.summary import Summary
 from untether.sim.report.tables import write_tables
-from untether.sim.run.directory import TABLES, RunDirectory, write_atomically
+from untether.sim.run.directory import TABLES, RunDirectory
 
 TEXTS = ("input", "output", "prediction", "gold")
 """Columns that the report counts nothing in: most of a large fleet's bytes."""

@@ -12,9 +12,10 @@ import json
 
 import pandas as pd
 
+from untether.sim.core.durable import write_atomically
 from untether.sim.population.tasks import higher_is_better
 from untether.sim.report.summary import Contrast, Summary, interval, metric_name, number, p_value
-from untether.sim.run.directory import RunDirectory, write_atomically
+from untether.sim.run.directory import RunDirectory
 
 SUMMARY_COLUMNS = (
     "task", "metric", "arm", "mean", "ci_low", "ci_high", "n_users", "n_clusters", "n_queries", "steps", "tokens",

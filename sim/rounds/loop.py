@@ -10,6 +10,7 @@ from untether.sim.population.source import open_population
 from untether.sim.rounds.messages import Order, Reply, Share, complete, errors, joined, materials
 from untether.sim.rounds.planner import Rounds, sizes_of
 from untether.sim.run.directory import RunDirectory
+from untether.sim.run.shared import SharedAdapters
 
 
 class Backend(Protocol):
@@ -45,7 +46,7 @@ def run_rounds(run: RunDirectory, backend: Backend, progress: Progress) -> None:
         return joined(backend.send(order, lambda done: progress.update(order.work, min(int(done), most), most)))
 
     for seed in experiment.seeds:
-        population = open_population(experiment, seed)
+        population, shared = open_population(experiment, seed), SharedAdapters(run, seed)
         devices = range(len(population))
         rounds = [round for round in range(experiment.rounds) if not run.committed(seed, round)]
         if not rounds:
@@ -73,11 +74,11 @@ def run_rounds(run: RunDirectory, backend: Backend, progress: Progress) -> None:
             day = virtual.schedule(delivered, owned)
 
             # 4. learn: train, answer, score.
-            if SHARED in experiment.arms and not run.shares(seed):  # what belongs to no device, once a seed
-                shared = send(Share(seed=seed, round=round), experiment.population.shared_users)
-                run.write_shared(seed, shared.arrays, shared.facts.get("left_out", {}))
+            if SHARED in experiment.arms and not shared.there:  # what belongs to no device, once a seed
+                reply = send(Share(seed=seed, round=round), experiment.population.shared_users)
+                shared.write(reply.arrays, reply.facts.get("left_out", {}))
             samples, came = run.samples(seed, round, parts), run.named(parts.pop("answers", []))
-            learned = send(virtual.learn(day, devices, samples, came, run.shared(seed)))
+            learned = send(virtual.learn(day, devices, samples, came, shared.arrays()))
 
             # 5. commit: what is not named here never happened.
             complete(devices, learned)

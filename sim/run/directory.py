@@ -10,25 +10,20 @@ again when the round is; a receipt makes nothing count.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 
-from untether.sim.core.durable import make_folder, settle
-from untether.sim.core.errors import ResumableStop, UserError, disk_is_full
+from untether.sim.core.durable import make_folder, write_atomically, written
+from untether.sim.core.errors import UserError
 from untether.sim.core.records import Part
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import device_id
@@ -85,20 +80,6 @@ TRUTH = _schema("seed:i round:i device_id:s user_id:s task:s progress:f changed_
 
 #: The order of rows in a finished table: whatever the number of workers, the same file.
 _ORDER = ("device_id", "arm", "task", "request_id", "attempt", "sample_id", "query_id", "metric", "item_id", "step")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    write_bytes_atomically(path, text.encode())
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """As `write_atomically`. Raises ResumableStop where the disk does not take it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _writing(temporary, path):
-        make_folder(path.parent)
-        temporary.write_bytes(content)
-        settle(temporary, path)
 
 
 class RunDirectory:
@@ -236,34 +217,6 @@ class RunDirectory:
         commits = [self.committed(seed, past) for past in range(round)]
         return self.named([p for commit in commits if commit for p in commit["parts"].get("samples", [])] + [*staged])
 
-    def write_shared(self, seed: int, arrays: Mapping[str, np.ndarray], left_out: Mapping[str, int]) -> None:
-        """Keeps what belongs to no device (the adapters of the arm `shared`), and what was left out in making it."""
-        path, text = self._shared_path(seed), json.dumps(dict(left_out))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with _writing(temporary, path):
-            make_folder(path.parent)
-            whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            save_file(whole, temporary, metadata={"left_out": text})
-            settle(temporary, path)
-
-    def shares(self, seed: int) -> bool:
-        """Whether the adapters of the arm `shared` are there."""
-        return self._shared_path(seed).exists()
-
-    def shared(self, seed: int) -> dict[str, np.ndarray]:
-        """What `write_shared` kept; nothing where it did not."""
-        return load_file(self._shared_path(seed)) if self.shares(seed) else {}
-
-    def left_out(self, seed: int) -> dict[str, int]:
-        """How many items of other users the arm `shared` did not learn from, by reason."""
-        if not self.shares(seed):
-            return {}
-        with safe_open(self._shared_path(seed), framework="numpy") as file:
-            return json.loads((file.metadata() or {}).get("left_out", "{}"))
-
-    def _shared_path(self, seed: int) -> Path:
-        return self.path / "adapters" / f"seed-{seed}" / "shared.safetensors"
-
     def commit(
         self, seed: int, round: int, parts: Mapping[str, Sequence[str]], facts: Mapping[str, Any],
         carried: Mapping[str, Any] | None = None,
@@ -318,8 +271,7 @@ class RunDirectory:
         """
         for table, schema in TABLES.items():
             target = self.path / f"{table}.parquet"
-            temporary = target.with_suffix(".tmp")
-            with _writing(temporary, target), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            with written(target) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
                 for seed in experiment.seeds:
                     for round in range(experiment.rounds):
                         commit = self.committed(seed, round)
@@ -333,16 +285,13 @@ class RunDirectory:
                             rows = rows.set_column(schema.get_field_index("truth"), "truth", known)
                         order = [(name, "ascending") for name in _ORDER if name in schema.names]
                         writer.write_table(rows.cast(schema).sort_by(order))
-            settle(temporary, target)
 
     def write_truth(self, batches: Iterable[Sequence[Mapping[str, Any]]]) -> None:
         """Writes `truth.parquet`, a batch of rows at a time."""
         target = self.path / "truth.parquet"
-        temporary = target.with_suffix(".tmp")
-        with _writing(temporary, target), pq.ParquetWriter(temporary, TRUTH, compression="zstd") as writer:
+        with written(target) as temporary, pq.ParquetWriter(temporary, TRUTH, compression="zstd") as writer:
             for rows in batches:
                 writer.write_table(pa.Table.from_pylist(list(rows), schema=TRUTH))
-        settle(temporary, target)
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """A finished table, or some of its columns, as a pandas frame. Texts are most of what a large fleet's take.
@@ -371,28 +320,8 @@ class RunDirectory:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def _write_table(self, table: pa.Table, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with _writing(temporary, path):
-            make_folder(path.parent)
+        with written(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
-            settle(temporary, path)
-
-
-@contextlib.contextmanager
-def _writing(temporary: Path, path: Path) -> Iterator[None]:
-    """Turns a failure to write into a resumable stop, and leaves no half-written file behind."""
-    try:
-        yield
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ResumableStop(cannot_write(path, error)) from error
-
-
-def cannot_write(path: str | Path, error: BaseException) -> str:
-    """What a user is told where a file of a run could not be written."""
-    advice = "Free some space" if disk_is_full(error) else "See to it"
-    return f"cannot write {path}: {getattr(error, 'strerror', None) or error}. {advice}, then resume the run."
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from untether.sim.core.durable import write_atomically
 from untether.sim.report.figures import save
-from untether.sim.run.directory import write_atomically
 from untether.sim.studies.study import Study
 
 

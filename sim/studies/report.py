@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import tomlkit
 
+from untether.sim.core.durable import write_atomically
 from untether.sim.report.html import inline, template
-from untether.sim.run.directory import write_atomically
 from untether.sim.studies.frames import Runs, each_cell
 from untether.sim.studies.study import Study
 

@@ -5,15 +5,17 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from untether.clients.stores.adapter_store import AdapterStore
-from untether.sim.core.errors import UserError
+from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
 from untether.sim.run.directory import SCHEMA_VERSION, TABLES, RunDirectory
 from untether.sim.run.lock import RunLock
+from untether.sim.run.shared import SharedAdapters
 
 
 def _metric(device, value):
@@ -180,3 +182,15 @@ def test_what_a_commit_names_is_on_the_disk_before_it(tmp_path, experiment, monk
         for folder in path.relative_to(run.path).parents:
             above = (run.path / folder).parent
             assert str(above) in done[:commit], f"{folder} is a name in {above}"
+
+
+def test_shared_adapters_come_back_and_a_disk_that_takes_none_is_a_stop(tmp_path, experiment):
+    shared = SharedAdapters(RunDirectory.create(tmp_path / "run", experiment), 3)
+    assert not shared.there and shared.arrays() == {} and shared.left_out() == {}
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    shared.write({"LaMP_4/a.weight": array.T}, {"reason": 2})
+    assert shared.there and shared.left_out() == {"reason": 2}
+    np.testing.assert_array_equal(shared.arrays()["LaMP_4/a.weight"], array.T)
+    (tmp_path / "run" / "adapters" / "seed-4").write_text("a file where a folder should be")
+    with pytest.raises(ResumableStop, match=r"cannot write .*shared\.safetensors"):
+        SharedAdapters(RunDirectory(tmp_path / "run"), 4).write({"a": array}, {})
