@@ -24,11 +24,12 @@ def written(path: Path, *errors: type[Exception]) -> Iterator[Path]:
     which a library raises in its stead.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    failures: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         make_folder(path.parent)
         yield temporary
         settle(temporary, path)
-    except (OSError, *errors) as error:
+    except failures as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise ResumableStop(cannot_write(path, error)) from error
