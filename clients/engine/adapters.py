@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.jobs import Trainable
 from untether.clients.engine.lora_layers import Fusion, LinearPart, Piece, Route, is_linear, weight_of
 from untether.sim.core.errors import UserError
 from untether.sim.core.learning import LoraSpec
@@ -161,6 +162,17 @@ class AdapterStack:
             inputs = self.layout.targets[name].inputs
             self.layout.A(row, name)[0, :rank] = part.view(rank, inputs) / math.sqrt(inputs)
         self.flat[k] = row[0]
+
+    def moving(self, k: int, trainable: Trainable) -> Tensor:
+        """Which of adapter k's weights are trainable, [size], bool."""
+        row, rank = torch.zeros(1, self.layout.size, dtype=torch.bool), self.specs[k].rank
+        if len(trainable.A) != rank or len(trainable.B) != rank:
+            raise ValueError(f"an adapter of rank {rank} needs {rank} values of trainable A and B")
+        A, B = (torch.tensor(side)[:, None] for side in (trainable.A, trainable.B))
+        for name in self.targets_of[k]:
+            self.layout.A(row, name)[0, :rank] = A
+            self.layout.B(row, name)[0, :rank] = B
+        return row[0].to(self.flat.device)
 
     def state(self, k: int) -> dict[str, Tensor]:
         """Adapter k under PEFT's keys: lora_A.weight [rank, in] and lora_B.weight [out, rank], on the CPU."""

@@ -26,12 +26,21 @@ class Example:
     target_ids: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """Which parts of an adapter move: by rank, whether that row of A does, and that column of B, in every target."""
+
+    A: tuple[bool, ...]
+    B: tuple[bool, ...]
+
+
 @dataclass(slots=True)
 class TrainJob:
     """One adapter's training.
 
     seed drives the order of the examples and dropout; init_seed the fresh adapter (None: derived from seed); state is a
-    PEFT state to go on from.
+    PEFT state to go on from. trainable: what of it moves (None: everything); nothing else does, weight decay included.
+    proximal_mu: weight of FedProx's term, mu / 2 times the squared distance to where the job began.
     """
 
     key: Hashable
@@ -41,6 +50,8 @@ class TrainJob:
     seed: int = 0
     init_seed: int | None = None
     state: dict[str, Tensor] | None = None
+    trainable: Trainable | None = None
+    proximal_mu: float = 0.0
 
     @property
     def total_steps(self) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.encoding import truncate_prompt
-from untether.clients.engine.jobs import Example, TrainJob, batch_plan
+from untether.clients.engine.jobs import Example, Trainable, TrainJob, batch_plan
 from untether.clients.engine.kernels.attention import TokenLosses
 from untether.clients.engine.kernels.gemm import fast_products
 from untether.clients.engine.kernels.lines import Beginnings, Line, fill
@@ -36,7 +36,7 @@ from untether.clients.engine.memory import (
 from untether.clients.engine.optimizer import CohortAdamW, Update
 from untether.sim.core.seeding import derive
 
-__all__ = ["Example", "TrainJob", "TrainResult", "batch_plan", "train"]
+__all__ = ["Example", "TrainJob", "TrainResult", "Trainable", "batch_plan", "train"]
 
 PASS_TOKENS = {"cpu": 3072, "cuda": 131072}
 """Padded tokens of one forward and backward pass: on a CPU its activations should stay near the caches."""
@@ -111,6 +111,10 @@ class _Run:
     result: TrainResult
     step: int = 0
     losses: list[Tensor] = field(default_factory=list)
+    moving: Tensor | None = None
+    """Which weights are trained, [size], bool; None: all."""
+    start: Tensor | None = None
+    """The weights at the beginning, [size], where a proximal term holds on to them."""
     missing: int = 0
     """Texts of the next batch that no pass has seen yet."""
     loss: Tensor | None = None
@@ -226,7 +230,9 @@ class _Engine:
             # Dropout strikes each text's beginning on its own.
             shared = [len(ids) - len(target) if not job.spec.dropout else 0 for ids, target in rows]
             beginnings = Beginnings([ids.tolist() for ids, _ in rows], shared)
-        return _Run(job, rows, batch_plan(job), slot, beginnings, TrainResult({}))
+        moving = None if job.trainable is None else self.stack.moving(slot, job.trainable)
+        start = self.stack.flat[slot].clone() if job.proximal_mu else None
+        return _Run(job, rows, batch_plan(job), slot, beginnings, TrainResult({}), moving=moving, start=start)
 
     def _finish(self, run: _Run) -> None:
         run.result.state = self.stack.state(run.slot)
@@ -315,12 +321,21 @@ class _Engine:
     def _step(self, runs: list[_Run]) -> None:
         if not runs:
             return
-        updates = []
+        updates, flat = [], self.stack.flat
+        for run in runs:
+            if run.start is not None:
+                run.grad = run.grad.add(flat[run.slot] - run.start, alpha=run.job.proximal_mu)
+            if run.moving is not None:
+                run.grad = run.grad * run.moving
+        kept = {run.slot: flat[run.slot].clone() for run in runs if run.moving is not None}
         for run in runs:
             s = run.job.settings
             rate = s.rate_at(run.step, len(run.plan))
             updates.append(Update(run.slot, run.step, rate, s.weight_decay, s.max_grad_norm, s.betas, s.eps))
         self.optimizer.step(updates, [run.grad for run in runs])
+        for run in runs:
+            if run.moving is not None:  # weight decay moves what has no gradient, too
+                flat[run.slot] = torch.where(run.moving, flat[run.slot], kept[run.slot])
         for run, update in zip(runs, updates, strict=True):
             run.losses.append(run.loss)
             run.result.learning_rates.append(update.learning_rate)

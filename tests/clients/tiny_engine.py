@@ -141,7 +141,13 @@ def peft_loss(wrapped: torch.nn.Module, examples: list[Example]) -> torch.Tensor
 def peft_run(model: torch.nn.Module, job: TrainJob) -> tuple[dict[str, torch.Tensor], list[float]]:
     """(final state, losses) of a separate run on the job's batches."""
     wrapped = peft_model(model, job.spec, job.state)
+    if job.trainable is not None:  # a whole side; peft knows no ranks
+        for name, parameter in wrapped.named_parameters():
+            for side in "AB":
+                if f"lora_{side}" in name:
+                    parameter.requires_grad_(all(getattr(job.trainable, side)))
     weights = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    start = [weight.detach().clone() for weight in weights]
     s, plan = job.settings, batch_plan(job)
     optimizer = torch.optim.AdamW(weights, lr=s.learning_rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
     warmup = math.ceil(s.warmup_ratio * len(plan))
@@ -153,7 +159,11 @@ def peft_run(model: torch.nn.Module, job: TrainJob) -> tuple[dict[str, torch.Ten
     losses = []
     for batch in plan:
         loss = peft_loss(wrapped, [job.examples[index] for index in batch])
-        loss.backward()
+        if job.proximal_mu:
+            far = sum(((weight - begun) ** 2).sum() for weight, begun in zip(weights, start, strict=True))
+            (loss + job.proximal_mu / 2 * far).backward()
+        else:
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, s.max_grad_norm)
         optimizer.step()
         schedule.step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tests.clients import tiny_engine as engine
 from untether.clients.engine import training
 from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.generation import GenerationRow, generate, label_scores
-from untether.clients.engine.training import TrainJob, train
+from untether.clients.engine.training import Trainable, TrainJob, train
 from untether.sim.core.learning import LoraSpec, TrainSettings
 
 TOLERANCE = 1e-9
@@ -235,3 +237,54 @@ def test_bfloat16_base_with_float32_adapters_casts_like_peft():
         expected = wrapped(input_ids=ids).logits[0]
     assert (logits.float() - expected.float()).abs().max() < 0.1
     assert logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_a_frozen_side_is_a_frozen_parameter_of_peft(kind, frozen):
+    base, model = engine.tiny_base(kind)
+    others = engine.mixed_jobs(base)
+    for job in others[:2]:
+        rank = job.spec.rank
+        sides = {side: (side != frozen,) * rank for side in "AB"}
+        job.trainable, job.settings = Trainable(**sides), replace(job.settings, weight_decay=0.1)
+    results = train(base, others)
+    for job in others:
+        state, losses = engine.peft_run(model, job)
+        assert engine.largest_difference(state, results[job.key].state) < TOLERANCE
+        assert results[job.key].losses == pytest.approx(losses, abs=TOLERANCE)
+    for key, before in others[0].state.items():
+        moved = not torch.equal(before, results[0].state[key])
+        assert moved == (f"lora_{frozen}" not in key)
+
+
+def test_frozen_ranks_are_an_adapter_that_was_merged_into_the_base():
+    base, model = engine.tiny_base("llama")
+    below, own = LoraSpec(3, 6), LoraSpec(2, 4)  # one scaling
+    states = engine.random_state(base, below, 1), engine.random_state(base, own, 2)
+    both = {
+        key: torch.cat([states[0][key], states[1][key]], dim=0 if "lora_A" in key else 1) for key in states[0]
+    }  # fmt: skip
+    settings = TrainSettings(5e-3, steps=8, batch_size=3, weight_decay=0.1)
+    moves = (False,) * 3 + (True,) * 2
+    job = TrainJob("on", engine.random_examples(1, 7), settings, LoraSpec(5, 10), 1, state=both)
+    job.trainable = Trainable(moves, moves)
+    found = train(base, [job])["on"]
+    merged = engine.peft_model(model, below, states[0]).merge_and_unload()
+    alone = TrainJob("on", job.examples, settings, own, 1, state=states[1])
+    state, losses = engine.peft_run(merged, alone)
+    for key, value in found.state.items():
+        cut = value.split((3, 2), dim=0 if "lora_A" in key else 1)
+        assert torch.equal(cut[0], states[0][key])
+        assert (cut[1] - state[key]).abs().max() < TOLERANCE
+    assert found.losses == pytest.approx(losses, abs=TOLERANCE)
+
+
+def test_a_proximal_term_is_that_of_fedprox():
+    base, model = engine.tiny_base("llama")
+    jobs = engine.mixed_jobs(base)[:2]
+    jobs[1].proximal_mu = 0.7
+    results = train(base, jobs)
+    for job in jobs:
+        state, _ = engine.peft_run(model, job)
+        assert engine.largest_difference(state, results[job.key].state) < TOLERANCE
