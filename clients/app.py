@@ -45,7 +45,19 @@ def filter_again(message: Message, context: Context) -> Message:
     return carry_out(message, context)
 
 
+@app.query("begin")
+def begin(message: Message, context: Context) -> Message:
+    """Says what is shared before anybody trained."""
+    return carry_out(message, context)
+
+
 @app.train()
+def update(message: Message, context: Context) -> Message:
+    """Trains, for this host's devices, what the strategy has them train together."""
+    return carry_out(message, context)
+
+
+@app.query("learn")
 def learn(message: Message, context: Context) -> Message:
     """Trains and answers for this host's devices."""
     return carry_out(message, context)

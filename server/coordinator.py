@@ -10,12 +10,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from untether.server.backends.flower import FlowerBackend
 from untether.server.cloud import open_cloud
-from untether.sim.core.kinds import STRATEGIES
 from untether.sim.report.finish import finish
 from untether.sim.rounds.loop import Progress, run_rounds
 from untether.sim.run.directory import RunDirectory
 from untether.sim.run.places import announced
 from untether.sim.run.usage import Usage
+from untether.strategies import open_strategy
 
 
 def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, stop: threading.Event) -> None:
@@ -23,9 +23,9 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
 
     Raises UserError, ResumableStop (interrupt, unreachable cloud, full disk: resume goes on) and Failure.
     """
-    strategy = STRATEGIES.bind(run.experiment.strategy.name, run.experiment.settings)()
+    strategy = open_strategy(run.experiment)
     with Usage() as usage, announced(run) as name, open_cloud(run.experiment, run) as cloud:
-        run_rounds(run, FlowerBackend(grid, run, name, strategy, cloud, threads, stop), progress)
+        run_rounds(run, FlowerBackend(grid, run, name, strategy, cloud, threads, stop), strategy, progress)
         truth = cloud.truth()
         finish(run, truth, cloud.facts(), usage)
 

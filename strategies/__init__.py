@@ -1,5 +1,5 @@
 """Flower strategies: who takes part, what is shared, how it is aggregated."""
 
-from untether.strategies.fleet import FETCH, LEARN, FleetStrategy
+from untether.strategies.fleet import FleetStrategy, open_strategy
 
-__all__ = ["FETCH", "LEARN", "FleetStrategy"]
+__all__ = ["FleetStrategy", "open_strategy"]

@@ -6,30 +6,59 @@ on partition i mod P. A message names devices by number; what they know never tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from untether.sim.rounds.flower_records import order_of, to_records
-from untether.sim.rounds.messages import Order
+from untether.sim.core.kinds import STRATEGIES
+from untether.sim.experiment import Experiment
+from untether.sim.rounds.flower_records import order_of, reply_from, to_records
+from untether.sim.rounds.messages import Order, Reply, joined
 
-FETCH = f"{MessageType.QUERY}.fetch"
-"""Message type of the fetch pass: ask the cloud, filter what it wrote."""
-
-LEARN = MessageType.TRAIN
-"""Message type of the learn pass: train, answer, score."""
+Arrays = Mapping[str, np.ndarray]
+"""What is shared, by name."""
 
 
 class FleetStrategy(Strategy):
-    """Base of the strategies: sends a round's plan to the hosts and sums what comes back.
+    """Base of the strategies: sends a round's orders to the hosts and sums what comes back. Shares nothing.
 
     `hosts` maps a partition to its Flower node id; node ids are random, so nothing else may depend on them.
+    `experiment` is the run's, set by `open_strategy`.
     """
+
+    experiment: Experiment
 
     def __init__(self) -> None:
         self.hosts: dict[int, int] = {}
+
+    # --- the round loop's side ------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises UserError where the experiment wants of it what it cannot do."""
+
+    def sides(self, round: int) -> str:
+        """Which sides of an adapter, A and B, a device uploads in a round: none."""
+        return ""
+
+    def aggregate(self, seed: int, round: int, shared: Arrays, replies: Sequence[Reply]) -> dict[str, np.ndarray]:
+        """What is shared after a round.
+
+        Args:
+            seed: Of the fleet; all that is drawn comes from (seed, round).
+            round: The round, from 0.
+            shared: What was shared before it.
+            replies: Of the hosts, or one that joins them. Devices and hosts that failed are in their `outcome` column
+                and in no array.
+
+        Returns:
+            The arrays, `shared` itself where nobody took part.
+        """
+        return dict(shared)
+
+    # --- Flower's side --------------------------------------------------------------------------------------------
 
     def messages(self, message_type: str, order: Order) -> list[Message]:
         """One message a host that the order concerns."""
@@ -39,26 +68,23 @@ class FleetStrategy(Strategy):
             for host, own in order.split(len(partitions)).items()
         ]
 
-    def configure_fetch(self, server_round: int, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Who asks the cloud in this round."""
-        return self.messages(FETCH, order_of(config))
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Who trains and answers in this round, with what is shared."""
+        """An order that trains (`config`, as `sim.rounds.flower_records` writes it), with what is shared."""
         shared = {name: array.numpy() for name, array in arrays.items()}
-        return self.messages(LEARN, order_of(config, shared))
+        return self.messages(MessageType.TRAIN, order_of(config, shared))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Sums the counts that the hosts report."""
-        totals: dict[str, float] = {}
-        for reply in replies:
-            for name, value in reply.content["totals"].items():
-                totals[name] = totals.get(name, 0) + value  # type: ignore[operator]
-        return None, MetricRecord(totals)
+        """What the hosts' replies come to: the arrays of `aggregate`, of a fleet that has shared nothing yet, and the
+        sums of their counts.
+        """
+        found = [reply_from(message.content) for message in replies if not message.has_error()]
+        arrays = self.aggregate(0, server_round, {}, found)
+        record = ArrayRecord({name: Array(array) for name, array in arrays.items()}) if arrays else None
+        return record, MetricRecord(joined(found).counts())
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -72,3 +98,15 @@ class FleetStrategy(Strategy):
 
     def summary(self) -> None:
         """Nothing to print: the run directory holds the experiment."""
+
+
+def open_strategy(experiment: Experiment) -> FleetStrategy:
+    """The strategy that an experiment names.
+
+    Raises:
+        UserError: The strategy cannot do what the experiment wants of it.
+    """
+    strategy = STRATEGIES.bind(experiment.strategy.name, experiment.settings)()
+    strategy.experiment = experiment
+    strategy.check()
+    return strategy

@@ -13,6 +13,7 @@ from untether.clients.hosting.process import Post
 from untether.sim.experiment import Experiment
 from untether.sim.rounds.loop import run_rounds
 from untether.sim.run.directory import RunDirectory
+from untether.strategies import open_strategy
 
 NOWHERE = Endpoint("http://127.0.0.1:9/v1", "none")
 KEYS = ["seed", "round", "device_id", "arm", "task", "query_id"]
@@ -39,7 +40,8 @@ def run_in_process(
     """
     run = RunDirectory.create(path, experiment)
     fresh = make_worker(run, endpoint, worker)
-    run_rounds(run, InProcessBackend(run, InProcess(lambda: fresh), hosts, backwards), Silent())
+    backend = InProcessBackend(run, InProcess(lambda: fresh), hosts, backwards)
+    run_rounds(run, backend, open_strategy(experiment), Silent())
     run.merge(experiment)
     return run
 

@@ -16,8 +16,9 @@ from untether.clients.device.arms import TrainingData, training_pairs
 from untether.clients.device.device import Device
 from untether.clients.device.ledger import ledger_rows
 from untether.clients.device.materials import Materials
-from untether.clients.device.scoring import error, metric_rows
-from untether.clients.device.shared import shared_adapters
+from untether.clients.device.scoring import error, metric_rows, train_event_rows, training_rows
+from untether.clients.device.sharing.disjoint import shared_adapters
+from untether.clients.device.sharing.federated import Beginning, beginning, federated_adapters, worn
 from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.engine.encoding import encode_answer, encode_prompt
 from untether.clients.engine.training import Example, TrainJob, TrainResult
@@ -27,17 +28,15 @@ from untether.sim.core.clock import DAY_S
 from untether.sim.core.kinds import POLICIES
 from untether.sim.core.learning import LoraSpec, TrainSettings
 from untether.sim.core.seeding import derive
-from untether.sim.experiment.arms import ARMS, CLOUD, SHARED
+from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, SHARED, trained
 from untether.sim.population.order import latest_s
 from untether.sim.population.source import device_id
 from untether.sim.rounds.material import watched
 from untether.sim.rounds.messages import Learn, Reply, Version
+from untether.strategies.factors import Factors
 
 TRAINING = 0.8
 """Share of the pass that training takes, for the progress display."""
-
-LOSSES_KEPT = 16
-"""Rows of `training` an adapter and round: the first step, the last and some between."""
 
 
 def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
@@ -46,7 +45,9 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     placebos: dict[int, tuple[int, int, bool]] = {}
     versions = _by_device(order.versions)
     materials = Materials(experiment, order, inputs)
-    jobs = list(_jobs(worker, order, devices, versions, materials, inputs, placebos))
+    begun = [a for a in trained(experiment.arms) if experiment.for_arm(a)[1].start in ("shared", "on_shared")]
+    below = worn(worker, order, devices, inputs) if begun else {}
+    jobs = list(_jobs(worker, order, devices, versions, materials, inputs, below, placebos))
     engine = experiment.engine
     results = train_once(
         worker.base, jobs, engine.cache, memory_bytes=int(engine.memory_gib * 2**30) or None,
@@ -55,13 +56,15 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     adapters = _adapters(worker, order, devices, versions, results, inputs)
     if SHARED in experiment.arms:
         adapters |= shared_adapters(worker, order.arrays)
+    if FEDERATED in experiment.arms:
+        adapters |= federated_adapters(worker, order, devices, inputs)
     answers = cloud_answers(worker, order, devices, inputs) if CLOUD in experiment.arms else []
     answers += answer(worker, order, devices, adapters)
-    events = _event_rows(order, results)
+    events = train_event_rows(order, results)
     tables = {
         "predictions": answers,
         "metrics": [{**row, "time_s": (order.round + 1) * DAY_S} for row in metric_rows(answers)],
-        "training": _training_rows(results),
+        "training": training_rows(results),
         "ledger": ledger_rows(experiment, devices, order),
     }
     trained_tokens: dict[str, int] = defaultdict(int)
@@ -105,7 +108,7 @@ def _reporter(worker: Worker, devices: int) -> Callable[[int, int], None]:
 
 def _jobs(
     worker: Worker, order: Learn, devices: Sequence[Device], versions: Mapping[int, Sequence[Version]],
-    materials: Materials, inputs: Inputs, placebos: dict[int, tuple[int, int, bool]],
+    materials: Materials, inputs: Inputs, below: Mapping[Device, Factors], placebos: dict[int, tuple[int, int, bool]],
 ) -> Iterator[TrainJob]:  # fmt: skip
     """A training job for every adapter that the schedule has trained in this round. Arms share their
     seeds: the same data gives the same adapter. `placebos` is told of each device's placebo how many samples it has,
@@ -130,14 +133,19 @@ def _jobs(
                 theirs = training_pairs(like, material, *words, order.round)
                 steps = TrainSettings.of(experiment.for_arm(like)[1]).total_steps(len(theirs))
                 settings = TrainSettings.of(training, steps=steps)
+            spec, start = LoraSpec.of(lora), inputs.starts.get(version)
+            begun = Beginning(spec, start)
+            if training.start in ("shared", "on_shared") and device in below:
+                begun = beginning(worker, version.arm, below[device], derive(*words, "adapter"), start)
             yield TrainJob(
                 key=version,
                 examples=[Example(encode_prompt(tokenizer, p), encode_answer(tokenizer, a)) for p, a in pairs],
                 settings=settings,
-                spec=LoraSpec.of(lora),
+                spec=begun.spec,
                 seed=derive(*words, order.round, "train"),
                 init_seed=derive(*words, "adapter"),
-                state=as_tensors(inputs.starts[version]) if version in inputs.starts else None,
+                state=None if begun.state is None else as_tensors(begun.state),
+                trainable=begun.trainable,
             )
 
 
@@ -176,7 +184,7 @@ def _adapters(
             else:  # there was nothing to train on after all
                 continue
             known = device.real_items(worker.experiment, version.round)
-            spec = LoraSpec.of(worker.experiment.for_arm(version.arm)[0])
+            spec = LoraSpec.of(worker.experiment.for_arm(version.arm)[0]).fitting(state)
             adapters[device.index, version.arm].append(
                 LiveAdapter(spec, state, adapter_version(state), version.live_s, latest_s(known))
             )
@@ -190,27 +198,3 @@ def _errors(devices: Sequence[Device], answers: Sequence[Mapping[str, Any]], arm
         if row["arm"] == arm:
             found[row["device_id"]].append(error(row["task"], row["score"]))
     return [json.dumps(found[device.device_id]) for device in devices]
-
-
-def _training_rows(results: Mapping[Version, TrainResult]) -> list[dict[str, Any]]:
-    rows = []
-    for version, result in results.items():
-        stride = max(1, -(-result.steps // (LOSSES_KEPT - 1)))
-        for step in sorted({*range(0, result.steps, stride), result.steps - 1} if result.steps else ()):
-            rows.append({
-                "device_id": device_id(version.device), "arm": version.arm, "step": step, "loss": result.losses[step],
-                "lr": result.learning_rates[step], "tokens": result.tokens_by_step[step],
-            })  # fmt: skip
-    return rows
-
-
-def _event_rows(order: Learn, results: Mapping[Version, TrainResult]) -> list[dict[str, Any]]:
-    return [
-        {
-            "time_s": order.round * DAY_S, "attempt": 0, "device_id": device_id(version.device), "arm": version.arm,
-            "event_id": f"train-s{order.seed}-r{order.round}-{device_id(version.device)}-{version.arm}-{version.on}",
-            "kind": "train", "outcome": result.outcome,
-            "tokens_in": result.tokens, "steps": result.steps, "detail": f"{result.steps} steps",
-        }
-        for version, result in results.items()
-    ]  # fmt: skip

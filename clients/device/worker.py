@@ -33,13 +33,15 @@ class Inputs:
     """What the devices' store holds of what an order names: private, between store and worker.
 
     `samples`, `answers`: rows of the devices concerned (None: nothing was left). `adapters`: those of earlier rounds
-    that may answer; `starts`: what those that are trained now go on from.
+    that may answer; `starts`: what those that are trained now go on from. `private`: by device, what it keeps for
+    itself of what the strategy has devices train together.
     """
 
     samples: pa.Table | None = None
     answers: pa.Table | None = None
     adapters: Mapping[Version, State] = field(default_factory=dict)
     starts: Mapping[Version, State] = field(default_factory=dict)
+    private: Mapping[int, State] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

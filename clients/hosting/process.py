@@ -42,13 +42,26 @@ def _learn() -> Callable[..., Outcome]:
 
 
 def _share() -> Callable[..., Outcome]:
-    from untether.clients.device.shared import train_shared
+    from untether.clients.device.sharing.disjoint import train_shared
 
     return train_shared
 
 
+def _begin() -> Callable[..., Outcome]:
+    from untether.clients.device.sharing.federated import begin
+
+    return begin
+
+
+def _update() -> Callable[..., Outcome]:
+    from untether.clients.device.sharing.federated import update
+
+    return update
+
+
 _PASSES: dict[str, Callable[[], Callable[..., Outcome]]] = {
-    "fetch": _fetch, "filter": _filter, "learn": _learn, "share": _share
+    "fetch": _fetch, "filter": _filter, "learn": _learn, "share": _share, "begin": _begin,
+    "update": _update,
 }  # fmt: skip
 
 

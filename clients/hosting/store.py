@@ -13,7 +13,8 @@ from untether.clients.device.worker import Inputs, Outcome
 from untether.clients.stores.adapter_store import AdapterStore
 from untether.sim.core.records import Part
 from untether.sim.population.source import device_id
-from untether.sim.rounds.messages import Learn, Order, Refilter, Reply
+from untether.sim.rounds.messages import Learn, Order, Refilter, Reply, Update
+from untether.sim.rounds.sharing import private_name, rank_of
 from untether.sim.run.directory import RunDirectory
 
 
@@ -29,6 +30,8 @@ class DeviceStore:
     def inputs(self, order: Order) -> Inputs:
         """What the store holds of what an order names, for its devices (for the placebo: their donors too)."""
         mine = {*order.devices}
+        if isinstance(order, Update):
+            return Inputs(private=self._private(order))
         if isinstance(order, Refilter):
             return Inputs(self._rows(order, "samples", order.samples, mine))
         if not isinstance(order, Learn):
@@ -42,7 +45,7 @@ class DeviceStore:
             name = device_id(version.device)
             if version.round < order.round:
                 target, found = adapters, self.adapters.load_exactly(version.round, name, version.kept)
-            elif self.experiment.for_arm(version.arm)[1].start == "continue":
+            elif self.experiment.for_arm(version.arm)[1].start in ("continue", "on_shared"):
                 target, found = starts, self.adapters.load(order.round - 1, name, version.arm)
             else:
                 continue
@@ -50,8 +53,18 @@ class DeviceStore:
                 target[version] = found
         return Inputs(
             self._rows(order, "samples", order.samples, lenders), self._rows(order, "answers", order.answers, mine),
-            adapters, starts,
+            adapters, starts, self._private(order),
         )  # fmt: skip
+
+    def _private(self, order: Learn | Update) -> dict[int, Any]:
+        """What devices keep for themselves of what the strategy has them train."""
+        found = {}
+        for device, round in order.trained:
+            name = device_id(device)
+            kept = private_name(rank_of(self.experiment, order.seed, name))
+            if (arrays := self.adapters.load_exactly(round, name, kept)) is not None:
+                found[device] = arrays
+        return found
 
     def keep(self, order: Order, outcome: Outcome) -> Reply:
         """Keeps what a pass made. Returns its reply, which says under which names. The same order again replaces it."""
@@ -60,7 +73,7 @@ class DeviceStore:
         for table, rows in outcome.tables.items():
             self.run.write_part(table, order.seed, order.round, order.name, rows)
         reply = replace(outcome.reply, parts={table: [order.name] for table in outcome.tables})
-        if order.devices:
+        if order.devices and not reply.arrays:  # those are not kept, so the shard is run again
             self.run.write_receipt(order.seed, order.round, order.name, _without_arrays(reply))
         return reply
 

@@ -27,5 +27,5 @@ def export_adapter(run: RunDirectory, device: str, arm: str, out: Path, seed: in
         there = f"its devices run from {devices[0]} to {devices[-1]}" if devices else "it has no adapters of that arm"
         raise UserError(f"{run.path}: no adapter of device `{device}`, arm `{arm}`, seed {seed}; {there}")
     base = FrozenBase.load(resolve(experiment.model.base), dtype="float32", device="cpu")
-    save_peft(out, LoraSpec.of(experiment.for_arm(arm)[0]), as_tensors(state), base)
+    save_peft(out, LoraSpec.of(experiment.for_arm(arm)[0]).fitting(state), as_tensors(state), base)
     return out

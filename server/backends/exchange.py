@@ -45,12 +45,13 @@ def exchange(
     deadline_s: float,
     stop: threading.Event,
     heartbeat: Callable[[], object] = lambda: None,
-) -> list[Message]:
+    forgiving: bool = False,
+) -> list[Message | None]:
     """Pushes the messages and returns the replies in the order of the messages.
 
     `heartbeat` is called at every look; while what it returns changes, and whenever a reply comes, the deadline starts
     anew. Raises ResumableStop when `stop` is set or the deadline passes, UserError and ResumableStop as the hosts say,
-    and Failure with the host's traceback for anything else.
+    and Failure with the host's traceback for anything else; `forgiving`: None takes the place of that reply.
     """
     clock, messages = WallClock(), list(messages)
     end_s = clock.now_s() + deadline_s
@@ -77,7 +78,7 @@ def exchange(
             raise ResumableStop(f"{late} neither answered nor got on within {deadline_s:.0f} s (engine.deadline_s)")
         if waiting:
             clock.sleep(POLL_S)
-    return [_checked(replies[place]) for place in range(len(messages))]
+    return [_checked(replies[place], forgiving) for place in range(len(messages))]
 
 
 def _copy(message: Message) -> Message:
@@ -86,8 +87,10 @@ def _copy(message: Message) -> Message:
     )
 
 
-def _checked(reply: Message) -> Message:
+def _checked(reply: Message, forgiving: bool) -> Message | None:
     if reply.has_error():
+        if forgiving:
+            return None
         raise Failure(f"a host failed inside Flower: {reply.error.reason}")
     if "error" in reply.content:
         said = reply.content["error"]
@@ -96,5 +99,7 @@ def _checked(reply: Message) -> Message:
             raise UserError(message)
         if kind == "ResumableStop":
             raise ResumableStop(message)
+        if forgiving:
+            return None
         raise Failure(f"{message}\n{trace}")
     return reply

@@ -11,8 +11,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from untether.server.backends.exchange import exchange, nodes
-from untether.sim.rounds.flower_records import reply_from, to_records
-from untether.sim.rounds.messages import Fetch, Learn, Order, Reply
+from untether.sim.rounds.flower_records import order_from, reply_from, to_records
+from untether.sim.rounds.messages import Order, Reply, Update
 from untether.sim.run.directory import RunDirectory
 from untether.strategies import FleetStrategy
 
@@ -53,23 +53,30 @@ class FlowerBackend:
         strategy.hosts = {int(m.content["host"]["partition"]): m.metadata.src_node_id for m in hosts}
 
     def send(self, order: Order, progress: Callable[[float], None]) -> list[Reply]:
-        """See `sim.rounds.loop.Backend`."""
+        """See `sim.rounds.loop.Backend`. A host that fails in training together is a straggler with all its devices."""
         messages = self._messages(order)
         for message in messages:
             message.content["run"] = self._told
-        replies = exchange(self.grid, messages, self._deadline_s, self.stop, _Watch(self.run, progress))
-        if isinstance(order, Learn):
-            self.strategy.aggregate_train(order.round, replies)
-        return [reply_from(message.content) for message in replies]
+        together = isinstance(order, Update)
+        watch = _Watch(self.run, progress)
+        replies = exchange(self.grid, messages, self._deadline_s, self.stop, watch, forgiving=together)
+        return [
+            reply_from(reply.content) if reply is not None else _failed(message)
+            for message, reply in zip(messages, replies, strict=True)
+        ]
 
     def _messages(self, order: Order) -> list[Message]:
+        if not isinstance(order, Update):
+            return self.strategy.messages(f"{MessageType.QUERY}.{order.work}", order)
         records = to_records(order)
-        if isinstance(order, Fetch):
-            return list(self.strategy.configure_fetch(order.round, records["order"], self.grid))
-        if isinstance(order, Learn):
-            arrays = records.get("arrays", ArrayRecord())
-            return list(self.strategy.configure_train(order.round, arrays, records["order"], self.grid))
-        return self.strategy.messages(f"{MessageType.QUERY}.{order.work}", order)
+        arrays = records.get("arrays", ArrayRecord())
+        return list(self.strategy.configure_train(order.round, arrays, records["order"], self.grid))
+
+
+def _failed(message: Message) -> Reply:
+    """What is known of the devices of a host that did not answer."""
+    devices = order_from(message.content).devices
+    return Reply({"device": list(devices), "outcome": ["host_failed"] * len(devices)})
 
 
 class _Watch:

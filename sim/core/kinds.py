@@ -12,6 +12,7 @@ from untether.sim.core.registry import Entry, Registry
 _FILTERS, _LINKS = "untether.clients.filters", "untether.sim.time.network.links"
 _POLICIES, _METRICS = "untether.sim.time.policies", "untether.sim.evaluation.metrics"
 _SOURCE = "untether.sim.population.source"
+_LORA = "untether.strategies.lora"
 _STARS = {"higher_is_better": False, "unit": "stars"}
 
 # clients.filters: makes a Filter. `leak` is a verdict of the evaluator, the others are fields of `[filters]`.
@@ -46,8 +47,27 @@ GENERATORS: Registry[Any] = Registry("generator", "cloud.provider", {
     name: f"untether.server.generator.factories:{name}" for name in ("world", "recombine", "transformers")
 }, beside=["openai"])  # fmt: skip
 
-# strategies: makes a FleetStrategy.
-STRATEGIES: Registry[Any] = Registry("strategy", "strategy.name", {"private": "untether.strategies.private:Private"})
+# strategies: makes a FleetStrategy. `shares`: devices train something together; `ranks`: theirs may differ; `averages`:
+# what travels is averaged array by array, so that a strategy of Flower can take the mean's place.
+STRATEGIES: Registry[Any] = Registry("strategy", "strategy.name", {
+    "private": "untether.strategies.private:Private",
+    **{
+        name: Entry(f"{_LORA}.{name}:{made}", facts={"shares": True, **facts})
+        for name, made, facts in (
+            ("fedit", "FedIT", {"averages": True}), ("fedprox", "FedProxLora", {"averages": True}),
+            ("ffa", "FFA", {"averages": True}), ("rolora", "RoLoRA", {}), ("fedsa", "FedSA", {"averages": True}),
+            ("flora", "FLoRA", {"ranks": True}), ("hetlora", "HetLoRA", {"ranks": True}),
+            ("flexlora", "FlexLoRA", {"ranks": True}), ("fedex", "FedEx", {}), ("dual", "Dual", {"averages": True}),
+            ("fedalt", "FedALT", {}),
+        )
+    },
+}, facts={"shares": False, "ranks": False, "averages": False})  # fmt: skip
+
+# sim.rounds.selection: who takes part in a round of training together.
+SELECTIONS: Registry[Any] = Registry("selection", "strategy.select", {
+    name: f"untether.sim.rounds.selection:{name}"
+    for name in ("all", "random", "available", "stalest_first", "least_data_first", "within_budget")
+})  # fmt: skip
 
 # sim.studies.analysis: writes a study's table, figures and findings.
 ANALYSES: Registry[Any] = Registry("analysis", "analysis", {
@@ -74,5 +94,5 @@ PROFILES: Registry[Any] = Registry("profile", "hardware.profiles", "untether.sim
 # sim.time.cost: a ModelShape.
 MODELS: Registry[Any] = Registry("model", "hardware.nominal_model", "untether.sim.time.cost:SHAPES", values=True)
 
-NAMED = (FILTERS, POLICIES, DETECTORS, LINKS, POPULATIONS, GENERATORS, STRATEGIES)
+NAMED = (FILTERS, POLICIES, DETECTORS, LINKS, POPULATIONS, GENERATORS, STRATEGIES, SELECTIONS)
 """Those whose names stand in a field as they are: an experiment is checked for them, and they may take settings."""

@@ -5,8 +5,9 @@ their defaults from. Free of torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from untether.sim.core.errors import UserError
 
@@ -40,6 +41,16 @@ class LoraSpec:
         targets = tuple(section.target_modules)
         whole = targets[0] if targets == (ALL_LINEAR,) else targets
         return cls(section.rank, section.alpha, section.dropout, whole, section.use_rslora)
+
+    def at_rank(self, rank: int) -> LoraSpec:
+        """The shape with another rank and the same scaling, as plain LoRA: of an adapter that is several, stacked."""
+        if rank == self.rank:
+            return self
+        return LoraSpec(rank, self.scaling * rank, self.dropout, self.target_modules)
+
+    def fitting(self, state: Mapping[str, Any]) -> LoraSpec:
+        """The shape at the rank that an adapter's weights (under PEFT's keys) have."""
+        return self.at_rank(next((len(array) for name, array in state.items() if ".lora_A." in name), self.rank))
 
     @property
     def scaling(self) -> float:

@@ -19,14 +19,16 @@ Learned = Literal["real", "accepted", "received", "others"]
 histories of other users.
 """
 
-Answering = Literal["base", "adapter", "shared", "majority", "cloud"]
-"""Who answers: the base model alone, the device's own adapter on it, the shared one, the most frequent label, or the
-cloud model. So `answered_by` calls them in the table `predictions`.
+Answering = Literal["base", "adapter", "shared", "federated", "majority", "cloud"]
+"""Who answers: the base model alone, the device's own adapter on it, the shared one, what the strategy has devices
+train together, the most frequent label, or the cloud model. So `answered_by` calls them in the table `predictions`.
 """
 
-FLOOR, SHARED, ALONE, METHOD, CLOUD = "frozen", "shared", "local", "collaborative", "cloud"
-"""Roles: what every arm is compared with; the adapters that belong to no device; what a device learns when it needs
-nobody; the method that is examined; the cloud model itself.
+FLOOR, SHARED, FEDERATED, ALONE, METHOD, CLOUD = (
+    "frozen", "shared", "federated", "local", "collaborative", "cloud"
+)  # fmt: skip
+"""Roles: what every arm is compared with; the adapters that belong to no device; those that devices train together;
+what a device learns when it needs nobody; the method that is examined; the cloud model itself.
 """
 
 
@@ -107,6 +109,10 @@ _TABLE = (
         kinds=("classification", "rating"), usual=True,
     ),
     Arm(SHARED, "one LoRA a task from disjoint users", "shared", learns=("others",)),
+    Arm(
+        FEDERATED, "the LoRA that devices train together on their real histories, as the strategy shares it",
+        "federated", learns=("real",),
+    ),
     Arm(
         "rag", "the base model with the BM25 top-k of the history in its prompt", "base", retrieves=True, usual=True
     ),

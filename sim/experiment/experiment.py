@@ -17,8 +17,8 @@ import tomlkit
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from untether.sim.core.errors import UserError, unknown
-from untether.sim.core.kinds import NAMED
-from untether.sim.experiment.arms import ARMS, check_arms
+from untether.sim.core.kinds import NAMED, STRATEGIES
+from untether.sim.experiment.arms import ARMS, FEDERATED, check_arms
 from untether.sim.experiment.plugins import load, located, resolved
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.sections import (
@@ -129,6 +129,50 @@ class Experiment(Section):
                 "would change. Set population.replay = true"
             )
         return self
+
+    @model_validator(mode="after")
+    def _sharing_holds(self) -> Experiment:
+        """What is shared is used, what is used is shared, and ranks are as the strategy can have them."""
+        name = self.strategy.name
+        takes_ranks, shares = STRATEGIES.fact(name, "ranks"), STRATEGIES.fact(name, "shares")
+        starts = {arm: self.for_arm(arm)[1].start for arm in self.arms}
+        using = [arm for arm, start in starts.items() if start in ("shared", "on_shared") and ARMS[arm].trains]
+        if FEDERATED in self.arms or using:
+            what = f"arms has {FEDERATED}"
+            if FEDERATED not in self.arms:
+                what = f'{using[0]} has training.start = "{starts[using[0]]}"'
+            if not shares:
+                raise ValueError(
+                    f'{what}, but strategy.name = "{name}" shares nothing. Name one that does, such as "fedit"'
+                )
+        elif shares:
+            raise ValueError(
+                f'strategy.name = "{name}" shares an adapter that nothing uses. Add {FEDERATED} to arms, or set '
+                'training.start = "shared"'
+            )
+        if self.strategy.ranks and not takes_ranks:
+            able = [known for known in STRATEGIES if STRATEGIES.fact(known, "ranks")]
+            raise ValueError(
+                f'strategy.ranks = {list(self.strategy.ranks)} with strategy.name = "{name}", which needs one rank for '
+                f"all. Leave it empty, or take one of {', '.join(able)}"
+            )
+        if self.strategy.aggregate != "mean" and not STRATEGIES.fact(name, "averages"):
+            able = [known for known in STRATEGIES if STRATEGIES.fact(known, "averages")]
+            raise ValueError(
+                f'strategy.aggregate = "{self.strategy.aggregate}" with strategy.name = "{name}", which does not '
+                f'average. Set it to "mean", or take one of {", ".join(able)}'
+            )
+        if self.strategy.ranks and using:
+            raise ValueError(
+                f"{using[0]} begins with what is shared, and strategy.ranks = {list(self.strategy.ranks)} differ by "
+                "device. Leave strategy.ranks empty"
+            )
+        return self
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of the adapters that devices train together, the least first."""
+        return tuple(sorted(set(self.strategy.ranks))) or (self.for_arm(FEDERATED)[0].rank,)
 
     @classmethod
     def read(cls, path: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> Experiment:

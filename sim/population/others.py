@@ -28,8 +28,29 @@ def shared_items(
     its date. `users`: `population.shared_users()`, where they are at hand.
     """
     users = population.shared_users() if users is None else users
-    items = [item for user in users for item in known_history(user, task, 0)]
-    first_s = population.first_query_s()
+    return _free(population, task, [item for user in users for item in known_history(user, task, 0)])
+
+
+def open_items(
+    population: Population, items: Sequence[Interaction]
+) -> tuple[frozenset[Interaction], Counter[str]]:
+    """The items of evaluated users that others may learn from, too, and how many were left out why: by the rule of
+    `shared_items`. Where histories are replayed, the round says what is older than a query, and dates do not count.
+    """
+    left: list[Interaction] = []
+    counts: Counter[str] = Counter()
+    for task in dict.fromkeys(item.task for item in items):
+        own = [item for item in items if item.task == task]
+        found, excluded = _free(population, task, own, dated=not population.experiment.population.replay)
+        left += found
+        counts.update(excluded)
+    return frozenset(left), counts
+
+
+def _free(
+    population: Population, task: str, items: Sequence[Interaction], dated: bool = True
+) -> tuple[list[Interaction], Counter[str]]:
+    first_s = population.first_query_s() if dated else None
     older = [item for item in items if first_s is None or item.time_s is None or over_before(item, first_s)]
     left = unscored(older, population.scored(task))
     return left, +Counter({NOT_OLDER: len(items) - len(older), SCORED: len(older) - len(left)})

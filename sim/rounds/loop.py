@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from untether.sim.experiment.arms import SHARED
 from untether.sim.population.source import open_population
-from untether.sim.rounds.messages import Order, Reply, Share, complete, errors, joined, materials
+from untether.sim.rounds.messages import Order, Reply, Share, complete, errors, joined, materials, outcomes
 from untether.sim.rounds.planner import Rounds, sizes_of
 from untether.sim.run.directory import RunDirectory
-from untether.sim.run.shared import SharedAdapters
+from untether.sim.run.shared import SharedAdapters, SharedPart
 
 
 class Backend(Protocol):
@@ -21,6 +21,18 @@ class Backend(Protocol):
 
         Raises UserError, ResumableStop or Failure as hosts do.
         """
+
+
+class Sharing(Protocol):
+    """What devices share with each other: a strategy (see `strategies.fleet`)."""
+
+    def sides(self, round: int) -> str:
+        """Which sides of an adapter a device uploads: A, B, AB; none where nothing is shared."""
+        ...
+
+    def aggregate(self, seed: int, round: int, shared: Mapping[str, Any], replies: Sequence[Reply]) -> dict[str, Any]:
+        """What is shared after a round, of what was before and what the hosts' devices uploaded."""
+        ...
 
 
 class Progress(Protocol):
@@ -35,7 +47,7 @@ class Progress(Protocol):
     def end(self) -> None: ...
 
 
-def run_rounds(run: RunDirectory, backend: Backend, progress: Progress) -> None:
+def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress: Progress) -> None:
     """Runs every round of a run directory that is not committed yet."""
     experiment = run.experiment
     done = sum(run.committed(s, r) is not None for s in experiment.seeds for r in range(experiment.rounds))
@@ -52,6 +64,10 @@ def run_rounds(run: RunDirectory, backend: Backend, progress: Progress) -> None:
         if not rounds:
             continue
         virtual = Rounds(experiment, seed, population, run.carried(seed, rounds[0] - 1))
+        part = SharedPart(run, seed, rounds[0] - 1)
+        if virtual.federates and part.arrays is None:
+            begun = send(virtual.begin(0, devices))
+            part.begin(begun.arrays, begun.facts["whole"])
         for round in rounds:
             progress.begin(seed, round)
 
@@ -71,25 +87,38 @@ def run_rounds(run: RunDirectory, backend: Backend, progress: Progress) -> None:
                 )
                 owned = {d: own for d, own in owned.items() if d not in delivered.short} | materials(again)
                 asked = joined([asked, again])
-            day = virtual.schedule(delivered, owned)
+            day = virtual.schedule(delivered, owned, part.travels(strategy.sides(round)))
 
-            # 4. learn: train, answer, score.
+            # 4. learn: what is shared together, what is not alone; answer, score.
+            before, updated = part.sent(), Reply()
+            if day.cohort.took_part:
+                updated = send(virtual.update(day, before))
+                day = day.after(outcomes(updated))
+                part.arrays = strategy.aggregate(seed, round, part.arrays or {}, [updated])
             if SHARED in experiment.arms and not shared.there:  # what belongs to no device, once a seed
                 reply = send(Share(seed=seed, round=round), experiment.population.shared_users)
                 shared.write(reply.arrays, reply.facts.get("left_out", {}))
             samples, came = run.samples(seed, round, parts), run.named(parts.pop("answers", []))
-            learned = send(virtual.learn(day, devices, samples, came, shared.arrays()))
+            answering = before if virtual.by_day else part.sent()
+            arrays = shared.arrays() | {f"federated/{name}": array for name, array in answering.items()}
+            learned = send(virtual.learn(day, devices, samples, came, arrays))
 
             # 5. commit: what is not named here never happened.
             complete(devices, learned)
-            for table, paths in run.parts(seed, round, learned.parts).items():
-                parts.setdefault(table, []).extend(paths)
-            events = virtual.event_rows(day, answers, learned.events)
+            for reply in (updated, learned):
+                for table, paths in run.parts(seed, round, reply.parts).items():
+                    parts.setdefault(table, []).extend(paths)
+            events = virtual.event_rows(day, answers, [*updated.events, *learned.events])
             parts["events"] = [run.write_part("events", seed, round, "round", events)]
+            if left := virtual.ledger_rows(day):
+                parts.setdefault("ledger", []).append(run.write_part("ledger", seed, round, "shared", left))
             virtual.advance(day, errors(learned))
             facts = {
                 "totals": learned.counts(), "models": {**asked.models, **learned.models},
-                "failures": [*asked.failures, *learned.failures], **learned.facts,
+                "failures": [*asked.failures, *updated.failures, *learned.failures], **learned.facts,
             }
+            if part.arrays is not None:
+                facts["shared_part"] = part.write(round, part.arrays)
             run.commit(seed, round, parts, facts, virtual.state() if round + 1 < experiment.rounds else None)
+            part.prune(round)
             progress.end()

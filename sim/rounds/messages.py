@@ -23,6 +23,11 @@ _COUNTS = [field.name for field in fields(Material)]
 _NOT_COUNTED = ("device", "outcome", "errors")
 
 
+SUM, STACK = "sum/", "stack/"
+"""In the names of a reply's arrays, behind the group: partial results of several devices. Those of one name add up, or
+are put one behind the other.
+"""
+
 FIRST = ".first"
 """Behind the arm's name: how the first of two adapters of one round is kept."""
 
@@ -54,6 +59,13 @@ class Samples(NamedTuple):
     first: int
     last: int
     on: str
+
+
+class TrainedIn(NamedTuple):
+    """The round in which a device last took part in training what is shared."""
+
+    device: int
+    round: int
 
 
 class Upload(NamedTuple):
@@ -136,6 +148,31 @@ class Share(Order):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Begin(Order):
+    """Say what the strategy shares before the first round. `groups`: of devices that share with each other."""
+
+    work: ClassVar[str] = "begin"
+
+    groups: tuple[str, ...] = ()
+
+    def split(self, hosts: int) -> dict[int, Self]:
+        """One host knows."""
+        return {0: self}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update(Order):
+    """Train what the strategy has devices train together. `arrays`: what is shared, `GROUP/...`; `trained`: the round
+    in which each device did so last.
+    """
+
+    work: ClassVar[str] = "update"
+
+    trained: tuple[TrainedIn, ...] = _rows(TrainedIn)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Learn(Order):
     """Train, answer, score.
 
@@ -156,10 +193,11 @@ class Learn(Order):
     uploads: tuple[Upload, ...] = _rows(Upload)
     samples: tuple[Part, ...] = _rows(Part)
     answers: tuple[Part, ...] = _rows(Part)
+    trained: tuple[TrainedIn, ...] = _rows(TrainedIn)
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-ORDERS: dict[str, type[Order]] = {kind.work: kind for kind in (Fetch, Refilter, Share, Learn)}
+ORDERS: dict[str, type[Order]] = {kind.work: kind for kind in (Fetch, Refilter, Share, Begin, Update, Learn)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +207,7 @@ class Reply:
     `columns`: a value a device, `device` (its number) and `outcome` among them. `events`: rows of the table of that
     name. `parts`: the names of what it left in the devices' store, by table. `models`: what it used, by name, with the
     fingerprint. `failures`: the workers that died under it. `facts`: counts and texts of models, by name. `arrays`:
-    what it shares.
+    what it shares: of `Update`, `GROUP/sum/...` and `GROUP/stack/...`.
     """
 
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -192,7 +230,8 @@ def joined(replies: Iterable[Reply]) -> Reply:
     columns: dict[str, list[Any]] = {}
     parts: dict[str, list[str]] = {}
     facts: dict[str, dict[str, Any]] = {}
-    events, models, failures, arrays = [], {}, [], {}
+    events, models, failures = [], {}, []
+    arrays: dict[str, np.ndarray] = {}
     for reply in replies:
         for mine, theirs in ((columns, reply.columns), (parts, reply.parts)):
             for name, values in theirs.items():
@@ -204,7 +243,12 @@ def joined(replies: Iterable[Reply]) -> Reply:
         events += reply.events
         models |= reply.models
         failures += reply.failures
-        arrays |= reply.arrays
+        for name, array in reply.arrays.items():
+            kind = name.partition("/")[2]
+            if name not in arrays or not kind.startswith((SUM, STACK)):
+                arrays[name] = array
+            else:
+                arrays[name] = arrays[name] + array if kind.startswith(SUM) else np.concatenate([arrays[name], array])
     return Reply(columns, events, parts, models, failures, facts, arrays)
 
 
@@ -213,6 +257,11 @@ def complete(devices: Iterable[int], reply: Reply) -> None:
     wanted = set(devices)
     if missing := wanted.difference(reply.columns.get("device", ())):
         raise Failure(f"{len(missing)} of {len(wanted)} devices are in no host's reply, such as {min(missing)}")
+
+
+def outcomes(reply: Reply) -> dict[int, str]:
+    """What became of each device."""
+    return dict(_by_device(reply, "outcome"))
 
 
 def materials(reply: Reply) -> dict[int, Material]:

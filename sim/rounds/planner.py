@@ -13,9 +13,9 @@ from typing import Any
 
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
-from untether.sim.core.kinds import POLICIES
+from untether.sim.core.kinds import POLICIES, STRATEGIES
 from untether.sim.experiment import Experiment
-from untether.sim.experiment.arms import ARMS, CLOUD, METHOD, trained
+from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, METHOD, trained
 from untether.sim.population.source import Population, device_id
 from untether.sim.rounds.material import (
     SAMPLE_COUNTS,
@@ -25,7 +25,28 @@ from untether.sim.rounds.material import (
     total,
     trained_tokens,
 )
-from untether.sim.rounds.messages import FIRST, Fetch, Learn, Part, Refilter, RequestOf, Samples, Upload, Version
+from untether.sim.rounds.messages import (
+    FIRST,
+    Begin,
+    Fetch,
+    Learn,
+    Part,
+    Refilter,
+    RequestOf,
+    Samples,
+    TrainedIn,
+    Update,
+    Upload,
+    Version,
+)
+from untether.sim.rounds.sharing import (
+    Cohort,
+    Exchange,
+    group_of,
+    ledger_rows_of,
+    selected,
+    transfer_rows,
+)
 from untether.sim.time.asking import Ask, Size
 from untether.sim.time.policies import Policies
 from untether.sim.time.timeline import Delivery, Plan, Schedule, Timeline
@@ -75,6 +96,7 @@ class Day:
     """A round as it came out. `served`: cloud tokens that a due device spent, and whether it has what it asked for.
 
     `came`: of the devices whose samples came, how many (see `Material.plus`). `trained`: those with data of their own.
+    `cohort`: who trained together.
     """
 
     delivered: Delivered
@@ -82,10 +104,15 @@ class Day:
     served: Mapping[int, tuple[int, bool]]
     came: Mapping[int, tuple[int, ...]]
     trained: frozenset[int]
+    cohort: Cohort = Cohort()
 
     @property
     def agenda(self) -> Agenda:
         return self.delivered.agenda
+
+    def after(self, outcomes: Mapping[int, str]) -> Day:
+        """With what became of the devices that trained together."""
+        return replace(self, cohort=self.cohort.without(outcomes))
 
 
 def request_names(experiment: Experiment, seed: int, round: int, device: int, tasks: Sequence[str]) -> list[str]:
@@ -129,6 +156,9 @@ class Rounds:
         self.learning = {
             on: [arm for arm in self.arms if ARMS[arm].needs_samples == (on == SAMPLES)] for on in (SAMPLES, REAL)
         }
+        self.by_day = experiment.hardware.queries == "day"
+        self.federates = STRATEGIES.fact(experiment.strategy.name, "shares")
+        self._trained_in: dict[int, int] = {int(device): last for device, last in state.get("trained_in", {}).items()}
         self.asks_samples = bool(experiment.cloud.samples and self.learning[SAMPLES])
         watching = POLICIES.fact(experiment.drift.policy, "watches")
         if watching and self.learning[SAMPLES] and METHOD not in self.arms:
@@ -150,7 +180,7 @@ class Rounds:
         return Agenda(self.timeline.plan(round, asks), due, alone)
 
     def _due(self, round: int, device: int, on: str) -> bool:
-        if not self.learning[on]:
+        if not self.learning[on] and not (on == REAL and self.federates):
             return False
         link, start_s = self.timeline.link(device), round * DAY_S
         expected = 0
@@ -172,7 +202,7 @@ class Rounds:
                 yield Ask(name, device, expected, AUGMENT)
         if CLOUD in self.experiment.arms:
             expected = self.timeline.expected(CLOUD)
-            by_day = self.experiment.hardware.queries == "day"
+            by_day = self.by_day
             names = question_names(self.seed, round, device, of_queries)
             times = [self.timeline.query_time_s(round, device, number) for number in range(len(names))]
             order = sorted(range(len(names)), key=times.__getitem__) if by_day else range(len(names))
@@ -217,8 +247,12 @@ class Rounds:
             lost=delivered.lost[AUGMENT], samples=tuple(samples),
         )  # fmt: skip
 
-    def schedule(self, delivered: Delivered, materials: Mapping[int, Material]) -> Day:
-        """When everything ends. `materials`: what the devices that are due can train on, of what reached them."""
+    def schedule(
+        self, delivered: Delivered, materials: Mapping[int, Material], travels: tuple[float, float] = (0.0, 0.0)
+    ) -> Day:
+        """When everything ends. `materials`: what the devices that are due can train on, of what reached them;
+        `travels`: what does up and down of what is shared, in adapters.
+        """
         agenda, plan, finals = delivered.agenda, delivered.agenda.plan, delivered.delivery.finals
         wanted: dict[int, list[str]] = {device: [] for device in agenda.due}
         for ask in plan.asks:
@@ -230,6 +264,14 @@ class Rounds:
             for device in devices if device in materials
             for arm in self.learning[on]
         ]  # fmt: skip
+        exchange, asked = Exchange(self.experiment, self.timeline, plan, *travels), ()
+        if self.federates:
+            able = {d: self._work(plan.round, d, FEDERATED, materials[d], ()) for d in agenda.alone if d in materials}
+            able = {device: work for device, work in able.items() if work.steps}
+            asked = selected(
+                self.experiment, self.timeline, plan, able, self._trained_in, lambda device: materials[device].real
+            )
+            works += exchange.down(able, asked)
         schedule = self.timeline.train(delivered.delivery, works)
         tokens: dict[int, int] = defaultdict(int)
         for attempt in schedule.attempts:
@@ -242,7 +284,7 @@ class Rounds:
             if done and device in materials:
                 came[device] = tuple(getattr(materials[device], name) for name in SAMPLE_COUNTS)
         own = frozenset(device for device in agenda.alone if device in materials and materials[device].real)
-        return Day(delivered, schedule, served, came, own)
+        return Day(delivered, schedule, served, came, own, exchange.up(asked, schedule))
 
     def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> Work:
         counted, like = ARMS[arm].learns, ARMS[arm].steps_of
@@ -271,7 +313,24 @@ class Rounds:
         wanted = self.experiment.network.fallback == "stale_samples"
         return sorted(self._samples.get(device, ()))[-1:] if wanted else []
 
-    # --- 4. learn ---------------------------------------------------------------------------------------------
+    # --- 4. train together ------------------------------------------------------------------------------------
+
+    def begin(self, round: int, devices: Sequence[int]) -> Begin:
+        """The order to say what is shared before anybody trained."""
+        groups = (group_of(self.experiment, self._tasks(0, device)[0]) for device in devices)
+        return Begin(seed=self.seed, round=round, groups=tuple(sorted(set(groups))))
+
+    def update(self, day: Day, arrays: Mapping[str, Any]) -> Update:
+        """The order to train together."""
+        devices = day.cohort.took_part
+        return Update(
+            seed=self.seed, round=day.schedule.plan.round, devices=devices, trained=self._last(devices), arrays=arrays
+        )
+
+    def _last(self, devices: Sequence[int]) -> tuple[TrainedIn, ...]:
+        return tuple(TrainedIn(device, self._trained_in[device]) for device in devices if device in self._trained_in)
+
+    # --- 5. learn ---------------------------------------------------------------------------------------------
 
     def learn(
         self, day: Day, devices: Sequence[int], samples: Sequence[Part], answers: Sequence[Part],
@@ -279,9 +338,11 @@ class Rounds:
     ) -> Learn:  # fmt: skip
         """The order: which adapters are trained, on what, and which may answer from when."""
         round, start_s = day.schedule.plan.round, day.schedule.plan.start_s
-        by_day, settled = self.experiment.hardware.queries == "day", round - 1
+        by_day, settled = self.by_day, round - 1
         versions = []
         for (device, arm), found in day.schedule.state.live.items():
+            if arm == FEDERATED:  # what answers is shared
+                continue
             for place, version in enumerate(found):
                 later = any(other.round == version.round for other in found[place + 1 :])
                 if by_day or place == len(found) - 1:
@@ -302,8 +363,14 @@ class Rounds:
             seed=self.seed, round=round, devices=tuple(devices), due=day.agenda.due, settled=settled,
             measured=json.dumps(self.timeline.measured()), versions=tuple(versions), trains=tuple(trains),
             lost=day.delivered.lost[CLOUD], uploads=tuple(_uploads(day)), samples=tuple(samples),
-            answers=tuple(answers), arrays=arrays,
+            answers=tuple(answers), trained=self._answering(day, devices), arrays=arrays,
         )  # fmt: skip
+
+    def _answering(self, day: Day, devices: Sequence[int]) -> tuple[TrainedIn, ...]:
+        """The round of the private part that a device answers with: this one's too, where queries come at its end."""
+        now = {} if self.by_day else dict.fromkeys(day.cohort.took_part, day.schedule.plan.round)
+        last = self._trained_in | now
+        return tuple(TrainedIn(device, last[device]) for device in devices if device in last)
 
     def event_rows(
         self, day: Day, answers: Sequence[Mapping[str, Any]], learned: Sequence[Mapping[str, Any]] = ()
@@ -324,9 +391,14 @@ class Rounds:
             elif row["attempt"] == schedule.finals[row["request_id"]].attempts - 1:
                 row["detail"] = " ".join(filter(None, [row["detail"], details.get(row["request_id"])]))
             rows.append(row)
-        return rows
+        return rows + transfer_rows(self.timeline, schedule.plan, day.cohort)
 
-    # --- 5. commit --------------------------------------------------------------------------------------------
+    def ledger_rows(self, day: Day) -> list[dict[str, Any]]:
+        """The round's rows of `ledger` beside those of requests: what devices uploaded of what is shared."""
+        what = f"{self.experiment.strategy.name}: what is shared of an adapter"
+        return ledger_rows_of(self.timeline, day.cohort, what)
+
+    # --- 6. commit --------------------------------------------------------------------------------------------
 
     def advance(self, day: Day, errors: Mapping[str, Mapping[int, Sequence[float]]] | None = None) -> None:
         """Makes a round the past. `errors`: how wrong each device's answers were (see `Policies.observe`), of the arm
@@ -334,6 +406,7 @@ class Rounds:
         """
         round = day.schedule.plan.round
         self.timeline.advance(day.schedule)
+        self._trained_in |= dict.fromkeys(day.cohort.took_part, round)
         for device, (tokens, done) in day.served.items():
             self.policies[SAMPLES].served(round, device, tokens, done)
         for device in day.agenda.alone:
@@ -350,7 +423,7 @@ class Rounds:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs (JSON)."""
         return {
-            "timeline": self.timeline.state(), "samples": self._samples,
+            "timeline": self.timeline.state(), "samples": self._samples, "trained_in": self._trained_in,
             "policies": {on: policies.state() for on, policies in self.policies.items()},
         }
 

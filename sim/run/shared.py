@@ -1,15 +1,19 @@
-"""What belongs to no device and is kept with the run: the adapters of the arm `shared`, of one seed."""
+"""What belongs to no device and is kept with the run, of one seed: the adapters of the arm `shared`, and what the
+strategy has devices share.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from untether.sim.core.durable import written
+from untether.sim.core.errors import ResumableStop
 from untether.sim.run.directory import RunDirectory
 
 
@@ -40,3 +44,67 @@ class SharedAdapters:
             return {}
         with safe_open(self.path, framework="numpy") as file:
             return json.loads((file.metadata() or {}).get("left_out", "{}"))
+
+
+class SharedPart:
+    """What a strategy shares after each committed round: arrays, in `adapters/seed-S/federated/round-R.safetensors`.
+
+    `arrays` are those of the last committed round, or what `begin` was given; None before that. `whole`: how many
+    weights one adapter has by side, A and B.
+
+    Raises:
+        ResumableStop: A commit names a file that is gone or damaged.
+    """
+
+    def __init__(self, run: RunDirectory, seed: int, round: int):
+        self.run, self.seed = run, seed
+        self._fresh = True
+        self.arrays: dict[str, np.ndarray] | None = None
+        self.whole: dict[str, int] = {}
+        commit = run.committed(seed, round) if round >= 0 else None
+        if commit is not None and (name := commit["facts"].get("shared_part")):
+            path = run.path / name
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    self.whole = json.loads(file.metadata()["whole"])
+                    self.arrays = {key: file.get_tensor(key) for key in file.keys()}
+                    self._fresh = False
+            except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+                raise ResumableStop(
+                    f"{path}: what devices share after round {round} of seed {seed} cannot be read ({error}). Put the "
+                    "file back, or start the run anew in another directory"
+                ) from error
+
+    def begin(self, arrays: Mapping[str, np.ndarray], whole: Mapping[str, int]) -> None:
+        """Sets what is shared before anybody trained."""
+        self.arrays, self.whole = dict(arrays), dict(whole)
+
+    def sent(self) -> dict[str, np.ndarray]:
+        """What goes to devices: without what the strategy remembers for itself."""
+        return {name: array for name, array in (self.arrays or {}).items() if "/server/" not in name}
+
+    def travels(self, sides: str) -> tuple[float, float]:
+        """What travels up to the server and down from it, in adapters: the `sides` of one that a device uploads, and
+        all that is sent to it; nothing before the first round, since everybody can draw that from the seed.
+        """
+        one = sum(self.whole.values())
+        down = 0 if self._fresh else sum(array.size for array in self.sent().values())
+        return (sum(self.whole[side] for side in sides) / one, down / one) if one else (0.0, 0.0)
+
+    def write(self, round: int, arrays: Mapping[str, np.ndarray]) -> str:
+        """Keeps what is shared after a round. Returns the path for the commit, relative to the run directory."""
+        self.arrays, self._fresh = dict(arrays), False
+        path = self._path(round)
+        whole = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        with written(path, SafetensorError) as temporary:
+            save_file(whole, temporary, metadata={"whole": json.dumps(self.whole)})
+        return str(path.relative_to(self.run.path))
+
+    def prune(self, round: int) -> None:
+        """Deletes what was shared before `round`, which is committed."""
+        for path in self._path(round).parent.glob("round-*.safetensors"):
+            if path != self._path(round):
+                path.unlink(missing_ok=True)
+
+    def _path(self, round: int) -> Path:
+        return self.run.path / "adapters" / f"seed-{self.seed}" / "federated" / f"round-{round}.safetensors"

@@ -254,7 +254,8 @@ class Timeline:
         versions: list[TrainedVersion] = []
         fallback = self.experiment.network.fallback
         if not asked:
-            versions.append(self._version(plan, each, state, REAL, plan.start_s, each.steps, each.tokens))
+            from_s = max(plan.start_s, each.from_s)
+            versions.append(self._version(plan, each, state, REAL, from_s, each.steps, each.tokens))
         elif failed_s is not None and fallback != "wait" and each.fallback_steps:
             had = fallback == "stale_samples" and each.device in self._state.had_samples
             on = STALE if had else REAL

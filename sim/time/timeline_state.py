@@ -20,7 +20,7 @@ class Work:
     """An adapter to train in a round. `needs`: the requests whose samples it waits for (none: it needs none).
 
     `steps` and `tokens` (prompts included) with all data; `fallback_steps`, `fallback_tokens` with what it has while no
-    samples come (0: nothing to train on). `row_tokens`: the longest example.
+    samples come (0: nothing to train on). `row_tokens`: the longest example. `from_s`: not before this moment.
     """
 
     device: int
@@ -31,6 +31,7 @@ class Work:
     fallback_steps: int = 0
     fallback_tokens: int = 0
     row_tokens: int = 128
+    from_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ def shared_adapters(worker: Worker, arrays: Mapping[str, np.ndarray]) -> dict[Ow
     spec = LoraSpec.of(worker.experiment.for_arm(SHARED)[0])
     states: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
+        if name.startswith("federated/"):
+            continue
         task, _, key = name.partition("/")
         states.setdefault(task, {})[key] = array
     return {

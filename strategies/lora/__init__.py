@@ -1,0 +1,1 @@
+"""One strategy a file: what is shared of LoRA adapters, and how it is aggregated."""
