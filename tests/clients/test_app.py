@@ -26,6 +26,8 @@ from untether.sim.rounds.messages import (
     RequestOf,
     Samples,
     Share,
+    TrainedIn,
+    Update,
     Upload,
     Version,
 )
@@ -57,7 +59,7 @@ def _ask(monkeypatch, tmp_path, kind, order=None):
 
 
 def test_a_reply_carries_numbers_outcomes_and_names_only(monkeypatch, tmp_path):
-    content = _ask(monkeypatch, tmp_path, "train", Learn(seed=1, round=0, devices=(4, 9)))
+    content = _ask(monkeypatch, tmp_path, "query.learn", Learn(seed=1, round=0, devices=(4, 9)))
     assert content["devices"] == {"device": [4, 9], "outcome": ["ok", "ok"], "accepted": [2, 2]}
     assert content["totals"] == {"accepted": 4, "outcome.ok": 2}
     reply = reply_from(content)
@@ -83,6 +85,7 @@ def test_a_host_says_which_partition_it_is(monkeypatch, tmp_path):
         Fetch(seed=1, round=2, devices=(3, 1), due=(1, 3, 5), held=(RequestOf(3, "r3"), RequestOf(1, "r1"))),
         Refilter(seed=1, round=2, devices=(3,), lost=(RequestOf(3, "r3"),), samples=(Part(2, "fetch-a"),)),
         Share(seed=4, round=0, part=1, parts=3),
+        Update(seed=1, round=2, devices=(3, 1), trained=(TrainedIn(1, 0),)),
         Learn(
             seed=1, round=2, devices=(3, 1), due=(1,), settled=0, measured="{}",
             versions=(Version(3, "local", 2, "real", 1.5, "local.first"),), trains=(Samples(1, 0, 2, "samples"),),
@@ -170,15 +173,16 @@ def test_no_text_of_a_user_travels(tmp_path, monkeypatch):
         monkeypatch.setattr(TaskIdentity, name, 1)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     experiment = tiny(**{
-        **FINITE, "arms": "frozen,shared,rag,local,placebo,collaborative,cloud", "rounds": 2,
+        **FINITE, "arms": "frozen,shared,federated,rag,local,placebo,collaborative,cloud", "rounds": 2,
+        "strategy__name": "fedsa",
         "population__shared_users": 2, "engine__hosts": 2, "drift__policy": "on_drift",
         "population__replay": True,
     })  # fmt: skip
     run, wire = RunDirectory.create(tmp_path / "run", experiment), Wire()
     coordinate(wire, run, 1, Nobody(), threading.Event())
 
-    told = {"query.hello", "query.fetch", "query.filter", "query.share", "train"}
-    assert {kind for kind, _ in wire.seen} == told and len(wire.seen) >= 2 * 2 * (2 + 2 * 2)
+    told = {"query.hello", "query.fetch", "query.filter", "query.share", "query.begin", "query.learn", "train"}
+    assert {kind for kind, _ in wire.seen} == told and len(wire.seen) >= 2 * 2 * (2 + 2 * 3)
     population = open_population(experiment, 1)
     users = [population.user(index) for index in range(8)] + list(population.shared_users())
     texts = [text for user in users for item in user.history for text in (item.input, item.output)]
