@@ -1,7 +1,7 @@
 """The learn pass: devices train their adapters and answer their users' queries, offline.
 
 All devices (times arms) of an order are trained and decoded together on the one resident base model. What a device
-learns depends only on its own data and on (seed, device, round): never on who else is in the order, or on other arms.
+learns depends only on its own data and on (seed, device, round): never on which other devices or arms are in the order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,16 @@ LOSSES_KEPT = 16
 
 
 def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
-    """Runs the pass: the adapters that the order's versions have trained in this round, every answer, every score."""
+    """Carries out the learn pass for an order's devices.
+
+    Args:
+        worker: The worker, with its base model.
+        order: The versions of adapters to train, and the round's schedule.
+        inputs: What the devices' store holds for them: samples, and adapters to continue from.
+
+    Returns:
+        The reply with counts; trained adapters, and rows of predictions, metrics, training and uploads.
+    """
     experiment, devices = worker.experiment, worker.devices(order)
     placebos: dict[int, tuple[int, int, bool]] = {}
     versions = _by_device(order.versions)

@@ -16,7 +16,7 @@ WORST_RATING = 4.0
 
 
 def prediction_row(device: Device, query: Query, arm: str, answered_by: str) -> dict[str, Any]:
-    """A row of `predictions` before it is answered. `answered_by`: base, adapter, shared, majority or cloud."""
+    """Returns a row of `predictions` before it is answered. `answered_by`: base, adapter, shared, majority or cloud."""
     return {
         "device_id": device.device_id, "user_id": device.user.user_id,
         "cluster": device.user.cluster or device.user.user_id, "arm": arm, "task": query.task,
@@ -26,14 +26,14 @@ def prediction_row(device: Device, query: Query, arm: str, answered_by: str) -> 
 
 
 def answered(row: dict[str, Any], prediction: str, outcome: str = "ok") -> dict[str, Any]:
-    """Fills in the answer and its score on the task's primary metric."""
+    """Fills in the answer and its score on the task's primary metric, and returns the row."""
     value = score(row["task"], prediction, row["gold"])[get_task(row["task"]).primary]
     row.update(prediction=prediction, outcome=outcome, score=value)
     return row
 
 
 def error(task: str, score: float) -> float:
-    """How wrong an answer with this score was, from 0 (right) to 1 (as wrong as can be): one scale for all tasks."""
+    """Returns how wrong an answer with this score is, from 0 (right) to 1 (entirely wrong): one scale for all tasks."""
     told = get_task(task)
     if told.kind == "rating":
         return min(1.0, score / WORST_RATING)
@@ -41,7 +41,8 @@ def error(task: str, score: float) -> float:
 
 
 def metric_rows(predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """User-level means of every query-level metric, from answered prediction rows."""
+    """Returns rows of `metrics` from answered prediction rows: each query-level metric as a mean over a user's queries.
+    """
     values: dict[tuple[str, str, str, str, str], list[float]] = defaultdict(list)
     for row in predictions:
         for metric, value in score(row["task"], row["prediction"], row["gold"]).items():

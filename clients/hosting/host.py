@@ -1,7 +1,7 @@
-"""A host: a Flower node that carries a shard of devices and hands them to a worker process.
+"""A host: a Flower node that has a share of the devices and hands them to a worker process, shard by shard.
 
-The host is thin on purpose. The worker holds the model and may die (killed, out of memory); then its devices are run
-again on a new worker, in halves, until the one that kills it is found and marked while the others finish.
+The host does no work of its own. The worker holds the model and may die (killed, out of memory); then its devices are
+run again on a new worker, in halves, until the one that kills it is found and marked while the others finish.
 """
 
 from __future__ import annotations
@@ -38,11 +38,17 @@ BLOCK_ADAPTERS = 256
 def run_order(
     executor: Executor, run: RunDirectory, order: Order, progress: Path | None = None
 ) -> Reply:  # fmt: skip
-    """Carries out an order, shard by shard of devices, on the devices' store in `run`.
+    """Carries out an order, shard by shard of devices.
 
-    A shard that a stopped run has finished is not run again. A mistake of the user and a stop raise; a dead worker does
-    not (unless `engine.strict`): it is an event, and a device that keeps killing is marked in all its answers. An order
-    for no device cannot be cut: a dead worker costs it a retry. `progress` is a file that is told how far it is.
+    A shard that was finished before a stop is not run again. A user's mistake and a stop raise; a dead worker does not
+    (unless `engine.strict`): it becomes an event, and a device that keeps killing workers is marked in all its answers.
+    An order without devices cannot be cut: a dead worker costs it a retry.
+
+    Args:
+        executor: The host's worker.
+        run: The run directory, which holds the devices' store.
+        order: The order, cut to this host's devices.
+        progress: A file to write the number of finished devices to.
     """
     engine, watch = run.experiment.engine, _Watch(progress)
     store = DeviceStore(run, order)
@@ -161,7 +167,7 @@ def _event(order: Order, number: int, failure: Mapping[str, Any]) -> dict[str, A
 
 
 def guarded(work: Callable[[], Reply]) -> Reply | dict[str, str]:
-    """Does some work; what goes wrong comes back as {"error": kind, "message", "traceback"}, never as a lost reply."""
+    """Does some work; an error is returned as {"error": kind, "message", "traceback"}, so that no reply is lost."""
     try:
         return work()
     except (UserError, ResumableStop) as error:
