@@ -1,8 +1,8 @@
-"""The cloud model of the embedded world: it reads a user's samples, guesses who that is, and writes more of the same.
+"""The cloud model of the embedded world: it reads a user's samples, infers the user, and writes more of the same.
 
-It sees only what the request carries. What it knows beforehand is a dial (`knowledge`: the archetypes it has met), and
-so are the faults that real language models have. What each sample really was stays on this side of the wire, in the
-`truth` file; whoever evaluates filters joins it afterwards with `read_truth`.
+It sees only what the request carries. Its prior knowledge is configurable (`knowledge`: the archetypes it has met), and
+so are faults such as real language models have. How each sample was made stays on this side of the wire, in the `truth`
+file; evaluations of filters join it afterwards with `read_truth`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,16 @@ class NotOfThisWorld(ValueError):
 class WorldGenerator:
     """Writes pairs, or answers a query, in the persona it infers from the samples that a request shows.
 
-    Rates are probabilities per sample and together at most 1. `hallucination_rate`: right form, wrong persona (for
-    answers too). `off_topic_rate`: about something else. `duplicate_rate`: a copy of a shown item, or of an earlier
-    pair where items are not query-shaped. `malformed_rate`: a broken pair. `verbosity`: share of the other outputs that
-    ramble. `truth`: JSONL file that one line a sample is appended to (none if empty).
+    Rates are probabilities per sample and together at most 1.
+
+    Args:
+        knowledge: Which archetypes it knows.
+        hallucination_rate: Right form, wrong persona (for answers too).
+        off_topic_rate: About something else.
+        duplicate_rate: A copy of a shown item, or of an earlier pair where items are not query-shaped.
+        malformed_rate: A broken pair.
+        verbosity: Share of the other outputs that ramble.
+        truth: A JSONL file that gets one line a sample; empty: none.
     """
 
     name = "world"
@@ -74,11 +80,15 @@ class WorldGenerator:
         self.fingerprint = fingerprint("world", VERSION, knowledge, rates, verbosity)
 
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
-        """As `Generator.generate`. Raises NotOfThisWorld for texts that are none of the world's."""
+        """Returns completions as `Generator.generate` does.
+
+        Raises:
+            NotOfThisWorld: The texts are none of the world's.
+        """
         return [self._one(request) for request in batch]
 
     def complete(self, asked: Request, seed: int) -> list[tuple[str, str, str]]:
-        """The pairs for a samples request as (input, output, truth)."""
+        """Returns the pairs for a samples request as (input, output, truth)."""
         task, taste, rng = self._read(asked, seed)
         shown = [(item.input, item.output) for item in asked.items]
         written: list[tuple[str, str, str]] = []
@@ -87,7 +97,7 @@ class WorldGenerator:
         return written
 
     def answer(self, asked: Request, seed: int) -> str:
-        """The answer to a query as the inferred persona would give it."""
+        """Returns the answer to a query as the inferred persona would give it."""
         task, taste, rng = self._read(asked, seed)
         scene = task.read(asked.query)
         if scene is None:
@@ -161,7 +171,7 @@ class WorldGenerator:
 
 
 def read_truth(path: Path) -> dict[tuple[str, str, str], str]:
-    """What each written sample really was, by (task, input, output); empty where there is no file.
+    """Returns how each written sample was made, by (task, input, output); nothing where there is no file.
 
     A last line cut short by a crash is ignored: its answer never left. Of equal samples the first truth counts.
     """

@@ -1,6 +1,6 @@
 """The tables of an experiment: frozen, validated, every field with its default and meaning.
 
-Ground floor. What an experiment says of its virtual time stands in `sim.experiment.virtual_sections`.
+Those of its virtual time are in `sim.experiment.virtual_sections`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ _NOT_ARGUMENTS = frozenset((
 
 
 def check_template_args(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a chat template (see `sim.prompts.chat_template`). Raises ValueError, saying the fix, for what is
-    none.
+    """Checks arguments of a chat template (see `sim.prompts.chat_template`) and returns them.
+
+    Raises:
+        ValueError: One cannot be such an argument; the message has the fix.
     """
     for name, value in given.items():
         if not name.isidentifier() or name in _NOT_ARGUMENTS:
