@@ -31,8 +31,7 @@ __all__ = ["corpus_score", "f1_counts", "higher_is_better", "macro_f1", "rating_
 
 
 def score(task: str, prediction: str | None, gold: str) -> dict[str, float]:
-    """Returns the query-level metrics of one answer: `accuracy`; `mae` (the absolute error); or `rouge1` and `rougeL`;
-    or those that a plug-in's task has.
+    """Returns the query-level metrics of one answer: `accuracy`, `mae`, `rouge1` and `rougeL`, or a plug-in's own.
 
     Macro-F1 and RMSE belong to a set of answers: see `corpus_score`.
 
@@ -64,8 +63,10 @@ def rougeL(prediction: str, gold: str) -> float:
 
 
 def corpus_score(task: str, predictions: Sequence[str | None], golds: Sequence[str]) -> dict[str, float]:
-    """Returns every metric of a task over a set of answers, all with the same weight. Raises ValueError for an empty
-    set.
+    """Returns every metric of a task over a set of answers, all with the same weight.
+
+    Raises:
+        ValueError: The set is empty.
     """
     if not golds:
         raise ValueError("no answers to score")
@@ -115,8 +116,7 @@ def f1_counts(task: str, prediction: str | None, gold: str) -> np.ndarray:
 
 
 def macro_f1(counts: np.ndarray) -> np.ndarray:
-    """Returns macro-F1 of summed counts [..., labels, 3]: the mean of 2 TP / (2 TP + FP + FN) over the labels with a
-    gold.
+    """Returns macro-F1 of summed counts [..., labels, 3]: the mean of 2 TP / (2 TP + FP + FN) over labels with a gold.
 
     It is 0 where no label has one.
     """

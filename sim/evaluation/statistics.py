@@ -102,8 +102,7 @@ def default_contrasts(arms: Sequence[str]) -> list[Contrast]:
 
 
 def training_costs(events: pd.DataFrame | None, predictions: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """Returns (optimizer steps, trained tokens) of a device by arm, summed over rounds, mean over the devices that
-    answered.
+    """Returns (optimizer steps, trained tokens) of a device by arm: summed over rounds, mean over answering devices.
 
     They are those that the engine counted. Arms that train nothing are not in the result; `rag_adapter` uses
     collaborative's adapter.

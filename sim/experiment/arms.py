@@ -191,8 +191,6 @@ def records(names: Iterable[str]) -> Iterator[Arm]:
 
 
 def trained(names: Iterable[str]) -> list[str]:
-    """Returns the arms for which devices train adapters where these are compared, including those whose adapter one
-    uses.
-    """
+    """Returns the arms for which devices train adapters when these are compared: their own, or one that they use."""
     needed = {arm.adapter for arm in records(names)}
     return [name for name, arm in ARMS.items() if arm.trains and name in needed]

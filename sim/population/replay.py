@@ -1,8 +1,8 @@
-"""Real histories that move through rounds: what happened in an author's calendar happens again, a round at a time.
+"""Replay: real histories that move through rounds, so that an author's calendar happens again, one round at a time.
 
-Test, then train: whatever is shaped like a query is first asked, in the round of its date, and known from a later round
-on. A date that is a month or a year stands for all its days: it is asked on the last of them, and it is history only
-when the last of them is over and every query that is not surely later has been asked.
+Test, then train: an item that is shaped like a query is first asked, in the round of its date, and known from a later
+round on. A date that is a month or a year stands for all its days: it is asked on the last of them, and it is history
+only when the last of them is over and every query that is not surely later has been asked.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Replay(NamedTuple):
     round_days: float
 
     def round_of(self, day: int, start: int) -> int:
-        """The round that a day falls into, where round 0 begins on day `start`."""
+        """Returns the round that a day falls into, where round 0 begins on day `start`."""
         return int((day - start) // self.round_days)
 
 
 @dataclass
 class Outlook:
-    """What a first look at a user's questions of a task keeps, no text among it, to say whether they can be replayed.
+    """Facts about a user's questions of a task, without texts, which tell whether they can be replayed.
 
     (Questions that repeat a text are found only when the user is loaded.)
     """
@@ -44,7 +44,7 @@ class Outlook:
     asked: set[Key] = field(default_factory=set)
 
     def see(self, query: Query, key: Key, profile: list[tuple[Interaction, Key]]) -> None:
-        """Takes one question and its profile into account."""
+        """Adds the facts of one question and its profile."""
         dated = {hash(identity): item_key for identity, _, item_key in told_apart(profile) if item_key}
         self.earliest |= {identity: last_day(item_key) for identity, item_key in dated.items()}
         self.earliest = dict(heapq.nsmallest(self.min_history, self.earliest.items(), key=lambda pair: pair[1]))
@@ -52,7 +52,7 @@ class Outlook:
         self.asked.update([key] if key else [])
 
     def lacks(self) -> str:
-        """Why the user cannot be replayed in this task; empty where nothing is in the way."""
+        """Returns why the user cannot be replayed in this task; empty if it can."""
         if len(self.earliest) < self.min_history:
             return "too little history"
         start = max(self.earliest.values()) + 1
@@ -112,10 +112,20 @@ class _Course:
 def assemble_replayed(
     user_id: str, collected: Mapping[str, Collected], min_history: int, most_queries: int, replay: Replay
 ) -> tuple[User, list[Exclusion]]:
-    """A user whose rounds begin on the first day that has `min_history` items of each task strictly before it.
+    """Returns a user whose rounds begin on the first day that has `min_history` items of each task strictly before it.
 
-    At most `most_queries` queries a task are asked, the earliest. A task without enough history or without a query in
-    the rounds is left out, and so are undated items and questions, and items that would come after the last round.
+    A task without enough history or without a query in the rounds is left out, and so are undated items and questions,
+    and items after the last round.
+
+    Args:
+        user_id: The user.
+        collected: The questions read, by task.
+        min_history: Fewest items of a task before the first round.
+        most_queries: Most queries of a task; the earliest are kept.
+        replay: The rounds.
+
+    Returns:
+        The user, and what was left out with the reasons.
     """
     exclusions: list[Exclusion] = []
     courses = {task: _course(task, own, exclusions) for task, own in collected.items()}

@@ -1,6 +1,6 @@
 """The embedded world: users whose preferences are known, so that an effect, a filter or a drift has a ground truth.
 
-Real data never tells what its users really prefer. Here everything about a user follows from (split, seed, index) and
+Real data never shows what its users really prefer. Here everything about a user follows from (split, seed, index) and
 the time. Texts are plain English; tasks have LaMP's shapes (LaMP-1, 2, 3, 4, 5 and 7).
 """
 
@@ -45,14 +45,18 @@ _USER_ID = re.compile(r"world-(\w+)-s(\d+)-(\d+)")
 
 
 def world_task(name: str) -> WorldTask:
-    """The world's side of a task. Raises UserError, listing the known ones, for a task that it does not have."""
+    """Returns the world's implementation of a task.
+
+    Raises:
+        UserError: The world does not have it; the message lists the tasks it has.
+    """
     if name not in _BY_NAME:
         raise UserError(f"the world has no task {name!r}: it has {', '.join(TASKS)}")
     return _BY_NAME[name]
 
 
 class Persona(NamedTuple):
-    """Who a user is in one task at one time: `taste`, and how far they drifted from `archetype` to `target`."""
+    """A user's preferences in one task at one time: `taste`, and the drift from `archetype` to `target`."""
 
     taste: Taste
     archetype: int
@@ -62,7 +66,7 @@ class Persona(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """The users of one run: `seed` draws disjoint ones. `drift` is the schedule by which they change."""
+    """The users of one run. Different `seed`s draw disjoint users; `drift` is the schedule by which they change."""
 
     seed: int = 0
     drift: Drift = Drift()
@@ -70,21 +74,21 @@ class World:
     query_days: float = 30.0
 
     def user_id(self, index: int, split: str = "evaluation") -> str:
-        """The id of a user; it carries split, seed and index, so the persona can be found from it."""
+        """Returns the id of a user; it holds split, seed and index, so the persona can be found from it."""
         if split not in ARCHETYPES:
             raise UserError(f"the world has no split {split!r}: it has {', '.join(SPLITS)}")
         return f"world-{split}-s{self.seed}-{index:05d}"
 
     def persona(self, user_id: str, task: str, time_s: float = NOW_S) -> Persona:
-        """The persona of any user of the world (of any seed) in a task at a time."""
+        """Returns the persona of any user of the world (of any seed) in a task at a time."""
         return self._changing(user_id, task).at(time_s)
 
     def cluster(self, user_id: str) -> str:
-        """What makes a user like others: the archetype they start from, in all tasks."""
+        """Returns what makes a user like others: the archetype they start from, in all tasks."""
         return f"archetype-{self._changing(user_id, TASKS[0]).archetype}"
 
     def progress(self, user_id: str, task: str, time_s: float) -> float:
-        """How far any user of the world has gone from the old persona (0) towards the new one (1) at a time."""
+        """Returns how far any user of the world has changed from the old persona (0) to the new one (1) at a time."""
         return self._changing(user_id, task).progress(time_s)
 
     def _changing(self, user_id: str, task: str) -> _Changing:
@@ -104,13 +108,22 @@ class World:
         rounds: int = 0,
         arrivals: float = 0.0,
     ) -> User:
-        """A user with `history` items (least, most) and `queries` queries a task.
+        """Returns a user with a history and queries. No text occurs twice.
 
-        Histories end at `NOW_S`; queries follow on distinct days where `query_days` allows. No text occurs twice.
+        Histories end at `NOW_S`; queries follow on distinct days where `query_days` allows.
 
-        With `rounds`, the user lives on for so many days: `arrivals` items a day on average come at 9:00, known from
-        the next day's round on, and the queries are asked at 18:00, each in its own day's round. What happens on a day
-        depends on no later day, and at the same density of queries on no number of rounds.
+        With `rounds`, the user lives on for so many days: new items come at 9:00, known from the next day's round on,
+        and the queries are asked at 18:00, each in its own day's round. What happens on a day depends on no later day,
+        and at the same density of queries on no number of rounds.
+
+        Args:
+            index: Number of the user.
+            split: The world's split.
+            tasks: The user's tasks.
+            history: Fewest and most items a task.
+            queries: Queries a task.
+            rounds: Days that the user lives on.
+            arrivals: New items a day on average.
         """
         user_id = self.user_id(index, split)
         items: list[Interaction] = []
@@ -135,7 +148,7 @@ class World:
     def asked(
         self, index: int, split: str, tasks: Sequence[str], queries: int, *, rounds: int = 0, arrivals: float = 0.0
     ) -> list[tuple[str, int | None]]:
-        """The task and the round of each query of `user`, in their order, without a word of them being written."""
+        """Returns the task and the round of each query of `user`, in their order, without writing any of them."""
         user_id = self.user_id(index, split)
         found = [
             (day, name) for name in tasks for day in sorted(self._days(user_id, name, queries, rounds, arrivals)[1])

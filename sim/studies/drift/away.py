@@ -1,4 +1,4 @@
-"""The analysis `away`: what an absence from the cloud costs, by its length and by how fast the user changes."""
+"""The analysis `away`: the cost of an absence from the cloud, by its length and by how fast the user changes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ COLUMNS = ["rate", "away", "days", "value", "low", "high", "n_users"]
 
 
 def analyse(study: Study, out: Path, runs: Runs) -> None:
-    """The analysis `away`: writes `table.csv`, a heat map and `findings.md`. The cells without an outage are what the
-    others are compared with, at the same rate of change.
+    """Writes `table.csv`, a heat map and `findings.md`.
+
+    Cells are compared with those without an outage at the same rate of change.
     """
     table, days = losses(study, runs)
     write_table(out, table)
@@ -40,7 +41,7 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
 
 
 def losses(study: Study, runs: Runs) -> tuple[pd.DataFrame, str]:
-    """(a row a cell with an absence, the days that were judged): mean loss on the same queries, 95% over users."""
+    """Returns a row a cell with an absence (mean loss on the same queries, 95% over users), and the judged days."""
     told = {cell.name: read_answers(run) for cell, run in each_cell(study, runs)}
     lasted = {cell.name: away_days(cell.experiment) for cell in study.cells}
     starts = [cell.experiment.rounds - lasted[cell.name] for cell in study.cells if lasted[cell.name]]
@@ -59,7 +60,7 @@ def losses(study: Study, runs: Runs) -> tuple[pd.DataFrame, str]:
 
 
 def away_days(experiment: Experiment) -> int:
-    """Days from the beginning of the (one) outage to the end of the run, which it lasts to; 0: no outage."""
+    """Returns the days from the beginning of the (one) outage to the end of the run, when it ends; 0: no outage."""
     if not experiment.network.outages:
         return 0
     spans = [Span.parse(text) for text in experiment.network.outages]
@@ -72,7 +73,7 @@ def away_days(experiment: Experiment) -> int:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """The heat map: a row a rate of change, a column an absence; loss with its interval in each cell."""
+    """Draws the heat map: a row a rate of change, a column an absence; loss with its interval in each cell."""
     columns = table.sort_values("days")["away"].unique()
     shape = table.pivot(index="rate", columns="away", values="value")[columns]
     most = max(0.01, float(np.nanmax(np.abs(shape.to_numpy()))))
@@ -95,7 +96,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def findings(table: pd.DataFrame, days: str, margin: float) -> list[str]:
-    """A sentence a rate: the loss of each absence, and the longest one that is shown to cost less than the margin."""
+    """Returns a sentence a rate: the loss of each absence, and the longest shown to cost less than the margin."""
     sentences = [f"Judged on {days}, on the same queries, against devices that never lost their link."]
     for rate, own in table.groupby("rate"):
         told = ", ".join(f"{row.away} {row.value:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in own.itertuples())

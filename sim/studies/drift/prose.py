@@ -1,4 +1,4 @@
-"""The findings of the study `drift`: sentences made of its table's numbers. What was not found is said as such."""
+"""The findings of the study `drift`: sentences made of its table's numbers, also of those that show nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REAL = (
 
 
 def sentences(table: pd.DataFrame, experiment: Experiment) -> tuple[list[str], list[str]]:
-    """(findings, notes) from the study's table; `experiment` is one of its cells."""
+    """Returns (findings, notes) from the study's table; `experiment` is one of its cells."""
     found = [
         sentence
         for change, own in table.groupby("change", sort=False)
