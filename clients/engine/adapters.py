@@ -166,7 +166,7 @@ class AdapterStack:
         self.flat[k] = row[0]
 
     def moving(self, k: int, trainable: Trainable) -> Tensor:
-        """Which of adapter k's weights are trainable, [size], bool."""
+        """Returns which of adapter k's weights are trainable, [size], bool."""
         row, rank = torch.zeros(1, self.layout.size, dtype=torch.bool), self.specs[k].rank
         if len(trainable.A) != rank or len(trainable.B) != rank:
             raise ValueError(f"an adapter of rank {rank} needs {rank} values of trainable A and B")

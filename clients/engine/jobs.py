@@ -28,7 +28,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
-    """Which parts of an adapter move: by rank, whether that row of A does, and that column of B, in every target."""
+    """The trainable parts of an adapter, by rank: that row of A, and that column of B, in every target."""
 
     A: tuple[bool, ...]
     B: tuple[bool, ...]
@@ -47,7 +47,7 @@ class TrainJob:
         init_seed: Draws the fresh adapter; None: derived from `seed`.
         state: A PEFT state to continue from.
         trainable: Which of its weights are trained; None: all. The others stay as they are, weight decay included.
-        proximal_mu: Weight of FedProx\'s term, mu / 2 times the squared distance to the initial weights.
+        proximal_mu: Weight of FedProx's term, mu / 2 times the squared distance to the initial weights.
     """
 
     key: Hashable

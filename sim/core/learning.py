@@ -80,8 +80,9 @@ class TrainSettings:
         return self.steps or max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
 
     def rate_at(self, step: int, total: int) -> float:
-        """Returns the learning rate of step `step` (from 0) of `total`, by transformers' constant, linear, cosine
-        schedule.
+        """Returns the learning rate of step `step` (from 0) of `total`, by the schedules of `transformers`.
+
+        They are its constant, linear and cosine ones.
         """
         warmup = math.ceil(self.warmup_ratio * total)
         if step < warmup:

@@ -106,7 +106,7 @@ def draw(study: Study, points: pd.DataFrame) -> Figure:
 
 
 def findings(study: Study, points: pd.DataFrame) -> list[str]:
-    """Returns a sentence a contrast and task (and place on the other axes): the gain at both ends, where its interval excludes 0.
+    """Returns a sentence a contrast and task (and place on the other axes): the gain at both ends, with its interval.
     """
     sentences, x, label = [], _x(study), _label(study)
     for task in sorted(points["task"].unique()):
