@@ -207,13 +207,13 @@ def run(
 def _experiment(
     given: Experiment | Mapping[str, Any] | str | Path | None, settings: Mapping[str, Any]
 ) -> Experiment | None:
-    """The experiment that is meant; None where nothing is said."""
+    """The experiment that is meant; None where nothing is given."""
     if given is None and not settings:
         return None
-    said = dict(_dotted(given)) if isinstance(given, Mapping) else {}
+    dotted = dict(_dotted(given)) if isinstance(given, Mapping) else {}
     path = given if isinstance(given, (str, Path)) else None
     whole = given if isinstance(given, Experiment) else Experiment.read(path)
-    return Experiment.build(whole.model_dump(), {**said, **dict(_dotted(settings))}, "the experiment given")
+    return Experiment.build(whole.model_dump(), {**dotted, **dict(_dotted(settings))}, "the experiment given")
 
 
 def _dotted(given: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -154,10 +154,10 @@ def _train(rank: int, processes: int, out: Path, recipe: Recipe, minutes: float,
 
 def _agree(value: float, processes: int) -> float:
     """The first process's value, so that all end at the same step."""
-    told = torch.tensor([value], dtype=torch.float64)
+    shared = torch.tensor([value], dtype=torch.float64)
     if processes > 1:
-        torch.distributed.broadcast(told, 0)
-    return told.item()
+        torch.distributed.broadcast(shared, 0)
+    return shared.item()
 
 
 def _sum_gradients(model: torch.nn.Module, processes: int) -> None:

@@ -117,12 +117,12 @@ def cloud_answers(
     """
     lost = {row.request for row in order.lost}  # of these very devices
     found = rows_of(inputs.answers)
-    came = {(row["device_id"], row["query_id"]): row for row in found if row["request_id"] not in lost}
+    received = {(row["device_id"], row["query_id"]): row for row in found if row["request_id"] not in lost}
     rows = []
     for device in devices:
         items = device.real_items(worker.experiment, order.round)
         for query in device.queries(order.round):
-            found = came.get((device.device_id, query.query_id), {"outcome": "no_answer", "text": ""})
+            found = received.get((device.device_id, query.query_id), {"outcome": "no_answer", "text": ""})
             row = prediction_row(device, query, CLOUD, answered_by=ARMS[CLOUD].answers)
             row["data_until_s"] = _newest_s(items, query.task)
             rows.append(answered(row, found["text"], found["outcome"]))

@@ -85,15 +85,15 @@ def filter_again(worker: Worker, order: Refilter, inputs: Inputs) -> Outcome:
     lost = {row.request for row in order.lost}
     devices = worker.devices(order)
     by_name = {device.device_id: device.index for device in devices}
-    came: dict[int, list[Sample]] = {device.index: [] for device in devices}
+    received: dict[int, list[Sample]] = {device.index: [] for device in devices}
     missed: dict[int, list[JudgedSample]] = {device.index: [] for device in devices}
     for row in rows_of(inputs.samples):
         sample, device = Sample(*(row[name] for name in Sample.__dataclass_fields__)), by_name[row["device_id"]]
         if sample.request_id in lost:
             missed[device].append(JudgedSample(sample, None, None, None, NOT_RECEIVED))
         else:
-            came[device].append(sample)
-    judged = _judge(worker, order, devices, came)
+            received[device].append(sample)
+    judged = _judge(worker, order, devices, received)
     rows = [_sample_row(device, item) for device in devices for item in (*judged[device.index], *missed[device.index])]
     columns = {"device": [device.index for device in devices], "outcome": ["ok"] * len(devices)}
     return Outcome(_reply(worker, order, devices, judged, columns, {}), {"samples": rows})

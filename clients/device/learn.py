@@ -100,13 +100,13 @@ def _by_device(versions: Iterable[Version]) -> dict[int, list[Version]]:
 
 
 def _reporter(worker: Worker, devices: int) -> Callable[[int, int], None]:
-    """Optimizer steps told as devices, at most once a device."""
-    told = -1.0
+    """Optimizer steps reported as devices, at most once a device."""
+    reported = -1.0
 
     def report(steps: int, total: int) -> None:
-        nonlocal told
-        if (done := devices * steps // max(1, total)) != told:
-            told = done
+        nonlocal reported
+        if (done := devices * steps // max(1, total)) != reported:
+            reported = done
             worker.progress(TRAINING * done)
 
     return report
@@ -193,7 +193,7 @@ def _adapters(
 
 
 def _errors(devices: Sequence[Device], answers: Sequence[Mapping[str, Any]], arm: str) -> list[str]:
-    """How wrong each device's answers by one arm were, as JSON: what its user's corrections told it."""
+    """How wrong each device's answers by one arm were, as JSON: as its user's corrections show."""
     found: dict[str, list[float]] = {device.device_id: [] for device in devices}
     for row in answers:
         if row["arm"] == arm:

@@ -34,10 +34,10 @@ def answered(row: dict[str, Any], prediction: str, outcome: str = "ok") -> dict[
 
 def error(task: str, score: float) -> float:
     """Returns how wrong an answer with this score is, from 0 (right) to 1 (entirely wrong): one scale for all tasks."""
-    told = get_task(task)
-    if told.kind == "rating":
+    spec = get_task(task)
+    if spec.kind == "rating":
         return min(1.0, score / WORST_RATING)
-    return 1.0 - score if told.higher_is_better else score
+    return 1.0 - score if spec.higher_is_better else score
 
 
 def metric_rows(predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

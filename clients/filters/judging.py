@@ -130,12 +130,12 @@ class _Vectors:
         encoder: TextEncoder | None,
     ) -> None:
         self._reads = tuple(dict.fromkeys(rule.embeds for rule in rules if rule.embeds is not None))
-        own = [item for key in candidates for item in real.get(key, ())] if self._reads else []
-        owned = {text_of(item, reads) for reads in self._reads for item in own}
-        asked = {text_of(s, reads) for reads in self._reads for samples in candidates.values() for s in samples}
-        texts = sorted(owned | asked)
+        items = [item for key in candidates for item in real.get(key, ())] if self._reads else []
+        real_texts = {text_of(item, reads) for reads in self._reads for item in items}
+        sample_texts = {text_of(s, reads) for reads in self._reads for samples in candidates.values() for s in samples}
+        texts = sorted(real_texts | sample_texts)
         self._row = {text: row for row, text in enumerate(texts)}
-        self._matrix = encoder.encode(texts, remember=owned) if texts else np.zeros((0, 1), dtype=np.float32)
+        self._matrix = encoder.encode(texts, remember=real_texts) if texts else np.zeros((0, 1), dtype=np.float32)
 
     def case(self, samples: Sequence[Sample], real: Sequence[Interaction]) -> Case:
         return Case(samples, real, self._take(samples), self._take(real))

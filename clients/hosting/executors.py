@@ -133,8 +133,8 @@ class RayExecutor:
         while not ray.wait([reply], timeout=min(POLL_S, deadline_s))[0]:
             now = seen
             with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
-                said = actor.look.options(concurrency_group=LOOKING).remote()
-                now = ray.get(said, timeout=POLL_S)
+                answer = actor.look.options(concurrency_group=LOOKING).remote()
+                now = ray.get(answer, timeout=POLL_S)
             if now != seen:
                 seen, since_s = now, clock.now_s()
                 progress(now)

@@ -89,7 +89,7 @@ def run_order(
                 continue
         watch.add(len(some))
         replies.append(reply)
-    return joined([*replies, _told(run, order, lost, failures)])
+    return joined([*replies, _lost_reply(run, order, lost, failures)])
 
 
 def _shard_size(experiment: Experiment, order: Order) -> int:
@@ -108,7 +108,7 @@ def _call_again(
 
 
 class _Watch:
-    """Tells a small file how far a host is, for whoever watches: a full disk is found by what matters."""
+    """Writes a host's progress into a small file for observers. A full disk is ignored here: other writes report it."""
 
     def __init__(self, path: Path | None):
         self.path, self.done = path, 0
@@ -121,12 +121,12 @@ class _Watch:
         self._write(self.path, f"{self.done + of_shard:g}")
 
     def add(self, devices: int) -> None:
-        """So many more devices are done."""
+        """Adds to the number of finished devices."""
         self.done += devices
         self(0.0)
 
     def deaths(self, count: int) -> None:
-        """So many workers have died."""
+        """Writes the number of workers that died."""
         self._write(self.path and self.path.with_suffix(".deaths"), "x" * count)
 
     @staticmethod
@@ -140,10 +140,10 @@ def _failure(work: str, devices: Sequence[int], death: WorkerDied) -> dict[str, 
     return {"devices": list(devices), "pass": work, "outcome": death.outcome, "detail": str(death)[:DETAIL_CHARS]}
 
 
-def _told(run: RunDirectory, order: Order, lost: Mapping[int, str], failures: Sequence[Mapping[str, Any]]) -> Reply:
-    """What went wrong: an event a death, the devices that were lost and, in the learn pass, what the tables hold of
-    them.
-    """
+def _lost_reply(
+    run: RunDirectory, order: Order, lost: Mapping[int, str], failures: Sequence[Mapping[str, Any]]
+) -> Reply:
+    """The failures: an event a death, the lost devices and, in the learn pass, their rows of the tables."""
     tables = lost_rows(run.experiment, order.cut(sorted(lost)), lost) if lost and isinstance(order, Learn) else {}
     name = f"{order.work}-host-{device_id(order.devices[0])}"
     for table, rows in tables.items():

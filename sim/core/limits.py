@@ -111,9 +111,9 @@ def _quota(group: Path) -> float | None:
 
 
 def _memory_limits(group: Path) -> list[int]:
-    said = [_whole(_text(group / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
-    said.append(_counts(group / "memory.stat").get("hierarchical_memory_limit"))
-    return [limit for limit in said if limit is not None and limit < UNLIMITED]
+    limits = [_whole(_text(group / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+    limits.append(_counts(group / "memory.stat").get("hierarchical_memory_limit"))
+    return [limit for limit in limits if limit is not None and limit < UNLIMITED]
 
 
 def _used_bytes(group: Path) -> int:

@@ -268,9 +268,9 @@ class _Comparison:
     def _f1_labels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The label that each answer is a true positive, false positive, false negative of, or -1: three [answers]."""
         place = {label: index for index, label in enumerate(self.task.labels or ())}
-        said, true = (np.array([place.get(pair[side].strip(), -1) for pair in self._pairs]) for side in (0, 1))
-        right = said == true
-        return np.where(right, said, -1), np.where(right, -1, said), np.where(right, -1, true)
+        predicted, true = (np.array([place.get(pair[side].strip(), -1) for pair in self._pairs]) for side in (0, 1))
+        right = predicted == true
+        return np.where(right, predicted, -1), np.where(right, -1, predicted), np.where(right, -1, true)
 
 
 def _numbered(frame: pd.DataFrame, names: list[str]) -> np.ndarray:

@@ -167,9 +167,9 @@ def assemble(
         history += unique_ids([item for item, _ in items])
         queries += kept
     user = User(user_id, tuple(sorted(history, key=by_end)), tuple(queries))
-    while short := [task for task in user.tasks if len(one_shot_history(user, task)) < min_history]:
-        exclusions.append(Exclusion("too little history", f"{short[0]} {user_id}"))
-        user = _without(user, short[0])
+    while lacking := [task for task in user.tasks if len(one_shot_history(user, task)) < min_history]:
+        exclusions.append(Exclusion("too little history", f"{lacking[0]} {user_id}"))
+        user = _without(user, lacking[0])
     return user, exclusions
 
 

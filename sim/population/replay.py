@@ -76,12 +76,12 @@ class _Course:
         return ends[min_history - 1] + 1 if len(ends) >= min_history else None
 
     def asked(self, start: int, most: int, replay: Replay, exclusions: list[Exclusion]) -> list[tuple[Query, Key]]:
-        """The queries, each with its round: a text the first time that it is told, if that is on `start` or later."""
-        labels, told, kept = get_task(self.task).labels, set(), []
+        """The queries, each with its round: a text the first time that it is seen, if that is on `start` or later."""
+        labels, seen, kept = get_task(self.task).labels, set(), []
         for query, key, of_file in self._candidates():
             text, reason = normalize(query.input), ""
-            if text in told or first_day(key) < start:
-                reason = "question repeats a text" if text in told else "question from before the first round"
+            if text in seen or first_day(key) < start:
+                reason = "question repeats a text" if text in seen else "question from before the first round"
                 reason = reason if of_file else ""  # an item is history all the same
             elif labels and query.gold not in labels:
                 reason = "gold is no label of the task"
@@ -91,7 +91,7 @@ class _Course:
                 reason = "more queries than population.queries"
             else:
                 kept.append((replace(query, round=round), key))
-            told.add(text)
+            seen.add(text)
             if reason:
                 exclusions.append(Exclusion(reason, f"{self.task} {query.query_id}"))
         return kept

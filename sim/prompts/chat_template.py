@@ -61,16 +61,16 @@ def render(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
     template = template_of(tokenizer)
     if not template:
         return "\n\n".join(turn["content"] for turn in turns)
-    told = {
+    options = {
         "chat_template": _fixed(template, today), "tokenize": False, "add_generation_prompt": True, **given,
     }  # fmt: skip
     try:
-        return tokenizer.apply_chat_template(list(turns), **told)
+        return tokenizer.apply_chat_template(list(turns), **options)
     except Exception:  # templates raise their own error where a system turn is not provided for
         if len(turns) < 2 or turns[0]["role"] != "system":
             raise
         merged = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-        return tokenizer.apply_chat_template([merged, *turns[2:]], **told)
+        return tokenizer.apply_chat_template([merged, *turns[2:]], **options)
 
 
 def facts(tokenizer: Any, end_ids: Collection[int] = ()) -> dict[str, Any]:

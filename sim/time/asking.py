@@ -294,11 +294,11 @@ class _Asker:
 
         verdict = cloud.admit(arrives_s, size.tokens_in + size.tokens_out)
         if verdict.outcome != "ok":
-            told_s = arrives_s + link.rtt_s / 2
-            if told_s >= limit_s:
+            response_s = arrives_s + link.rtt_s / 2
+            if response_s >= limit_s:
                 return ended(limit_s)
             found |= {"retry_after_s": verdict.retry_after_s, "detail": verdict.detail}
-            return ended(told_s, verdict.outcome)
+            return ended(response_s, verdict.outcome)
         served = cloud.serve(arrives_s, limit_s, size.tokens_in, size.tokens_out)
         found |= {"queued_s": served.queued_s, "arrived_s": arrives_s}
         if not served.begun:

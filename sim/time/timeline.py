@@ -254,9 +254,9 @@ class Timeline:
     def _train(self, plan: Plan, each: Work, finals: Mapping[str, Final], state: State) -> list[TrainedVersion]:
         """The versions of one adapter in one round: perhaps one on what there is, then one with the samples."""
         asked = [finals[name] for name in each.needs]
-        came_s = max((final.end_s for final in asked if final.answered), default=None)
+        received_s = max((final.end_s for final in asked if final.answered), default=None)
         failed_s = min((final.failed_s for final in asked if final.failed_s is not None), default=None)
-        if came_s is None and failed_s is None:  # crashed
+        if received_s is None and failed_s is None:  # crashed
             failed_s = max((final.end_s for final in asked), default=None)
         versions: list[TrainedVersion] = []
         fallback = self.experiment.network.fallback
@@ -265,15 +265,15 @@ class Timeline:
         elif failed_s is not None and fallback != "wait" and each.fallback_steps:
             had = fallback == "stale_samples" and each.device in self._state.had_samples
             on = STALE if had else REAL
-            stop_s = math.inf if came_s is None else came_s
+            stop_s = math.inf if received_s is None else received_s
             if failed_s < stop_s:
                 versions.append(
                     self._version(
                         plan, each, state, on, failed_s, each.fallback_steps, each.fallback_tokens, stop_s
                     )
                 )
-        if asked and came_s is not None and each.steps:
-            versions.append(self._version(plan, each, state, SAMPLES, came_s, each.steps, each.tokens))
+        if asked and received_s is not None and each.steps:
+            versions.append(self._version(plan, each, state, SAMPLES, received_s, each.steps, each.tokens))
         return [version for version in versions if version is not None]
 
     def _version(

@@ -220,16 +220,16 @@ class _Story:
 
     def __init__(self, who: _Changing, user_id: str) -> None:
         self._who, self._user_id = who, user_id
-        self._told: set[str] = set()
+        self._used: set[str] = set()
 
     def interaction(self, number: int, time_s: float, round: int) -> Interaction:
         task = self._who.task
         taste = self._who.at(time_s).taste
         rng = stream("item", self._user_id, task.name, number)
         item = task.item(rng, taste)
-        while not self._told.isdisjoint(_texts(item)):
+        while not self._used.isdisjoint(_texts(item)):
             item = task.item(rng, taste)
-        self._told.update(_texts(item))
+        self._used.update(_texts(item))
         item_id = f"{self._user_id}-{task.name}-{number}"
         return Interaction(item_id, task.name, item.input, item.output, time_s, item.form, round)
 
@@ -238,13 +238,13 @@ class _Story:
         taste = self._who.at(time_s).taste
         rng = stream("query", self._user_id, task.name, number)
         scene: Scene = task.scene(rng, taste)
-        while scene.text in self._told or scene.text + task.answer(scene, taste) in self._told:
+        while scene.text in self._used or scene.text + task.answer(scene, taste) in self._used:
             scene = task.scene(rng, taste)
-        self._told.add(scene.text)
+        self._used.add(scene.text)
         query_id = f"{self._user_id}-{task.name}-q{number}"
         return Query(query_id, task.name, scene.text, task.answer(scene, taste), time_s, visible, round)
 
 
 def _texts(item: Item) -> set[str]:
-    """What must not be told again: the pair and, where it is shaped like a query, its input whatever the answer."""
+    """What must not occur again: the pair and, where it is shaped like a query, its input whatever the answer."""
     return {item.input + item.output, *([item.input] if item.form == "query" else [])}

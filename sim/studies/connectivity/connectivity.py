@@ -81,21 +81,20 @@ def measure(
 
     Returns:
         A row a user and task (`by_user`), a row a task for the table, and the curve of devices without an adapter made
-            with
-        samples (`sim.time.service.survival`).
+            with samples (`sim.time.service.survival`).
     """
     made = trainings(events, ARM)
     answers = label_answers(predictions, made, most_rounds(experiment))
     first = first_live(made[made["on"] != REAL], answers, experiment.rounds * DAY_S)
     curve, users = survival(first["time_s"], first["seen"]), by_user(answers)
     last, queued_s = curve.iloc[-1], waiting_s(events[events["kind"] == "augment"], (0.5, 0.95))
-    told = {
+    costs = {
         "half_have_samples_d": reached_s(curve, 0.5) / DAY_S, "without_samples": last["share"],
         "without_samples_low": last["low"], "without_samples_high": last["high"],
         "queued_p50_s": queued_s[0.5], "queued_p95_s": queued_s[0.95],
     }
     devices = wasted(events, ARM).merge(answers[[*DEVICE, "cluster"]].drop_duplicates(), on=DEVICE)
-    return users, pd.DataFrame([row | told for row in _rows(users, devices)]), curve
+    return users, pd.DataFrame([row | costs for row in _rows(users, devices)]), curve
 
 
 def most_rounds(experiment: Experiment) -> float:

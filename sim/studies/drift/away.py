@@ -42,17 +42,17 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
 
 def losses(study: Study, runs: Runs) -> tuple[pd.DataFrame, str]:
     """Returns a row a cell with an absence (mean loss on the same queries, 95% over users), and the judged days."""
-    told = {cell.name: read_answers(run) for cell, run in each_cell(study, runs)}
+    answers = {cell.name: read_answers(run) for cell, run in each_cell(study, runs)}
     lasted = {cell.name: away_days(cell.experiment) for cell in study.cells}
     starts = [cell.experiment.rounds - lasted[cell.name] for cell in study.cells if lasted[cell.name]]
-    online = {_rate(cell.experiment): told[cell.name] for cell in study.cells if not lasted[cell.name]}
+    online = {_rate(cell.experiment): answers[cell.name] for cell in study.cells if not lasted[cell.name]}
     if not starts or not online:
         raise UserError(f"{study.spec.name}: needs cells with a network outage and cells without. Choose with --grid")
     rows = []
     for cell in study.cells:
         rate = _rate(cell.experiment)
         if lasted[cell.name] and rate in online:
-            both = paired(online[rate], told[cell.name])
+            both = paired(online[rate], answers[cell.name])
             found = overall(both[both["round"] >= max(starts)], "apart")
             rows.append((rate, cell.words.get("away", cell.name), lasted[cell.name], *found))
     table = pd.DataFrame(rows, columns=COLUMNS).sort_values(["rate", "days"], ignore_index=True)
@@ -99,13 +99,13 @@ def findings(table: pd.DataFrame, days: str, margin: float) -> list[str]:
     """Returns a sentence a rate: the loss of each absence, and the longest shown to cost less than the margin."""
     sentences = [f"Judged on {days}, on the same queries, against devices that never lost their link."]
     for rate, own in table.groupby("rate"):
-        told = ", ".join(f"{row.away} {row.value:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in own.itertuples())
+        shown = ", ".join(f"{row.away} {row.value:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in own.itertuples())
         hurt, fine = own.loc[own["low"] > 0, "days"], own.loc[own["high"] < margin, "days"]
         loss = f"a loss is shown from {hurt.min()} days on" if len(hurt) else "no absence is shown to cost anything"
         within = f"up to {fine.max()} days cost less than {margin:g}" if len(fine) else (
             f"no absence is shown to cost less than {margin:g}"
         )  # fmt: skip
-        sentences.append(f"Users who go {rate:.0%} of the way to another persona a day: {told}; {loss}; {within}.")
+        sentences.append(f"Users who go {rate:.0%} of the way to another persona a day: {shown}; {loss}; {within}.")
     return sentences
 
 

@@ -47,17 +47,18 @@ def studied(experiment: Experiment) -> str | None:
 def read_answers(run: RunDirectory) -> pd.DataFrame:
     """Returns the answers of a run, by the base model and by the watched arm, with columns `input` and `prediction`."""
     experiment = run.experiment
-    told = clustered(run.read("predictions"))
-    told = told[told["arm"].isin([FLOOR, studied(experiment)])]
-    told = told[[*KEYS, "cluster", "arm", "input", "prediction", "score", "answered_by"]]
-    told["good"] = told["score"] * told["task"].map(lambda task: 1.0 if get_task(task).higher_is_better else -1.0)
-    told = with_age(told, read_trained(run))
+    answers = clustered(run.read("predictions"))
+    answers = answers[answers["arm"].isin([FLOOR, studied(experiment)])]
+    answers = answers[[*KEYS, "cluster", "arm", "input", "prediction", "score", "answered_by"]]
+    sign = answers["task"].map(lambda task: 1.0 if get_task(task).higher_is_better else -1.0)
+    answers["good"] = answers["score"] * sign
+    answers = with_age(answers, read_trained(run))
     known = read_changes(run)
     if known.empty:
-        return told.assign(since=np.nan, users=REAL if experiment.population.source == "lamp" else "unchanged")
-    told = told.merge(known, on=[*USER, "task"], how="left")
-    told["since"] = told["round"] - told["changed_on"]
-    return told.assign(users=np.where(told["changed_on"].isna(), "unchanged", "changed"))
+        return answers.assign(since=np.nan, users=REAL if experiment.population.source == "lamp" else "unchanged")
+    answers = answers.merge(known, on=[*USER, "task"], how="left")
+    answers["since"] = answers["round"] - answers["changed_on"]
+    return answers.assign(users=np.where(answers["changed_on"].isna(), "unchanged", "changed"))
 
 
 def read_trained(run: RunDirectory) -> pd.DataFrame:
@@ -104,25 +105,26 @@ def costs(events: pd.DataFrame, users: pd.MultiIndex) -> pd.DataFrame:
     return rows.groupby(USER)[list(COSTS)].sum().reindex(users.sort_values(), fill_value=0.0)
 
 
-def read_two_golds(run: RunDirectory, told: pd.DataFrame) -> pd.DataFrame:
+def read_two_golds(run: RunDirectory, answers: pd.DataFrame) -> pd.DataFrame:
     """Returns the answers by adapters of users who change, scored on their old and their new preferences. World only.
 
     `before` is the score on what the user of before would have answered, `now` on what they answer now, both turned so
     that more is better.
     """
-    told = told[(told["users"] == "changed") & told["age"].notna()]
+    answers = answers[(answers["users"] == "changed") & answers["age"].notna()]
     worlds = {seed: FromWorld(run.experiment, seed).world for seed in run.experiment.seeds}
     dated = run.read("predictions")[[*KEYS, "user_id", "query_time_s"]].drop_duplicates(KEYS)
-    told = told.merge(dated, on=KEYS)
+    answers = answers.merge(dated, on=KEYS)
     both = [
-        both_answers(worlds[row.seed], row.user_id, row.task, row.input, row.query_time_s) for row in told.itertuples()
+        both_answers(worlds[row.seed], row.user_id, row.task, row.input, row.query_time_s)
+        for row in answers.itertuples()
     ]
     for name in ("before", "now"):
-        told[name] = [
-            np.nan if said is None else _good(row.task, row.prediction, getattr(said, name))
-            for row, said in zip(told.itertuples(), both, strict=True)
+        answers[name] = [
+            np.nan if texts is None else _good(row.task, row.prediction, getattr(texts, name))
+            for row, texts in zip(answers.itertuples(), both, strict=True)
         ]
-    return told.dropna(subset=["before", "now"])
+    return answers.dropna(subset=["before", "now"])
 
 
 def _good(task: str, prediction: str, gold: str) -> float:
@@ -133,10 +135,10 @@ def _good(task: str, prediction: str, gold: str) -> float:
 # --- measures ------------------------------------------------------------------------------------------------------
 
 
-def with_age(told: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
+def with_age(answers: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
     """Returns answers with `age`: days from the last round in which their device trained; NaN without an adapter."""
     born = trained.assign(born=trained["round"].astype(float)).sort_values("round")
-    joined = pd.merge_asof(told.sort_values("round", kind="stable"), born, on="round", by=USER)
+    joined = pd.merge_asof(answers.sort_values("round", kind="stable"), born, on="round", by=USER)
     joined["age"] = (joined["round"] - joined["born"]).where(joined["answered_by"] == "adapter")
     return joined.drop(columns="born")
 
@@ -151,20 +153,20 @@ def paired(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     return both.assign(apart=both["reference"] - both["good"])
 
 
-def gain_over_frozen(told: pd.DataFrame) -> pd.DataFrame:
+def gain_over_frozen(answers: pd.DataFrame) -> pd.DataFrame:
     """Returns the adapters' answers with `gain`: how much better they are than the base model's to the same query."""
-    base = told.loc[told["arm"] == FLOOR, [*KEYS, "good"]].rename(columns={"good": "base"})
-    mine = told[told["age"].notna()].merge(base, on=KEYS)
+    base = answers.loc[answers["arm"] == FLOOR, [*KEYS, "good"]].rename(columns={"good": "base"})
+    mine = answers[answers["age"].notna()].merge(base, on=KEYS)
     return mine.assign(gain=mine["good"] - mine["base"])
 
 
-def reach(told: pd.DataFrame) -> int:
+def reach(answers: pd.DataFrame) -> int:
     """Returns the greatest age that the adapters of all users reach: beyond it, a mean would be of other users.
 
     Real users ask when they did, some on one day only: half of them are enough.
     """
-    oldest = told.groupby(USER)["age"].max().dropna()
-    share = 0.5 if (told["users"] == REAL).any() else 0.0
+    oldest = answers.groupby(USER)["age"].max().dropna()
+    share = 0.5 if (answers["users"] == REAL).any() else 0.0
     return int(oldest.quantile(share, interpolation="higher")) if len(oldest) else 0
 
 

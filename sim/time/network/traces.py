@@ -107,11 +107,11 @@ def _json(file: Path, text: str) -> list[Log | StateTrace]:
 def _sabre(file: Path, data: Sequence[dict[str, Any]]) -> Log:
     columns: dict[str, list[float]] = {}
     for name in ("duration_ms", "bandwidth_kbps", "latency_ms"):
-        least, said = (LEAST_MS, "above 0") if name == "duration_ms" else (0.0, "0 or above")
+        least, rule = (LEAST_MS, "above 0") if name == "duration_ms" else (0.0, "0 or above")
         values = [item.get(name) for item in data]
         for number, value in enumerate(values):
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < MOST:
-                raise UserError(f"{file}, item {number}: {name} = {value!r}; it must be a number {said}")
+                raise UserError(f"{file}, item {number}: {name} = {value!r}; it must be a number {rule}")
         columns[name] = values
     durations = [value / 1000 for value in columns["duration_ms"]]
     rates = [value * 1000.0 for value in columns["bandwidth_kbps"]]
