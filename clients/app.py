@@ -33,28 +33,28 @@ def hello(message: Message, context: Context) -> Message:
 @app.query("share")
 def share(message: Message, context: Context) -> Message:
     """Trains this host's part of the `shared` arm's adapters, once for the whole fleet."""
-    return carry_out(message, context)
+    return reply_to(message, context)
 
 
 @app.query("fetch")
 def fetch(message: Message, context: Context) -> Message:
     """Asks the cloud for this host's devices."""
-    return carry_out(message, context)
+    return reply_to(message, context)
 
 
 @app.query("filter")
 def filter_again(message: Message, context: Context) -> Message:
     """Filters the samples of this host's devices again, without the answers that never reached their device."""
-    return carry_out(message, context)
+    return reply_to(message, context)
 
 
 @app.train()
 def learn(message: Message, context: Context) -> Message:
     """Trains adapters and answers queries for this host's devices."""
-    return carry_out(message, context)
+    return reply_to(message, context)
 
 
-def carry_out(message: Message, context: Context) -> Message:
+def reply_to(message: Message, context: Context) -> Message:
     """Carries out the order in a message, for the run that the message names, and returns the reply as a message."""
 
     def work() -> Reply:

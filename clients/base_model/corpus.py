@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from untether.clients.engine.encoding import encode_answer, encode_prompt
 from untether.sim.core.seeding import generator
 from untether.sim.population.tasks import get_task, rag_prompt
-from untether.sim.population.world import TASKS, World, world_task
+from untether.sim.population.world import WORLD_TASKS, World, world_task
 
 USERS_A_CHUNK = 96
 AUXILIARY_SHARE = 0.25
@@ -73,7 +73,7 @@ def documents(seed: int, chunk: int, split: str = "pretraining", users: int = 0)
     found = []
     for index in range(chunk * users, (chunk + 1) * users):
         user = world.user(index, split, history=(PER_USER, PER_USER), queries=PER_USER)
-        for name in TASKS:
+        for name in WORLD_TASKS:
             task, items = get_task(name), user.of_task(name)
             for query in (q for q in user.queries if q.task == name):
                 shown: Sequence = ()

@@ -22,7 +22,7 @@ from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.engine.encoding import encode_answer, encode_prompt
 from untether.clients.engine.training import Example, TrainJob, TrainResult
 from untether.clients.stores.adapter_cache import train_once
-from untether.clients.stores.adapter_store import State, adapter_version, as_arrays, as_tensors
+from untether.clients.stores.adapter_store import AdapterArrays, adapter_version, as_arrays, as_tensors
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.kinds import POLICIES
 from untether.sim.core.learning import LoraSpec, TrainSettings
@@ -162,9 +162,9 @@ def _placebo_columns(placebos: Sequence[tuple[int, int, bool] | None]) -> dict[s
     }
 
 
-def _kept(results: Mapping[Version, TrainResult]) -> dict[str, dict[str, State]]:
+def _kept(results: Mapping[Version, TrainResult]) -> dict[str, dict[str, AdapterArrays]]:
     """The adapters for the store, by the name there and device id."""
-    grouped: dict[str, dict[str, State]] = defaultdict(dict)
+    grouped: dict[str, dict[str, AdapterArrays]] = defaultdict(dict)
     for version, result in results.items():
         grouped[version.kept][device_id(version.device)] = as_arrays(result.state)
     return grouped

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from untether.clients.device.device import Device
-from untether.clients.stores.adapter_store import State
+from untether.clients.stores.adapter_store import AdapterArrays
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import Population, device_id, open_population
 from untether.sim.rounds.messages import Order, Reply, Version
@@ -41,8 +41,8 @@ class Inputs:
 
     samples: pa.Table | None = None
     answers: pa.Table | None = None
-    adapters: Mapping[Version, State] = field(default_factory=dict)
-    starts: Mapping[Version, State] = field(default_factory=dict)
+    adapters: Mapping[Version, AdapterArrays] = field(default_factory=dict)
+    starts: Mapping[Version, AdapterArrays] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Outcome:
 
     reply: Reply
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    adapters: Mapping[str, Mapping[str, State]] = field(default_factory=dict)
+    adapters: Mapping[str, Mapping[str, AdapterArrays]] = field(default_factory=dict)
 
 
 def rows_of(table: pa.Table | None) -> list[dict[str, Any]]:

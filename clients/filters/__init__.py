@@ -5,6 +5,6 @@ The three filters of CDCDA-PLM (arXiv 2508.21313): semantic consistency, diversi
 """
 
 from untether.clients.filters.case import Case, Examination, Filter, Finding, Fixed, text_of
-from untether.clients.filters.judging import create, judge
+from untether.clients.filters.judging import create_filters, judge
 
-__all__ = ["Case", "Examination", "Filter", "Finding", "Fixed", "create", "judge", "text_of"]
+__all__ = ["Case", "Examination", "Filter", "Finding", "Fixed", "create_filters", "judge", "text_of"]

@@ -29,7 +29,7 @@ from untether.sim.core.errors import UserError
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Progress = Callable[[int, int], None]
+EncodingProgress = Callable[[int, int], None]
 
 _STEP = 8
 """Tokens between two widths of a batch of fixed shape."""
@@ -91,7 +91,7 @@ class Encoder:
         return digest.hexdigest()
 
     def encode(
-        self, texts: Sequence[str], *, remember: Collection[str] | None = None, progress: Progress | None = None
+        self, texts: Sequence[str], *, remember: Collection[str] | None = None, progress: EncodingProgress | None = None
     ) -> np.ndarray:
         """Returns the texts' vectors, float32 `[texts, dim]`, each of length 1, whatever other texts are in the call.
 

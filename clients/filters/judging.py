@@ -24,7 +24,7 @@ class TextEncoder(Protocol):
         """Returns unit vectors, float32 `[texts, dim]`."""
 
 
-def create(filters: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Filter]:
+def create_filters(filters: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Filter]:
     """Returns the enabled filters of a `filters` section by name, in its order.
 
     Args:
@@ -74,7 +74,7 @@ def judge(
     Raises:
         UserError: A filter is unknown.
     """
-    rules = create(filters, settings)
+    rules = create_filters(filters, settings)
     vectors = _Vectors(candidates, real, list(rules.values()), encoder)
     checks = leaks if isinstance(leaks, Mapping) else dict.fromkeys(candidates, leaks)
     return {

@@ -26,7 +26,7 @@ from untether.sim.rounds.messages import FIRST
 if TYPE_CHECKING:
     from torch import Tensor
 
-State = Mapping[str, np.ndarray]
+AdapterArrays = Mapping[str, np.ndarray]
 """One adapter: PEFT's key -> array. Not tensors: a host, which reads and writes them, does without torch."""
 
 
@@ -35,7 +35,7 @@ def as_arrays(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: tensor.detach().contiguous().cpu().numpy() for name, tensor in state.items()}
 
 
-def as_tensors(state: State) -> dict[str, Tensor]:
+def as_tensors(state: AdapterArrays) -> dict[str, Tensor]:
     """Returns an adapter for the engine, as tensors in memory of their own."""
     import torch
 
@@ -59,7 +59,7 @@ class AdapterStore:
         self.root = Path(run) / "adapters" / f"seed-{seed}"
         self._index: dict[tuple[int, str], dict[str, tuple[Path, int]]] = {}
 
-    def save(self, round: int, block: str, by_arm: Mapping[str, Mapping[str, State]]) -> list[str]:
+    def save(self, round: int, block: str, by_arm: Mapping[str, Mapping[str, AdapterArrays]]) -> list[str]:
         """Writes the adapters of a block, by arm and device id. Returns the paths, relative to the store's root."""
         paths = []
         for arm, states in by_arm.items():

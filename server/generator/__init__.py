@@ -112,7 +112,7 @@ def check_options(name: str, takes: Callable[..., Any], options: Mapping[str, An
             raise UserError(f"generator {name!r} needs the option {option!r}")
 
 
-def fingerprint(*parts: object) -> str:
+def system_fingerprint(*parts: object) -> str:
     """Returns a short digest of everything that determines a generator's answers, like OpenAI's `system_fingerprint`.
     """
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)

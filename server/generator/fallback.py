@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from untether.server.generator import Completion, GenerationRequest, Generator, fingerprint
+from untether.server.generator import Completion, GenerationRequest, Generator, system_fingerprint
 from untether.server.generator.recombine import RecombineGenerator
 
 
@@ -23,7 +23,7 @@ class WorldOrRecombine:
         self._other = RecombineGenerator()
         self.name = world.name
         self.model_id = world.model_id
-        self.fingerprint = fingerprint(world.fingerprint, self._other.fingerprint)
+        self.fingerprint = system_fingerprint(world.fingerprint, self._other.fingerprint)
 
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
         """Returns completions as `Generator.generate` does, each request on its own."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from untether.server.generator import Completion, GenerationRequest, PromptTooLong, fingerprint
+from untether.server.generator import Completion, GenerationRequest, PromptTooLong, system_fingerprint
 from untether.sim.core import limits
 from untether.sim.core.errors import UserError
 from untether.sim.prompts import chat_template
@@ -66,7 +66,7 @@ class LocalModelGenerator:
         chat_template.tell(self._tokenizer, template_args or {})
         config = {name: value for name, value in self._model.config.to_dict().items() if name != "_name_or_path"}
         written = chat_template.fingerprint(self._tokenizer, self._ends)
-        self.fingerprint = fingerprint("transformers", 2, config, heads, str(self._model.dtype), written)
+        self.fingerprint = system_fingerprint("transformers", 2, config, heads, str(self._model.dtype), written)
 
     @torch.inference_mode()
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from untether.server.generator import Completion, GenerationRequest, fingerprint
+from untether.server.generator import Completion, GenerationRequest, system_fingerprint
 from untether.sim.core.records import Interaction
 from untether.sim.core.seeding import generator as stream
 from untether.sim.prompts.protocol import Request, estimate_tokens, format_samples, parse_request
@@ -48,7 +48,7 @@ class RecombineGenerator:
 
     name = "recombine"
     model_id = "recombine"
-    fingerprint = fingerprint("recombine", 1, _STRANGERS)
+    fingerprint = system_fingerprint("recombine", 1, _STRANGERS)
     batched = False
     structured = True
 

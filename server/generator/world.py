@@ -15,10 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from random import Random
 
-from untether.server.generator import Completion, GenerationRequest, fingerprint
+from untether.server.generator import Completion, GenerationRequest, system_fingerprint
 from untether.sim.core.errors import UserError
 from untether.sim.core.seeding import derive
-from untether.sim.population.world import TASKS, world_task
+from untether.sim.population.world import WORLD_TASKS, world_task
 from untether.sim.population.world.banks import pick
 from untether.sim.population.world.base import Item, WorldTask
 from untether.sim.population.world.belief import KNOWLEDGE, infer
@@ -77,7 +77,7 @@ class WorldGenerator:
         self._knowledge, self._rates, self._verbosity = knowledge, dict(zip(TRUTHS[1:5], rates, strict=True)), verbosity
         self._truth = Path(truth) if truth else None
         self._lock = threading.Lock()
-        self.fingerprint = fingerprint("world", VERSION, knowledge, rates, verbosity)
+        self.fingerprint = system_fingerprint("world", VERSION, knowledge, rates, verbosity)
 
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
         """Returns completions as `Generator.generate` does.
@@ -121,7 +121,7 @@ class WorldGenerator:
         return Completion(text, tokens_in, tokens_out)
 
     def _read(self, asked: Request, seed: int) -> tuple[WorldTask, Taste, Random]:
-        if asked.task not in TASKS:
+        if asked.task not in WORLD_TASKS:
             raise NotOfThisWorld(f"the embedded world has no task {asked.task}")
         items = tuple(Item(item.input, item.output, item.form) for item in asked.items)
         taste = _infer(asked.task, items, self._knowledge)
@@ -219,7 +219,7 @@ def _copied(task: WorldTask, rng: Random, shown, written) -> tuple[str, str]:
 
 def _elsewhere(task: WorldTask, rng: Random) -> tuple[str, str]:
     """A text of another task, with an output of this task's form where that is a label."""
-    other = world_task(pick(rng, [name for name in TASKS if name != task.name]))
+    other = world_task(pick(rng, [name for name in WORLD_TASKS if name != task.name]))
     scene, mine = other.scene(rng), task.scene(rng)
     labelled = task.name in ("LaMP_1", "LaMP_2", "LaMP_3")
     output = task.answer(mine, _stranger(task, rng)) if labelled else other.answer(scene, _stranger(other, rng))

@@ -13,7 +13,7 @@ from untether.sim.core.errors import UserError
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear map but the head."""
 
-Schedule = Literal["constant", "linear", "cosine"]
+RateSchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TrainSettings:
     epochs: float = 4.0
     steps: int = 0
     batch_size: int = 8
-    schedule: Schedule = "linear"
+    schedule: RateSchedule = "linear"
     warmup_ratio: float = 0.05
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from untether.sim.core.learning import ALL_LINEAR, LoraSpec, Schedule, TrainSettings
+from untether.sim.core.learning import ALL_LINEAR, LoraSpec, RateSchedule, TrainSettings
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.virtual_sections import CloudCapacity
 
@@ -120,7 +120,7 @@ class Training(Section):
     epochs: float = Field(TrainSettings.epochs, gt=0, description="passes over the device's samples")
     steps: int = Field(TrainSettings.steps, ge=0, description="optimizer steps; 0: follow epochs")
     batch_size: int = Field(TrainSettings.batch_size, ge=1, description="samples a step")
-    schedule: Schedule = Field(TrainSettings.schedule, description="after warm-up")
+    schedule: RateSchedule = Field(TrainSettings.schedule, description="after warm-up")
     warmup_ratio: float = Field(
         TrainSettings.warmup_ratio, ge=0, lt=1, description="share of the steps spent warming up"
     )

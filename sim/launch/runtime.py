@@ -103,7 +103,7 @@ def check(experiment: Experiment) -> None:
     Raises:
         UserError: Something is wrong.
     """
-    from untether.clients.filters import create as create_filters
+    from untether.clients.filters import create_filters
     from untether.server.cloud import check_cloud
 
     create_filters(experiment.filters, experiment.settings)

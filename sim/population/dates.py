@@ -7,9 +7,11 @@ import re
 from calendar import monthrange
 from datetime import UTC, date, datetime
 
+from untether.sim.core.clock import DAY_S
+
 _YEAR = re.compile(r"^\d{4}$")
 _MONTH = re.compile(r"^\d{4}-\d{2}$")
-DAY_S = 86_400
+
 _EPOCH = date(1970, 1, 1).toordinal()
 
 
@@ -48,7 +50,7 @@ def date_span(value: object) -> tuple[float | None, float | None]:
     """
     key = calendar_key(value)
     coarse = 0 < len(key) < 3
-    return parse_date(value), (last_day(key) + 1 - _EPOCH) * float(DAY_S) if coarse else None
+    return parse_date(value), (last_day(key) + 1 - _EPOCH) * DAY_S if coarse else None
 
 
 def calendar_key(value: object) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from untether.sim.core.seeding import derive
 from untether.sim.population.dates import calendar_key, parse_date, strictly_earlier
 from untether.sim.population.lamp_files import TaskFiles, find_files, read_golds, stream_questions
 from untether.sim.population.leaks import scored_texts
-from untether.sim.population.order import Collected, Key, assemble, one_shot_history, order_of, reveals
+from untether.sim.population.order import CalendarKey, Collected, assemble, one_shot_history, order_of, reveals
 from untether.sim.population.replay import Outlook, Replay, assemble_replayed
 from untether.sim.population.tasks import Task, clean_rating
 
@@ -99,7 +99,7 @@ class _OneShot:
         self._min_history = min_history
         self._seen: list[tuple[float | None, int]] = []
 
-    def see(self, query: Query, key: Key, profile: list[tuple[Interaction, Key]]) -> None:
+    def see(self, query: Query, key: CalendarKey, profile: list[tuple[Interaction, CalendarKey]]) -> None:
         scored = set() if key else set(scored_texts(query))
         usable = (1 for item, k in profile if (strictly_earlier(k, key) if key else not reveals(item, scored)))
         self._seen.append((query.time_s, sum(islice(usable, self._min_history))))
@@ -188,7 +188,7 @@ def _user_id(task: Task, question: dict) -> str:
     return f"{task.name}-{question['id']}" if given in (None, "") else str(given)
 
 
-def _query(files: TaskFiles, question: dict, gold: str) -> tuple[Query, Key]:
+def _query(files: TaskFiles, question: dict, gold: str) -> tuple[Query, CalendarKey]:
     task, date = files.task, question.get("date")
     try:
         key, time_s = calendar_key(date), parse_date(date)
@@ -198,7 +198,7 @@ def _query(files: TaskFiles, question: dict, gold: str) -> tuple[Query, Key]:
     return Query(question["id"], task.name, task.content(question["input"]), gold, time_s), key
 
 
-def _profile(files: TaskFiles, question: dict, exclusions: list[Exclusion]) -> list[tuple[Interaction, Key]]:
+def _profile(files: TaskFiles, question: dict, exclusions: list[Exclusion]) -> list[tuple[Interaction, CalendarKey]]:
     """A question's profile as training pairs with calendar keys; items that make no pair are counted."""
     pairs = []
     for position, item in enumerate(question["profile"]):

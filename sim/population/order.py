@@ -11,12 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from untether.sim.core.clock import DAY_S
 from untether.sim.core.records import Exclusion, Interaction, Query, User
-from untether.sim.population.dates import DAY_S, strictly_earlier
+from untether.sim.population.dates import strictly_earlier
 from untether.sim.population.leaks import normalize, scored_texts
 from untether.sim.population.tasks import get_task
 
-Key = tuple[int, ...]
+CalendarKey = tuple[int, ...]
 _UNDATED = -float("inf")
 
 
@@ -97,10 +98,10 @@ def reveals(item: Interaction, scored: set[str]) -> bool:
 class Collected:
     """One user's questions of one task, as read: queries with calendar keys, and the union of their profiles."""
 
-    queries: list[tuple[Query, Key]] = field(default_factory=list)
-    items: dict[tuple, tuple[Interaction, Key]] = field(default_factory=dict)
+    queries: list[tuple[Query, CalendarKey]] = field(default_factory=list)
+    items: dict[tuple, tuple[Interaction, CalendarKey]] = field(default_factory=dict)
 
-    def add(self, query: Query, key: Key, profile: list[tuple[Interaction, Key]]) -> None:
+    def add(self, query: Query, key: CalendarKey, profile: list[tuple[Interaction, CalendarKey]]) -> None:
         """Adds a question, and the items of its profile that are new."""
         self.queries.append((query, key))
         for identity, item, item_key in told_apart(profile):
@@ -112,7 +113,7 @@ class Collected:
         return all(key for _, key in self.queries)
 
 
-def told_apart(profile: Iterable[tuple[Interaction, Key]]) -> Iterator[tuple[tuple, Interaction, Key]]:
+def told_apart(profile: Iterable[tuple[Interaction, CalendarKey]]) -> Iterator[tuple[tuple, Interaction, CalendarKey]]:
     """Yields the items of one profile with what identifies each: content and date, not id. Twice in one is two items.
     """
     copies: dict[tuple, int] = defaultdict(int)
@@ -195,7 +196,7 @@ def by_end(item: Interaction) -> tuple[float, float]:
     return (_UNDATED, _UNDATED) if end_s is None or item.time_s is None else (end_s, item.time_s)
 
 
-def visible_before(keys: list[Key], before: Key) -> int:
+def visible_before(keys: list[CalendarKey], before: CalendarKey) -> int:
     """Returns how many leading items are strictly earlier (of a history in the order `by_end`: all that are)."""
     return next((place for place, key in enumerate(keys) if not strictly_earlier(key, before)), len(keys))
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from untether.sim.core.records import Exclusion, Interaction, Query, User
 from untether.sim.population.dates import first_day, last_day, strictly_earlier
 from untether.sim.population.leaks import normalize
-from untether.sim.population.order import Collected, Key, by_end, told_apart, unique_ids, visible_before
+from untether.sim.population.order import CalendarKey, Collected, by_end, told_apart, unique_ids, visible_before
 from untether.sim.population.tasks import get_task
 
 
@@ -41,9 +41,9 @@ class Outlook:
     min_history: int
     replay: Replay
     earliest: dict[int, int] = field(default_factory=dict)
-    asked: set[Key] = field(default_factory=set)
+    asked: set[CalendarKey] = field(default_factory=set)
 
-    def see(self, query: Query, key: Key, profile: list[tuple[Interaction, Key]]) -> None:
+    def see(self, query: Query, key: CalendarKey, profile: list[tuple[Interaction, CalendarKey]]) -> None:
         """Adds the facts of one question and its profile."""
         dated = {hash(identity): item_key for identity, _, item_key in told_apart(profile) if item_key}
         self.earliest |= {identity: last_day(item_key) for identity, item_key in dated.items()}
@@ -67,15 +67,17 @@ class _Course:
     """One task of a user: its dated items and questions, in order of time."""
 
     task: str
-    items: list[tuple[Interaction, Key]]
-    questions: list[tuple[Query, Key]]
+    items: list[tuple[Interaction, CalendarKey]]
+    questions: list[tuple[Query, CalendarKey]]
 
     def start(self, min_history: int) -> int | None:
         """The first day that has so many items strictly before it."""
         ends = sorted(last_day(key) for _, key in self.items)
         return ends[min_history - 1] + 1 if len(ends) >= min_history else None
 
-    def asked(self, start: int, most: int, replay: Replay, exclusions: list[Exclusion]) -> list[tuple[Query, Key]]:
+    def asked(
+        self, start: int, most: int, replay: Replay, exclusions: list[Exclusion]
+    ) -> list[tuple[Query, CalendarKey]]:
         """The queries, each with its round: a text the first time that it is seen, if that is on `start` or later."""
         labels, seen, kept = get_task(self.task).labels, set(), []
         for query, key, of_file in self._candidates():
@@ -96,7 +98,7 @@ class _Course:
                 exclusions.append(Exclusion(reason, f"{self.task} {query.query_id}"))
         return kept
 
-    def _candidates(self) -> list[tuple[Query, Key, bool]]:
+    def _candidates(self) -> list[tuple[Query, CalendarKey, bool]]:
         """(query, key, whether it is a question of the file) of all that could be asked, in the order of asking; where
         an item tells the same on the same day, the file's own question comes first.
         """
@@ -159,7 +161,7 @@ def _course(task: str, own: Collected, exclusions: list[Exclusion]) -> _Course:
 
 
 def _user(
-    user_id: str, courses: Iterable[_Course], queries: list[tuple[Query, Key]], start: int, replay: Replay,
+    user_id: str, courses: Iterable[_Course], queries: list[tuple[Query, CalendarKey]], start: int, replay: Replay,
     exclusions: list[Exclusion],
 ) -> User:  # fmt: skip
     """An item comes when its days are over and all queries that are not surely later, of any task, have been asked."""

@@ -15,8 +15,7 @@ from untether.sim.population.lamp import read_lamp
 from untether.sim.population.order import order_of
 from untether.sim.population.replay import Replay
 from untether.sim.population.tasks import get_task
-from untether.sim.population.world import NOW_S, World
-from untether.sim.population.world import TASKS as WORLD_TASKS
+from untether.sim.population.world import NOW_S, WORLD_TASKS, World
 from untether.sim.population.world.truth import truth_rows
 
 

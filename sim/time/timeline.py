@@ -23,14 +23,13 @@ from typing import Any
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.seeding import derive
 from untether.sim.experiment import Experiment
+from untether.sim.prompts.protocol import CHARS_PER_TOKEN
 from untether.sim.time.asking import Ask, Asked, Final, Rules, Size, VirtualAttempt, ask_all
 from untether.sim.time.cost import CostModel, model_shape
 from untether.sim.time.hardware import THIS_MACHINE, Fleet, Profile
 from untether.sim.time.network import Link, Links, StateTrace
 from untether.sim.time.readiness import Body, Readiness, rest, work
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, TrainedVersion, Work
-
-CHARS_PER_TOKEN = 4
 
 
 @contextmanager

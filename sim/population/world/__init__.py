@@ -13,11 +13,12 @@ from functools import cached_property
 from random import Random
 from typing import NamedTuple
 
+from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
 from untether.sim.core.records import Interaction, Query, User
 from untether.sim.experiment.virtual_sections import Drift
 from untether.sim.population.world.base import Item, Scene, WorldTask
-from untether.sim.population.world.drift import DAY_S, progress
+from untether.sim.population.world.drift import progress
 from untether.sim.population.world.persona import (
     ARCHETYPES,
     Taste,
@@ -34,13 +35,13 @@ from untether.sim.population.world.tasks.plots import Plots
 from untether.sim.population.world.tasks.posts import Posts
 from untether.sim.population.world.tasks.reviews import Reviews
 
-__all__ = ["NOW_S", "SPLITS", "TASKS", "Persona", "World", "world_task"]
+__all__ = ["NOW_S", "SPLITS", "WORLD_TASKS", "Persona", "World", "world_task"]
 
 NOW_S = 1_735_689_600.0  # 2025-01-01: histories end here, queries begin
 ITEM_HOUR, QUERY_HOUR = 9, 18  # of the day
 SPLITS = tuple(ARCHETYPES)
 _BY_NAME: dict[str, WorldTask] = {t.name: t for t in (Citations(), Plots(), Reviews(), News(), Papers(), Posts())}
-TASKS = tuple(_BY_NAME)
+WORLD_TASKS = tuple(_BY_NAME)
 _USER_ID = re.compile(r"world-(\w+)-s(\d+)-(\d+)")
 
 
@@ -51,7 +52,7 @@ def world_task(name: str) -> WorldTask:
         UserError: The world does not have it; the message lists the tasks it has.
     """
     if name not in _BY_NAME:
-        raise UserError(f"the world has no task {name!r}: it has {', '.join(TASKS)}")
+        raise UserError(f"the world has no task {name!r}: it has {', '.join(WORLD_TASKS)}")
     return _BY_NAME[name]
 
 
@@ -85,7 +86,7 @@ class World:
 
     def cluster(self, user_id: str) -> str:
         """Returns what makes a user like others: the archetype they start from, in all tasks."""
-        return f"archetype-{self._changing(user_id, TASKS[0]).archetype}"
+        return f"archetype-{self._changing(user_id, WORLD_TASKS[0]).archetype}"
 
     def progress(self, user_id: str, task: str, time_s: float) -> float:
         """Returns how far any user of the world has changed from the old persona (0) to the new one (1) at a time."""
@@ -101,7 +102,7 @@ class World:
         self,
         index: int,
         split: str = "evaluation",
-        tasks: Sequence[str] = TASKS,
+        tasks: Sequence[str] = WORLD_TASKS,
         history: tuple[int, int] = (4, 8),
         queries: int = 10,
         *,

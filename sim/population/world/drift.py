@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from untether.sim.experiment.virtual_sections import Drift
 
-DAY_S = 86_400.0
-
 
 def progress(drift: Drift, days: float, phase: float) -> float:
     """Returns how far a user has changed from the old persona (0) to the new one (1).

@@ -14,7 +14,7 @@ from untether.sim.core.errors import UserError
 from untether.sim.core.records import Interaction, User
 from untether.sim.experiment.virtual_sections import Drift
 from untether.sim.population.tasks import get_task
-from untether.sim.population.world import NOW_S, TASKS, World, world_task
+from untether.sim.population.world import NOW_S, WORLD_TASKS, World, world_task
 from untether.sim.population.world.truth import changed_on
 
 SCHEMA_VERSION = "1"
@@ -25,7 +25,7 @@ def write_lamp(
     users: int = 200,
     seed: int = 0,
     *,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = WORLD_TASKS,
     split: str = "evaluation",
     history: tuple[int, int] = (4, 8),
     queries: int = 1,

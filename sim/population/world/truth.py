@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from untether.sim.core.clock import DAY_S
 from untether.sim.population.world import NOW_S, QUERY_HOUR, World, world_task
-from untether.sim.population.world.drift import DAY_S
 
 
 class Answers(NamedTuple):
