@@ -2,7 +2,7 @@
 
 python -m bench.mixed [--devices 40] [--steps 4]
 
-The same adapters, steps and batches, by turns: rows of texts that share their beginnings; such rows with every text
+The same adapters, steps and batches, by turns: rows of texts that share their prefixes; such rows with every text
 whole; and a text a row, padded, through the model's own forward pass (adapters stacked all the same).
 """
 
@@ -19,13 +19,13 @@ from bench.workload import Workload
 from untether.clients.engine import training
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.jobs import TrainJob
-from untether.clients.engine.kernels.lines import Beginnings
+from untether.clients.engine.kernels.lines import Prefixes
 from untether.sim.population.world import TASKS
 
 REPEATS = 3
 
 
-class _Whole(Beginnings):
+class _Whole(Prefixes):
     """Texts of which nothing may be shared."""
 
     def __init__(self, texts, limits):
@@ -44,12 +44,12 @@ def measure(devices: int = 40, steps: int = 4) -> dict[str, float]:
     workload = Workload(devices)
     lean = workload.base()
     own = FrozenBase(workload.plain_model(), lean.tokenizer, lean=False)
-    ways = {"packed": (lean, Beginnings), "packed, whole": (lean, _Whole), "a text a row": (own, Beginnings)}
+    ways = {"packed": (lean, Prefixes), "packed, whole": (lean, _Whole), "a text a row": (own, Prefixes)}
     best = dict.fromkeys(ways, float("inf"))
     losses: dict[str, list[float]] = {}
     for repeat in range(REPEATS + 1):  # the first warms up
-        for name, (base, beginnings) in ways.items():
-            with patch.object(training, "Beginnings", beginnings):
+        for name, (base, prefixes) in ways.items():
+            with patch.object(training, "Prefixes", prefixes):
                 begun = time.process_time()
                 results = training.train(base, jobs)
                 spent = time.process_time() - begun

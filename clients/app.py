@@ -1,4 +1,7 @@
-"""The Flower ClientApp: a thin host of many devices. Orders come in, counts go out, private things stay."""
+"""The Flower ClientApp: it hands the orders of the server to a host, which carries them out for its devices.
+
+Replies carry counts, outcomes and times. Histories, samples and private adapters stay in the devices' store.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ app = ClientApp()
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Says which partition this node is (node ids are random)."""
+    """Returns the number of the partition that this node has (node ids are random)."""
     partition = ConfigRecord({"partition": int(context.node_config["partition-id"])})
     return Message(RecordDict({"host": partition}), reply_to=message)
 
@@ -30,59 +33,66 @@ def hello(message: Message, context: Context) -> Message:
 @app.query("share")
 def share(message: Message, context: Context) -> Message:
     """Trains this host's part of the `shared` arm's adapters, once for the whole fleet."""
-    return carry_out(message, context)
+    return reply_to(message, context)
 
 
 @app.query("fetch")
 def fetch(message: Message, context: Context) -> Message:
     """Asks the cloud for this host's devices."""
-    return carry_out(message, context)
+    return reply_to(message, context)
 
 
 @app.query("filter")
 def filter_again(message: Message, context: Context) -> Message:
-    """Filters again what this host's devices hold, without the answers that never reached them."""
-    return carry_out(message, context)
+    """Filters the samples of this host's devices again, without the answers that never reached their device."""
+    return reply_to(message, context)
 
 
 @app.query("begin")
 def begin(message: Message, context: Context) -> Message:
     """Says what is shared before anybody trained."""
-    return carry_out(message, context)
+    return reply_to(message, context)
 
 
 @app.train()
 def update(message: Message, context: Context) -> Message:
     """Trains, for this host's devices, what the strategy has them train together."""
-    return carry_out(message, context)
+    return reply_to(message, context)
 
 
 @app.query("learn")
 def learn(message: Message, context: Context) -> Message:
-    """Trains and answers for this host's devices."""
-    return carry_out(message, context)
+    """Trains adapters and answers queries for this host's devices."""
+    return reply_to(message, context)
 
 
-def carry_out(message: Message, context: Context) -> Message:
-    """Carries out the order of a message, for the run that it names."""
+def reply_to(message: Message, context: Context) -> Message:
+    """Carries out the order in a message, for the run that the message names, and returns the reply as a message."""
 
     def work() -> Reply:
-        told = message.content["run"]
-        run = find_run(str(told["id"]))
+        settings = message.content["run"]
+        run = find_run(str(settings["id"]))
         progress = run.path / "state" / "progress" / f"{context.node_config['partition-id']}.done"
-        return run_order(make_executor(told, run, context), run, order_from(message.content), progress)
+        return run_order(make_executor(settings, run, context), run, order_from(message.content), progress)
 
     found = guarded(work)
     content = to_records(found) if isinstance(found, Reply) else RecordDict({"error": ConfigRecord(found)})
     return Message(content, reply_to=message)
 
 
-def make_executor(told: ConfigRecord, run: RunDirectory, context: Context) -> Executor:
-    """The worker of this host: a Ray actor, or this very process where there is no Ray."""
+def make_executor(settings: ConfigRecord, run: RunDirectory, context: Context) -> Executor:
+    """Returns the executor of this host: a Ray actor where Ray runs, otherwise this process.
+
+    Args:
+        settings: What the server sends about the run: its id, experiment, cloud endpoint and threads a worker.
+        run: The run directory, which gives the worker its folder for temporary files.
+        context: Flower's context of this node, which gives its number.
+    """
     partition = int(context.node_config["partition-id"])
-    endpoint = Endpoint(str(told["base_url"]), str(told["model"]), str(told["fingerprint"]))
+    endpoint = Endpoint(str(settings["base_url"]), str(settings["model"]), str(settings["fingerprint"]))
     scratch = str(Path(run.path / "state").resolve())
-    post = Post(str(told["id"]), str(told["experiment"]), endpoint, scratch, int(told["threads"]), partition)
+    run_id, experiment, threads = str(settings["id"]), str(settings["experiment"]), int(settings["threads"])
+    post = Post(run_id, experiment, endpoint, scratch, threads, partition)
     if _in_ray():
         return RayExecutor(f"worker-{context.run_id}-{partition}", post)
     return InProcess(lambda: _here().at(post))

@@ -15,7 +15,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """The run that `untether run` makes, with the experiment's fields in the run config."""
+    """Carries out the run that `untether run` would, with the experiment's fields from the run config."""
     run, threads, progress = from_run_config(dict(context.run_config))
     coordinate(grid, run, threads, progress, threading.Event())
     print(f"report:        {run.path.resolve() / 'report.html'}", flush=True)

@@ -1,4 +1,4 @@
-"""A gateway in a process of its own, for the length of a run: started on a free loopback port, stopped with it."""
+"""A gateway in a process of its own, for the length of a run: started on a free loopback port, stopped with the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROOT = str(import_root())
 
 @dataclass
 class Gateway:
-    """A running background gateway. `base_url` ends in `/v1`; `model` is what to ask for; use as a context manager."""
+    """A running background gateway; a context manager. `base_url` ends in `/v1`; `model` is the name to request."""
 
     base_url: str
     model: str
@@ -38,11 +38,11 @@ class Gateway:
         return self._process.pid
 
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """Returns whether the process still runs."""
         return self._process.poll() is None
 
     def stop(self) -> None:
-        """End the process; harmless when it has ended already."""
+        """Ends the process; harmless if it has already ended."""
         atexit.unregister(self.stop)
         if self.alive():
             self._process.terminate()
@@ -70,12 +70,20 @@ def start_background(
     api_key: str | None = None,
     start_timeout_s: float = 120.0,
 ) -> Gateway:
-    """Serve the named generator from another process and wait until it answers.
+    """Serves a named generator from another process and waits until it answers.
 
-    `options` must be JSON; `plugins` are those that the name may come from. Raises UserError where the generator
-    refuses its name or options, RuntimeError with the process's last words where it fails otherwise or does not answer
-    within `start_timeout_s`. The process prints nothing here, ignores Ctrl-C in the terminal (its parent decides) and
-    ends when its parent does.
+    The process prints nothing here, ignores Ctrl-C in the terminal (its parent decides) and ends when its parent does.
+
+    Args:
+        generator: Its registered name.
+        options: Its options, which must be JSON.
+        plugins: Plug-ins that may have registered the name.
+        api_key: The key that requests must carry, if any.
+        start_timeout_s: How long it may take to answer.
+
+    Raises:
+        UserError: The generator refuses its name or options.
+        RuntimeError: The process fails otherwise, or does not answer in time; the message has its last output.
     """
     path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}

@@ -1,4 +1,4 @@
-"""Micro-batching: requests that arrive together are answered by one call of a generator that is cheaper that way."""
+"""Micro-batching: requests that arrive together are answered by one call of a generator for which that is cheaper."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from untether.server.generator import Completion, GenerationRequest, Generator
 
 
 class Batcher:
-    """Gathers requests and hands them to `generator.generate` in a thread of its own, first come first served.
+    """Gathers requests and hands them to `generator.generate` in a thread of its own, first come, first served.
 
-    A batch holds what is waiting, after `max_wait_s` from its first request at most `generator.max_batch` (or 16). A
-    batch that fails is tried again one request at a time, so that only the guilty request gets the error.
+    A batch holds the waiting requests, after `max_wait_s` from its first one at most `generator.max_batch` (or 16). A
+    batch that fails is tried again one request at a time, so that only the failing request gets the error.
     """
 
     def __init__(self, generator: Generator, max_wait_s: float = 0.01) -> None:
@@ -24,7 +24,7 @@ class Batcher:
         self._loop_task: asyncio.Task[None] | None = None
 
     async def submit(self, request: GenerationRequest) -> Completion:
-        """The completion of one request, or the error that its generation raised."""
+        """Returns the completion of one request, or raises the error of its generation."""
         if self._loop_task is None:
             self._loop_task = asyncio.create_task(self._run())
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
@@ -32,7 +32,7 @@ class Batcher:
         return await answer
 
     async def close(self) -> None:
-        """Stop gathering; requests that still wait are cancelled."""
+        """Stops gathering; requests that still wait are cancelled."""
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)

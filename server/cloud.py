@@ -24,7 +24,7 @@ WORLD_DIALS = (
 
 @dataclass(frozen=True)
 class OpenCloud:
-    """Where to ask, and what to say of who answered."""
+    """The cloud of a running run: where to send requests, and what to report about it."""
 
     base_url: str
     model: str
@@ -34,7 +34,7 @@ class OpenCloud:
     dials: Mapping[str, Any] = field(default_factory=dict)
 
     def truth(self) -> dict[tuple[str, str, str], str]:
-        """What each sample of the embedded world's generator really was, by (task, input, output)."""
+        """Returns how the embedded world's generator made each sample, by (task, input, output)."""
         if self.truth_path is None:
             return {}
         from untether.server.generator.world import read_truth
@@ -42,7 +42,7 @@ class OpenCloud:
         return read_truth(self.truth_path)
 
     def facts(self) -> dict[str, Any]:
-        """What the report must tell its reader about this cloud."""
+        """Returns what the report says about this cloud."""
         return {
             "provider": self.provider,
             "model": self.model,
@@ -55,7 +55,7 @@ class OpenCloud:
 
 @contextlib.contextmanager
 def open_cloud(experiment: Experiment, run: RunDirectory) -> Iterator[OpenCloud]:
-    """Serves the embedded generator while it is open, or hands out the configured endpoint."""
+    """Yields the configured endpoint, or an embedded generator, which is served while the context is open."""
     settings = experiment.cloud
     if settings.provider == "openai":
         yield OpenCloud(settings.base_url, settings.model, "", "openai")
@@ -82,7 +82,11 @@ def _truth_path(cache: str, dials: Mapping[str, Any], run: RunDirectory) -> Path
 
 
 def check_cloud(experiment: Experiment) -> None:
-    """Raises UserError for a malformed address or a missing key (before anything starts)."""
+    """Checks address and key before anything starts.
+
+    Raises:
+        UserError: The address is malformed or the key is missing.
+    """
     settings = experiment.cloud
     if settings.provider == "openai":
         url = urlsplit(settings.base_url)

@@ -1,4 +1,4 @@
-"""Coordinates runs: the round loop over Flower's nodes, with the cloud open beside it."""
+"""The coordinator of runs: the round loop over Flower's nodes, with the cloud available beside it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ from untether.strategies import open_strategy
 def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, stop: threading.Event) -> None:
     """Runs every round that is not committed yet, then turns the run directory into tables and a report.
 
-    Raises UserError, ResumableStop (interrupt, unreachable cloud, full disk: resume goes on) and Failure.
+    Args:
+        grid: Flower's grid.
+        run: The run directory.
+        threads: Torch threads of each worker.
+        progress: Receives what is done.
+        stop: Set from outside to stop the run, resumably.
+
+    Raises:
+        UserError: A mistake in the experiment or the input.
+        ResumableStop: An interrupt, an unreachable cloud or a full disk; the run can be resumed.
+        Failure: A defect.
     """
     strategy = open_strategy(run.experiment)
     with Usage() as usage, announced(run) as name, open_cloud(run.experiment, run) as cloud:
@@ -33,10 +43,13 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
 def make_app(
     runs: Iterable[tuple[RunDirectory, int]], progress: Progress, stop: threading.Event, failed: list[BaseException]
 ) -> ServerApp:
-    """The ServerApp of in-process runs: coordinates each, with its threads a worker, when the one before has ended.
+    """Returns the ServerApp of in-process runs, which coordinates them one after the other.
 
-    `runs` is asked for the next one only then. The first error ends it all; it is put into `failed`, too, since Flower
-    does not raise it where its caller handles another exception.
+    Args:
+        runs: Run directories, each with the threads of a worker; the next is requested when the one before has ended.
+        progress, stop: As in `coordinate`.
+        failed: Receives the first error, which ends everything: Flower does not raise it where its caller handles
+            another exception.
     """
     in_process = ServerApp()
 

@@ -1,4 +1,4 @@
-"""Any generator behind an OpenAI-compatible endpoint, so that devices meet one kind of cloud only: HTTP.
+"""An OpenAI-compatible endpoint for any generator, so that devices reach every kind of cloud over HTTP.
 
 `serve` blocks (`untether cloud serve`); `start_background` serves from a process of its own on a free loopback port, so
 that the caller's event loop and this one do not share a core's GIL, and ends with its parent, however that one dies.
@@ -33,7 +33,7 @@ __all__ = ["ApiError", "Gateway", "create_app", "serve", "start_background"]
 
 
 class ApiError(Exception):
-    """An error as OpenAI's API shapes it."""
+    """An error in the form of OpenAI's API."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str = "", param: str = ""):
         super().__init__(message)
@@ -42,9 +42,12 @@ class ApiError(Exception):
 
 
 def create_app(generator: Generator, api_key: str | None = None, max_wait_s: float = 0.01) -> FastAPI:
-    """The endpoint: `POST /v1/chat/completions`, `GET /v1/models`, `GET /health`.
+    """Returns the endpoint: `POST /v1/chat/completions`, `GET /v1/models`, `GET /health`.
 
-    A batched generator gets what arrives within `max_wait_s` of the first waiting request in one call.
+    Args:
+        generator: Writes the answers.
+        api_key: The key that requests must carry, if any.
+        max_wait_s: A batched generator gets the requests of this long after the first waiting one in one call.
     """
     batcher = Batcher(generator, max_wait_s) if generator.batched else None
 
@@ -100,9 +103,18 @@ def serve(
     api_key: str | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
-    """Serve until interrupted. `generator` may be a registered name, with its `options`; `port` 0 takes a free one.
+    """Serves until interrupted.
 
-    `announce` gets one line with the base URL and the model once the port is open. Raises UserError where it is taken.
+    Args:
+        generator: A generator or a registered name.
+        host: The address to listen on.
+        port: 0 takes a free one.
+        options: Those of a named generator.
+        api_key: The key that requests must carry, if any.
+        announce: Called with one line, the base URL and the model, once the port is open.
+
+    Raises:
+        UserError: The port is taken.
     """
     if isinstance(generator, str):
         generator = create(generator, options)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import ARMS, settings, untether
 from tests.sim.population.lamp_files import article, question, write
 from untether.clients.base_model import resolve
+from untether.sim.core.clock import DAY_S
 from untether.sim.experiment import Experiment
-from untether.sim.population.dates import DAY_S
 from untether.sim.population.order import over_s
 from untether.sim.population.source import device_id, open_population
 from untether.sim.run.directory import TABLES, RunDirectory

@@ -1,6 +1,6 @@
 """Untether: simulate a fleet of phones that each personalize a small language model with a cloud model's help.
 
-What a script or a notebook needs is in `untether.api`, at home here too and loaded when it is asked for.
+Scripts and notebooks use `untether.api`, whose names are available here too, loaded on first use.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Runs from Python: in a script, or in a notebook, whose kernel, output and signals are left alone.
+"""Runs from Python: in a script, or in a notebook, whose kernel, output and signals are not changed.
 
-The coordinator works in a thread of its own. So whoever called may be interrupted while it waits, may itself be any
-thread, and may have an event loop running.
+The coordinator works in a thread of its own. So the caller may be interrupted while it waits, may itself be any thread,
+and may have an event loop running.
 """
 
 from __future__ import annotations
@@ -30,20 +30,23 @@ __all__ = ["Callback", "Experiment", "Failure", "ResumableStop", "Run", "UserErr
 
 
 class Callback(Protocol):
-    """Who is told of a run, in this process. An error that it raises stops the run, which can be gone on with."""
+    """Receives the events of a run, in this process. An error that it raises stops the run, which can be resumed."""
 
     def on_start(self, run: Run) -> None:
-        """Before the first round that is still to do; in the caller's thread, as `on_end`."""
+        """Is called before the first round that is still to do; in the caller's thread, as `on_end`."""
 
     def on_round(self, seed: int, round: int, facts: Mapping[str, Any]) -> None:
-        """A round is committed: `facts["totals"]` counts what was done in it. In the coordinator's thread."""
+        """Is called when a round is committed, in the coordinator's thread; `facts["totals"]` counts the work done in
+        it.
+        """
 
     def on_end(self, run: Run) -> None:
-        """Tables and report are written."""
+        """Is called when tables and report are written."""
 
 
 class Run:
-    """A run directory, read as pandas frames, a fresh one each time. UserError where the run is not finished."""
+    """A run directory, read as pandas frames, a fresh one each time. Tables raise UserError until the run is finished.
+    """
 
     def __init__(self, directory: RunDirectory):
         self._directory = directory
@@ -110,8 +113,14 @@ class Run:
     ) -> Path:
         """Writes one device's adapter as a PEFT folder, which `PeftModel.from_pretrained` loads, and returns its path.
 
-        `seed`: the run's first unless given; `out`: a folder under `exported/` of the run directory unless given.
-        UserError names what there is where device, arm or seed is not.
+        Args:
+            device: The device's id.
+            arm: The arm that trained it.
+            seed: By default the run's first.
+            out: By default a folder under `exported/` of the run directory.
+
+        Raises:
+            UserError: Device, arm or seed is not in the run; the message names those that are.
         """
         from untether.clients.stores.export import export_adapter
 
@@ -140,7 +149,11 @@ class Run:
 
 
 def open(path: str | Path) -> Run:
-    """The run in a run directory. UserError where there is none."""
+    """Returns the run in a run directory.
+
+    Raises:
+        UserError: There is none.
+    """
     return Run(RunDirectory.open(path))
 
 
@@ -151,17 +164,25 @@ def run(
     progress: bool = True,
     **settings: Any,
 ) -> Run:
-    """Runs an experiment and returns what came out.
+    """Runs an experiment and returns its results.
 
-    `experiment` is one, a TOML file, or fields; `settings` are fields, which go before. Fields are dotted
-    (`{"lora.rank": 4}`) or by section (`lora={"rank": 4}`), with values or texts as `--set` takes them. `out` is the
-    run directory (None: the first of `runs/NAME`, `runs/NAME-2`, ... that is free). Where it holds a run of this
-    experiment, or none is given, that one is gone on with, or returned if it is finished. `progress` says whether
-    lines are printed.
+    Args:
+        experiment: An experiment, a TOML file, or fields.
+        out: The run directory; None: the first of `runs/NAME`, `runs/NAME-2`, ... that is free. If it holds a run of
+            this experiment, or no experiment is given, that run is resumed, or returned if it is finished.
+        callbacks: Receive the run's events.
+        progress: Whether lines are printed.
+        settings: Fields, which override those of `experiment`: dotted (`{"lora.rank": 4}`) or by section
+            (`lora={"rank": 4}`), with values or texts as `--set` takes them.
 
-    Raises UserError for a mistake in the experiment or the input, ResumableStop (whose message says how to go on) where
-    the cloud is gone, a disk full or a callback failed, KeyboardInterrupt after Ctrl-C, Failure for a defect. What was
-    committed before counts; nothing of the run is left running.
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: A mistake in the experiment or the input.
+        ResumableStop: The cloud is unreachable, a disk is full or a callback failed; the message says how to resume.
+        KeyboardInterrupt: Ctrl-C. What was committed before counts; nothing of the run is left running.
+        Failure: A defect.
     """
     directory = _directory(_experiment(experiment, settings), None if out is None else Path(out).expanduser())
     made = Run(directory)
@@ -186,13 +207,13 @@ def run(
 def _experiment(
     given: Experiment | Mapping[str, Any] | str | Path | None, settings: Mapping[str, Any]
 ) -> Experiment | None:
-    """The experiment that is meant; None where nothing is said."""
+    """The experiment that is meant; None where nothing is given."""
     if given is None and not settings:
         return None
-    said = dict(_dotted(given)) if isinstance(given, Mapping) else {}
+    dotted = dict(_dotted(given)) if isinstance(given, Mapping) else {}
     path = given if isinstance(given, (str, Path)) else None
     whole = given if isinstance(given, Experiment) else Experiment.read(path)
-    return Experiment.build(whole.model_dump(), {**said, **dict(_dotted(settings))}, "the experiment given")
+    return Experiment.build(whole.model_dump(), {**dotted, **dict(_dotted(settings))}, "the experiment given")
 
 
 def _dotted(given: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

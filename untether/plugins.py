@@ -1,4 +1,4 @@
-"""For plug-ins: `register` makes a thing known by name, `Section` is what its settings are derived from.
+"""The interface for plug-ins: `register` registers a thing by name, `Section` is the base class of its settings.
 
 `docs/extending.md` shows one of each kind. `apart` is for their tests.
 """

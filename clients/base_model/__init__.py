@@ -13,10 +13,12 @@ FOLDER = Path(__file__).parent
 
 
 def resolve(base: str) -> str:
-    """The name or path behind `model.base`: `embedded` is the committed checkpoint, anything else is left as it is.
+    """Returns the name or path behind `model.base`: `embedded` is the committed checkpoint, anything else is unchanged.
 
-    The environment variable UNTETHER_BASE_MODEL names another folder for `embedded`. Raises UserError where there is
-    no checkpoint.
+    The environment variable UNTETHER_BASE_MODEL names another folder for `embedded`.
+
+    Raises:
+        UserError: There is no checkpoint.
     """
     if base != "embedded":
         return base

@@ -45,7 +45,14 @@ _BY_CLOCK = (
 
 
 def model_card(recipe: Any, facts: dict[str, Any], parameters: int, sha256: str) -> str:
-    """The card's Markdown from a `Recipe` and what the training reported."""
+    """Returns the model card as Markdown.
+
+    Args:
+        recipe: The `Recipe` that the model was trained by.
+        facts: What the training reported.
+        parameters: The number of the model's weights.
+        sha256: Of the file of weights.
+    """
     return _CARD.format(
         parameters=parameters,
         context=recipe.context,

@@ -1,8 +1,8 @@
-"""What the embedded model reads in pretraining: other people's prompts and answers, without their names.
+"""The pretraining corpus of the embedded model: prompts and answers of other people, without their names.
 
-Only users and archetypes of the world's `pretraining` split occur. A document is one prompt with its answer; some
-have items of the same user in front, as the rag arm shows them; some are of a task's auxiliary form; some only ask
-what a text is about. The last help the model to read before it learns tastes, so they are frequent in early chunks.
+Only users and archetypes of the world's `pretraining` split occur. A document is one prompt with its answer; some have
+items of the same user in front, as the rag arm shows them; some are of a task's auxiliary form; some only ask what a
+text is about. The last kind teaches the model to read before it learns preferences, so it is frequent in early chunks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from untether.clients.engine.encoding import encode_answer, encode_prompt
 from untether.sim.core.seeding import generator
 from untether.sim.population.tasks import get_task, rag_prompt
-from untether.sim.population.world import TASKS, World, world_task
+from untether.sim.population.world import WORLD_TASKS, World, world_task
 
 USERS_A_CHUNK = 96
 AUXILIARY_SHARE = 0.25
@@ -58,9 +58,13 @@ class Batch(NamedTuple):
 
 
 def documents(seed: int, chunk: int, split: str = "pretraining", users: int = 0) -> list[Document]:
-    """The documents of `users` users (0: of a chunk's usual number): chunk after chunk, always other ones.
+    """Returns the documents of one chunk of the corpus, which follow from the arguments alone.
 
-    Follows from (seed, chunk, split, users).
+    Args:
+        seed: Of the corpus.
+        chunk: Number of the chunk; every chunk has other users.
+        split: The world's split that the users are of.
+        users: How many users; 0 is a chunk's usual number.
     """
     users = users or USERS_A_CHUNK
     world, rng = World(seed), generator(seed, "corpus", split, chunk)
@@ -69,7 +73,7 @@ def documents(seed: int, chunk: int, split: str = "pretraining", users: int = 0)
     found = []
     for index in range(chunk * users, (chunk + 1) * users):
         user = world.user(index, split, history=(PER_USER, PER_USER), queries=PER_USER)
-        for name in TASKS:
+        for name in WORLD_TASKS:
             task, items = get_task(name), user.of_task(name)
             for query in (q for q in user.queries if q.task == name):
                 shown: Sequence = ()
@@ -87,7 +91,13 @@ def documents(seed: int, chunk: int, split: str = "pretraining", users: int = 0)
 
 
 def build_tokenizer(seed: int, vocabulary: int, chunks: int = 8) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (so that any text round-trips) trained on the world's texts and some general English."""
+    """Trains a byte-level BPE tokenizer (any text round-trips) on the world's texts and some general English.
+
+    Args:
+        seed: Of the texts.
+        vocabulary: Number of tokens.
+        chunks: How many chunks of the corpus it is trained on.
+    """
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -113,7 +123,7 @@ def build_tokenizer(seed: int, vocabulary: int, chunks: int = 8) -> PreTrainedTo
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, found: Sequence[Document]) -> list[Encoded]:
-    """Token ids of documents, as `clients.engine.encoding` gives them to a device."""
+    """Returns the token ids of documents, as `clients.engine.encoding` makes them on a device."""
     frame = encode_prompt(tokenizer, "\x00")
     inside = tokenizer("\x00", add_special_tokens=False)["input_ids"]
     at = next(i for i in range(len(frame)) if frame[i : i + len(inside)] == inside)
@@ -128,7 +138,13 @@ def encode(tokenizer: PreTrainedTokenizerFast, found: Sequence[Document]) -> lis
 
 
 def batches(found: Sequence[Encoded], tokens: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """All documents once, in batches of like length and at most `tokens` places, in random order."""
+    """Yields all documents once, in batches of similar length, in random order.
+
+    Args:
+        found: The documents.
+        tokens: Most tokens of a batch, padding included.
+        rng: Draws the order.
+    """
     order = sorted(range(len(found)), key=lambda i: len(found[i].ids))
     groups: list[list[int]] = [[]]
     for i in order:

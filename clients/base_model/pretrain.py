@@ -1,7 +1,7 @@
-"""Makes the embedded on-device model: what `untether model pretrain` runs.
+"""Pretraining of the embedded on-device model: what `untether model pretrain` runs.
 
-The model learns the six tasks and the average taste of the world's pretraining users, and no user. Only the answer is
-scored, and a thin sample of the prompt's tokens so that words get to know each other.
+The model learns the six tasks and the average preferences of the world's pretraining users, and no single user. The
+loss is on the answers, and on a thin sample of the prompts' tokens, which teaches it how words go together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from untether.sim.core.seeding import derive, generator
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the weights follow from (apart from floating-point rounding)."""
+    """All settings that the weights follow from (apart from floating-point rounding)."""
 
     seed: int = 0
     steps: int = 5440
@@ -62,13 +62,25 @@ def pretrain(
     save_every: int = 250,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Train the embedded model into the Hugging Face folder `out` on the CPU, and return it.
+    """Trains the embedded model on the CPU and writes it as a Hugging Face folder.
 
-    `minutes`, if not 0, bounds the training's wall time (earlier runs into the same folder included): the learning rate
-    then falls with the clock where that is ahead of the steps, and the weights depend on the machine's speed.
-    `recipe`, if given, overrides `seed`. Resumes from `out/resume` if that holds a state of the same recipe. Each of
-    `processes` computes on one thread its share of every step's batches, which is far faster than one process of as
-    many threads on a model this small; their number changes nothing but rounding. It must divide `recipe.accumulate`.
+    Resumes from `out/resume` if that holds a state of the same recipe.
+
+    Args:
+        out: The folder to write.
+        seed: Of everything random; the recipe's seed where one is given.
+        minutes: Bound on the wall time of the training, earlier runs into the same folder included; 0 is none. With a
+            bound, the learning rate follows the clock where that is ahead of the steps, so the weights depend on the
+            machine's speed.
+        recipe: The settings of the training; by default those of the committed model.
+        processes: Processes that each compute a share of every step's batches on one thread, which is far faster than
+            one process with as many threads on a model this small. Changes nothing but rounding. Must divide
+            `recipe.accumulate`.
+        save_every: Steps between two saved states.
+        say: Called with each line of progress.
+
+    Returns:
+        `out`.
     """
     out, recipe = Path(out), recipe or Recipe(seed=seed)
     if recipe.accumulate % processes:
@@ -142,10 +154,10 @@ def _train(rank: int, processes: int, out: Path, recipe: Recipe, minutes: float,
 
 def _agree(value: float, processes: int) -> float:
     """The first process's value, so that all end at the same step."""
-    told = torch.tensor([value], dtype=torch.float64)
+    shared = torch.tensor([value], dtype=torch.float64)
     if processes > 1:
-        torch.distributed.broadcast(told, 0)
-    return told.item()
+        torch.distributed.broadcast(shared, 0)
+    return shared.item()
 
 
 def _sum_gradients(model: torch.nn.Module, processes: int) -> None:
@@ -160,7 +172,7 @@ def _sum_gradients(model: torch.nn.Module, processes: int) -> None:
 
 @torch.no_grad()
 def held_out_loss(model, tokenizer, seed: int, users: int = 64) -> dict[str, float]:
-    """Mean loss a token of answers to validation users' plain queries, by task: what not knowing a user costs."""
+    """Returns the mean loss a token of the answers to validation users' plain queries, by task."""
     found = [d for d in encode(tokenizer, documents(seed, 0, "validation", users)) if len(d.ids) < 400]
     by_task: dict[str, list[Encoded]] = defaultdict(list)
     for document in found:

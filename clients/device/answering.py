@@ -1,4 +1,4 @@
-"""How devices answer their users, offline: every query, by every arm, in batches on the one resident base model."""
+"""Offline answers: every query of every device, by every arm, in batches on the one resident base model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ Owner = tuple[object, str]
 
 @dataclass(frozen=True, slots=True)
 class LiveAdapter:
-    """One adapter: since when it answers (virtual time), and the date of the latest item that it may have seen."""
+    """An adapter, the virtual time from which it answers, and the date of the latest item it may have been trained on.
+    """
 
     spec: LoraSpec
     state: Mapping[str, Tensor]
@@ -65,10 +66,18 @@ class _Answer:
 def answer(
     worker: Worker, order: Learn, devices: Sequence[Device], adapters: Mapping[Owner, Sequence[LiveAdapter]]
 ) -> list[dict[str, Any]]:
-    """Prediction rows, scored, of these devices for every arm that they answer themselves (all but `cloud`).
+    """Answers the queries of devices by every arm except `cloud`, and scores the answers.
 
-    Of an owner's adapters, in the order in which they go live, the newest that is live when the query comes answers:
-    the last one where queries wait for the round's end. Without any the base alone answers.
+    Args:
+        worker: The worker, with its base model.
+        order: The order of the learn pass, which names the round and its schedule.
+        devices: The devices to answer for.
+        adapters: The adapters by owner, in the order in which they go live. The newest that is live at the time of a
+            query answers it; the last one where queries are asked at the round's end; the base model where there is
+            none.
+
+    Returns:
+        Rows of the table `predictions`.
     """
     timeline, rows, questions = worker.timeline(order.seed, order.measured), [], []
     for device in devices:
@@ -101,17 +110,19 @@ def answer(
 def cloud_answers(
     worker: Worker, order: Learn, devices: Sequence[Device], inputs: Inputs
 ) -> list[dict[str, Any]]:
-    """Prediction rows of the `cloud` arm, from what the fetch pass got: `no_answer` where nothing came back, or where
-    what came never reached its device. When it came stands in the request's event.
+    """Returns prediction rows of the `cloud` arm, from the answers of the fetch pass.
+
+    The outcome is `no_answer` where the cloud sent none, or where the answer never reached its device. The time of an
+    answer is that of the request's event.
     """
     lost = {row.request for row in order.lost}  # of these very devices
     found = rows_of(inputs.answers)
-    came = {(row["device_id"], row["query_id"]): row for row in found if row["request_id"] not in lost}
+    received = {(row["device_id"], row["query_id"]): row for row in found if row["request_id"] not in lost}
     rows = []
     for device in devices:
         items = device.real_items(worker.experiment, order.round)
         for query in device.queries(order.round):
-            found = came.get((device.device_id, query.query_id), {"outcome": "no_answer", "text": ""})
+            found = received.get((device.device_id, query.query_id), {"outcome": "no_answer", "text": ""})
             row = prediction_row(device, query, CLOUD, answered_by=ARMS[CLOUD].answers)
             row["data_until_s"] = _newest_s(items, query.task)
             rows.append(answered(row, found["text"], found["outcome"]))

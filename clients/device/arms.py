@@ -17,11 +17,14 @@ from untether.sim.population.tasks import get_task
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """What one device could train on in one round.
+    """What one device can train on in one round.
 
-    `real` is its own history; `accepted` what its filters kept; `unfiltered` all that the cloud wrote but leaks;
-    `foreign` accepted samples of one other user, for the placebo; `of_second` of them are of a second one, of tasks of
-    which the first has too few.
+    Args:
+        real: Its own history.
+        accepted: Synthetic samples that its filters accepted.
+        unfiltered: All synthetic samples but leaks.
+        foreign: Samples that one other user's filters accepted, for the placebo.
+        of_second: How many of `foreign` are of a second user, for tasks of which the first has too few.
     """
 
     real: tuple[Interaction, ...]
@@ -32,7 +35,13 @@ class TrainingData:
 
 
 def training_pairs(arm: str, material: TrainingData, seed: int, device_id: str, round: int) -> list[tuple[str, str]]:
-    """The (prompt, answer) pairs that one arm of one device trains on: real items first, in history order."""
+    """Returns the (prompt, answer) pairs that one arm of one device trains on: real items first, in history order.
+
+    Args:
+        arm: Name of the arm.
+        material: What the device can train on.
+        seed, device_id, round: What random draws follow from.
+    """
     real: Sequence[Interaction] = material.real if "real" in ARMS[arm].learns else ()
     return [_pair(item) for item in (*real, *_synthetic(arm, material, seed, device_id, round))]
 

@@ -1,4 +1,4 @@
-"""What a device asks the cloud for, and what it keeps of the replies: orders for samples in, synthetic samples out."""
+"""Augmentation on the device: requests for synthetic samples, and the samples that the replies hold."""
 
 from __future__ import annotations
 
@@ -28,10 +28,20 @@ def samples_requests(
     show_items: int = 16,
     show_chars: int = 12_000,
 ) -> list[CloudRequest]:
-    """An order for `count` samples as requests of at most `samples_per_request`, named `request_id`, `request_id+1`...
+    """Splits an order for synthetic samples of one task into requests, named `request_id`, `request_id+1`, ...
 
-    Every request shows the newest of `items` (one task's, history order) and is a draw of its own. Each uploads what it
-    shows: the privacy ledger counts all of them.
+    Every request has its own random draws and uploads the items that it shows: the privacy ledger counts all of them.
+
+    Args:
+        task: The task.
+        items: The task's items in history order; the newest are shown.
+        count: How many samples to ask for in all.
+        request_id: Name of the first request.
+        device_id: The device that asks.
+        seed, round, purpose: What the requests' seeds follow from.
+        samples_per_request: Most samples of one request.
+        show_items: Most items that a request shows.
+        show_chars: Most characters of items that a request shows.
     """
     requests = []
     for part, wanted in enumerate(_split(count, samples_per_request)):
@@ -67,7 +77,20 @@ def answer_request(
     show_chars: int = 12_000,
     temperature: float = 0.0,
 ) -> CloudRequest:
-    """A query for the cloud model to answer with the history in its prompt (the `cloud` arm); greedy by default."""
+    """Returns a request for the cloud model's answer to a query, with the history in its prompt (the `cloud` arm).
+
+    Args:
+        task: The task.
+        items: The task's items in history order; the newest are shown.
+        query: The query's content.
+        query_id: Its name in the privacy ledger.
+        request_id: Name of the request.
+        device_id: The device that asks.
+        seed, round: What the request's seed follows from.
+        show_items: Most items that the request shows.
+        show_chars: Most characters of items that the request shows.
+        temperature: 0 is greedy.
+    """
     prompt = build_answer_request(
         task, items, query, query_id=query_id, max_items=show_items, max_chars=show_chars
     )  # fmt: skip
@@ -87,7 +110,8 @@ def answer_request(
 
 
 def sample_orders(experiment: Experiment, order: Order, device: Device) -> list[CloudRequest]:
-    """All requests for synthetic samples that a device may make in a round: per task, from what it knows by then."""
+    """Returns all requests for synthetic samples that a device may make in a round, from the items that it has by then.
+    """
     cloud = experiment.cloud
     if not cloud.samples or not any(arm.needs_samples for arm in records(experiment.arms)):
         return []
@@ -105,7 +129,7 @@ def sample_orders(experiment: Experiment, order: Order, device: Device) -> list[
 
 
 def questions(experiment: Experiment, order: Order, device: Device) -> list[tuple[CloudRequest, Query]]:
-    """The cloud arm's requests of a device: every query of the round with the history in its prompt."""
+    """Returns the requests of a device's cloud arm: every query of the round with the history in its prompt."""
     cloud = experiment.cloud
     if CLOUD not in experiment.arms:
         return []
@@ -125,9 +149,9 @@ def questions(experiment: Experiment, order: Order, device: Device) -> list[tupl
 
 
 def samples_from(requests: Sequence[CloudRequest], replies: Sequence[CloudReply]) -> list[Sample]:
-    """The samples of the replies, in the order of the requests, with ids `request_id/number`.
+    """Returns the samples in the replies, in the order of the requests, with ids `request_id/number`.
 
-    Labels are written as the task writes them where they differ in case or outer spaces only.
+    Labels that differ from the task's in case or outer spaces only are written as the task writes them.
     """
     by_id: Mapping[str, CloudReply] = {reply.request_id: reply for reply in replies}
     samples = []
@@ -142,7 +166,8 @@ def samples_from(requests: Sequence[CloudRequest], replies: Sequence[CloudReply]
 
 
 def merge_outcomes(replies: Sequence[CloudReply]) -> str:
-    """The outcome of an order that was split: `ok` if any part brought samples, else that of its first part."""
+    """Returns the outcome of an order that was split: `ok` if any part returned samples, else that of its first part.
+    """
     if any(reply.ok for reply in replies):
         return "ok"
     return replies[0].outcome if replies else "no_samples"

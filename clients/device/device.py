@@ -23,14 +23,14 @@ class Device:
         return device_id(self.index)
 
     def real_items(self, experiment: Experiment, round: int) -> tuple[Interaction, ...]:
-        """What the device may train on, retrieve and show to the cloud in a round: per task, what it knows by then."""
+        """Returns the items that the device has in a round: it may train on, retrieve and show them to the cloud."""
         most = experiment.population.max_history
         return tuple(item for task in self.user.tasks for item in known_history(self.user, task, round, most))
 
     def queries(self, round: int) -> tuple[Query, ...]:
-        """The queries that its user asks in a round."""
+        """Returns the queries that its user asks in a round."""
         return asked(self.user, round)
 
     def held_out(self, round: int) -> tuple[Query, ...]:
-        """The queries of this round and those still to come: nothing that the device learns from may hold them."""
+        """Returns the queries of a round and of all later ones: no training data of the device may hold them."""
         return tuple(query for query in self.user.queries if query.round is None or query.round >= round)

@@ -1,7 +1,7 @@
-"""The fetch pass: a shard of devices asks the cloud, over HTTP, and filters what comes back.
+"""The fetch pass: a shard of devices asks the cloud, over HTTP, and filters the samples.
 
-Also where the `cloud` arm's queries are asked, of the same endpoint. Whether the answers reach their device is for the
-schedule to say, so the learn pass records them.
+The queries of the `cloud` arm are asked here too, of the same endpoint. Whether an answer reaches its device is decided
+by the schedule, so the learn pass records it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ ASKING = 0.4
 
 
 def fetch(worker: Worker, order: Fetch, inputs: Inputs) -> Outcome:
-    """Runs the pass: samples with every filter's score, attempts, and the cloud's answers to queries."""
+    """Carries out the fetch pass for an order's devices.
+
+    Args:
+        worker: The worker, with its encoder and cloud endpoint.
+        order: Which devices ask, and which of their requests are granted.
+        inputs: What the devices' store holds for them.
+
+    Returns:
+        The reply with all attempts; rows of samples with every filter's score, and of the cloud's answers to queries.
+    """
     due, held = set(order.due), {row.request for row in order.held}
     devices = worker.devices(order)
     experiment = worker.experiment
@@ -68,21 +77,23 @@ def fetch(worker: Worker, order: Fetch, inputs: Inputs) -> Outcome:
 
 
 def filter_again(worker: Worker, order: Refilter, inputs: Inputs) -> Outcome:
-    """Runs the filters of devices that lost some answers on the others, as if those had never been written: a sample
-    that is not there makes no other one a duplicate. Those of the `lost` requests are `NOT_RECEIVED`.
+    """Filters the samples of devices again, as if the lost answers had never been written.
+
+    A sample that is missing makes no other one a duplicate. Samples of the `lost` requests get the verdict
+    `NOT_RECEIVED`.
     """
     lost = {row.request for row in order.lost}
     devices = worker.devices(order)
     by_name = {device.device_id: device.index for device in devices}
-    came: dict[int, list[Sample]] = {device.index: [] for device in devices}
+    received: dict[int, list[Sample]] = {device.index: [] for device in devices}
     missed: dict[int, list[JudgedSample]] = {device.index: [] for device in devices}
     for row in rows_of(inputs.samples):
         sample, device = Sample(*(row[name] for name in Sample.__dataclass_fields__)), by_name[row["device_id"]]
         if sample.request_id in lost:
             missed[device].append(JudgedSample(sample, None, None, None, NOT_RECEIVED))
         else:
-            came[device].append(sample)
-    judged = _judge(worker, order, devices, came)
+            received[device].append(sample)
+    judged = _judge(worker, order, devices, received)
     rows = [_sample_row(device, item) for device in devices for item in (*judged[device.index], *missed[device.index])]
     columns = {"device": [device.index for device in devices], "outcome": ["ok"] * len(devices)}
     return Outcome(_reply(worker, order, devices, judged, columns, {}), {"samples": rows})
@@ -163,7 +174,7 @@ def _sample_row(device: Device, item: JudgedSample) -> dict[str, Any]:
 
 
 def is_leak(item: JudgedSample) -> bool:
-    """Whether the evaluator found a held-out text in it: no arm may learn from it."""
+    """Returns whether the evaluator found a held-out text in a sample: no arm may train on it."""
     return bool(item.extra.get("leak"))
 
 

@@ -1,7 +1,7 @@
 """The learn pass: devices train their adapters and answer their users' queries, offline.
 
 All devices (times arms) of an order are trained and decoded together on the one resident base model. What a device
-learns depends only on its own data and on (seed, device, round): never on who else is in the order, or on other arms.
+learns depends only on its own data and on (seed, device, round): never on which other devices or arms are in the order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.engine.encoding import encode_answer, encode_prompt
 from untether.clients.engine.training import Example, TrainJob, TrainResult
 from untether.clients.stores.adapter_cache import train_once
-from untether.clients.stores.adapter_store import State, adapter_version, as_arrays, as_tensors
+from untether.clients.stores.adapter_store import AdapterArrays, adapter_version, as_arrays, as_tensors
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.kinds import POLICIES
 from untether.sim.core.learning import LoraSpec, TrainSettings
@@ -40,7 +40,16 @@ TRAINING = 0.8
 
 
 def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
-    """Runs the pass: the adapters that the order's versions have trained in this round, every answer, every score."""
+    """Carries out the learn pass for an order's devices.
+
+    Args:
+        worker: The worker, with its base model.
+        order: The versions of adapters to train, and the round's schedule.
+        inputs: What the devices' store holds for them: samples, and adapters to continue from.
+
+    Returns:
+        The reply with counts; trained adapters, and rows of predictions, metrics, training and uploads.
+    """
     experiment, devices = worker.experiment, worker.devices(order)
     placebos: dict[int, tuple[int, int, bool]] = {}
     versions = _by_device(order.versions)
@@ -94,13 +103,13 @@ def _by_device(versions: Iterable[Version]) -> dict[int, list[Version]]:
 
 
 def _reporter(worker: Worker, devices: int) -> Callable[[int, int], None]:
-    """Optimizer steps told as devices, at most once a device."""
-    told = -1.0
+    """Optimizer steps reported as devices, at most once a device."""
+    reported = -1.0
 
     def report(steps: int, total: int) -> None:
-        nonlocal told
-        if (done := devices * steps // max(1, total)) != told:
-            told = done
+        nonlocal reported
+        if (done := devices * steps // max(1, total)) != reported:
+            reported = done
             worker.progress(TRAINING * done)
 
     return report
@@ -161,9 +170,9 @@ def _placebo_columns(placebos: Sequence[tuple[int, int, bool] | None]) -> dict[s
     }
 
 
-def _kept(results: Mapping[Version, TrainResult]) -> dict[str, dict[str, State]]:
+def _kept(results: Mapping[Version, TrainResult]) -> dict[str, dict[str, AdapterArrays]]:
     """The adapters for the store, by the name there and device id."""
-    grouped: dict[str, dict[str, State]] = defaultdict(dict)
+    grouped: dict[str, dict[str, AdapterArrays]] = defaultdict(dict)
     for version, result in results.items():
         grouped[version.kept][device_id(version.device)] = as_arrays(result.state)
     return grouped
@@ -192,7 +201,7 @@ def _adapters(
 
 
 def _errors(devices: Sequence[Device], answers: Sequence[Mapping[str, Any]], arm: str) -> list[str]:
-    """How wrong each device's answers by one arm were, as JSON: what its user's corrections told it."""
+    """How wrong each device's answers by one arm were, as JSON: as its user's corrections show."""
     found: dict[str, list[float]] = {device.device_id: [] for device in devices}
     for row in answers:
         if row["arm"] == arm:

@@ -1,4 +1,4 @@
-"""The privacy ledger: what of its user each attempt at the cloud took off a device, item by item."""
+"""The privacy ledger: which items of a user's history each attempt to reach the cloud uploaded."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from untether.sim.rounds.messages import Learn
 def ledger_rows(
     experiment: Experiment, devices: Sequence[Device], order: Learn
 ) -> list[dict[str, Any]]:
-    """A row for every item that an attempt among the order's `uploads` carried, whole or (where the link broke) in
-    part, at the attempt's own time. Bytes of a message are taken to be spread evenly over its characters.
+    """Returns a row for every item that an attempt among the order's `uploads` carried.
+
+    An item counts whole or, where the link broke during the transfer, in part, at the attempt's own time. The bytes of
+    a message are assumed to be spread evenly over its characters.
     """
     attempts: dict[int, list[tuple[str, int, float, float]]] = defaultdict(list)
     for device, *attempt in order.uploads:

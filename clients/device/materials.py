@@ -1,5 +1,5 @@
-"""What a shard's devices may learn from in a round: their own items, the samples that reached them, and, for the
-placebo, those of others.
+"""Training data of a shard's devices in a round: their own items, the samples that reached them and, for the placebo,
+samples of other users.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ what the first has too little of."""
 
 
 def needs_others(experiment: Experiment) -> bool:
-    """Whether an arm trains on samples of other users."""
+    """Returns whether an arm trains on samples of other users."""
     return any(arm.draws == "foreign" for arm in records(experiment.arms))
 
 
 def donors(order: Learn) -> dict[int, list[int]]:
-    """Whose samples the placebo of each of the order's devices is drawn from, the first one first."""
+    """Returns the devices from whose samples each device's placebo is drawn, by device, in order of preference."""
     circle, drawn = sorted(order.due), {}
     for device in order.devices:
         place = bisect_right(circle, device)
@@ -40,9 +40,7 @@ def donors(order: Learn) -> dict[int, list[int]]:
 
 
 class Materials:
-    """Reads the samples of an order's devices once; `of` says what a device trains an adapter `on`. What never reached
-    a device is not among its samples.
-    """
+    """Reads the samples of an order's devices once. Samples that never reached their device are left out."""
 
     def __init__(self, experiment: Experiment, order: Learn, inputs: Inputs):
         self.experiment, self.round = experiment, order.round
@@ -55,7 +53,12 @@ class Materials:
                 self._samples[row["device_id"], row["round"]].append((sample, row["verdict"]))
 
     def of(self, device: Device, on: str) -> TrainingData:
-        """A device's own data and, unless it trains on that alone, the samples that it goes with."""
+        """Returns what a device can train on.
+
+        Args:
+            device: The device.
+            on: What the version of the adapter is trained on (see `sim.time.timeline_state`).
+        """
         real = device.real_items(self.experiment, self.round)
         if on == REAL:
             return TrainingData(real)

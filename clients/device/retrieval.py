@@ -1,7 +1,7 @@
-"""BM25 over the user's own history: what the rag arm puts into a prompt.
+"""BM25 over the user's own history: the retrieval of the rag arm.
 
-Only what precedes the query may be retrieved, and nothing later may even shift a word's weight: the index is built
-over the visible items alone.
+Only items that precede the query may be retrieved, and later items must not change a word's weight either: the index is
+built over the visible items alone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ INDEXES_KEPT = 8
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased runs of letters and digits. No stop words, no stemming: "to be or not to be" keeps all six."""
+    """Returns the lower-cased runs of letters and digits, without stop words or stemming."""
     return _WORD.findall(text.casefold())
 
 
 class Retriever:
-    """An index over one task's history, for many queries. Documents are the pairs: output and input together.
+    """A BM25 index over one task's history (Lucene's variant, k1 = 1.5, b = 0.75, by bm25s), for many queries.
 
-    BM25 in Lucene's variant (k1 = 1.5, b = 0.75), by bm25s.
+    A document is an item's output and input together.
     """
 
     def __init__(self, history: Sequence[Interaction]) -> None:
@@ -35,10 +35,14 @@ class Retriever:
         self._indexes: dict[int, bm25s.BM25 | None] = {}
 
     def retrieve(self, query: Query | str, k: int, visible: int | None = None) -> list[Interaction]:
-        """The `k` best of the first `visible` items (default: the query's own `visible`, else all), best first.
+        """Returns the best items for a query, best first.
 
-        Equal scores keep the history's order; items that share no word with the query come last. Fewer than `k`
-        where fewer are visible.
+        Equal scores keep the history's order; items that share no word with the query come last.
+
+        Args:
+            query: The query or its text.
+            k: How many items; fewer are returned where fewer are visible.
+            visible: How many leading items of the history may be seen; by default the query's own `visible`, else all.
         """
         if visible is None:
             visible = getattr(query, "visible", None)
@@ -68,8 +72,8 @@ class Retriever:
 
 
 def retrieve(history: Sequence[Interaction], query: Query | str, k: int) -> list[Interaction]:
-    """The `k` items of `history` that BM25 ranks first for the query; pass only items that the query may see.
+    """Returns the `k` items of `history` that BM25 ranks first for the query.
 
-    A query's `visible` is not read here. Ties keep the history's order; see `Retriever.retrieve`.
+    Pass only items that the query may see: its `visible` is not read here. See `Retriever.retrieve`.
     """
     return Retriever(history).retrieve(query, k, visible=len(history))

@@ -25,7 +25,7 @@ WORST_RATING = 4.0
 
 
 def prediction_row(device: Device, query: Query, arm: str, answered_by: str) -> dict[str, Any]:
-    """A row of `predictions` before it is answered. `answered_by`: the arm's `answers` (see `arms.Answering`)."""
+    """Returns a row of `predictions` before it is answered. `answered_by`: the arm's `answers` (see `Answering`)."""
     return {
         "device_id": device.device_id, "user_id": device.user.user_id,
         "cluster": device.user.cluster or device.user.user_id, "arm": arm, "task": query.task,
@@ -35,22 +35,23 @@ def prediction_row(device: Device, query: Query, arm: str, answered_by: str) -> 
 
 
 def answered(row: dict[str, Any], prediction: str, outcome: str = "ok") -> dict[str, Any]:
-    """Fills in the answer and its score on the task's primary metric."""
+    """Fills in the answer and its score on the task's primary metric, and returns the row."""
     value = score(row["task"], prediction, row["gold"])[get_task(row["task"]).primary]
     row.update(prediction=prediction, outcome=outcome, score=value)
     return row
 
 
 def error(task: str, score: float) -> float:
-    """How wrong an answer with this score was, from 0 (right) to 1 (as wrong as can be): one scale for all tasks."""
-    told = get_task(task)
-    if told.kind == "rating":
+    """Returns how wrong an answer with this score is, from 0 (right) to 1 (entirely wrong): one scale for all tasks."""
+    spec = get_task(task)
+    if spec.kind == "rating":
         return min(1.0, score / WORST_RATING)
-    return 1.0 - score if told.higher_is_better else score
+    return 1.0 - score if spec.higher_is_better else score
 
 
 def metric_rows(predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """User-level means of every query-level metric, from answered prediction rows."""
+    """Returns rows of `metrics` from answered prediction rows: each query-level metric as a mean over a user's queries.
+    """
     values: dict[tuple[str, str, str, str, str], list[float]] = defaultdict(list)
     for row in predictions:
         for metric, value in score(row["task"], row["prediction"], row["gold"]).items():

@@ -1,7 +1,7 @@
-"""What the passes work with: the experiment, its users, the models of this process; and what they give back.
+"""What the passes work with: the experiment, its users and the models of this process; and the types of their results.
 
-A worker keeps nothing that counts: what a pass needs of a device's store comes with its order, and what it made goes
-back with the reply. So a worker may die at any moment, and need not see anybody's disk.
+A worker keeps no state that matters: an order brings what a pass needs of the devices' store, and the reply takes back
+what it made. So a worker may die at any moment, and needs no access to any disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from untether.clients.device.device import Device
-from untether.clients.stores.adapter_store import State
+from untether.clients.stores.adapter_store import AdapterArrays
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import Population, device_id, open_population
 from untether.sim.rounds.messages import Order, Reply, Version
@@ -30,33 +30,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the devices' store holds of what an order names: private, between store and worker.
+    """What the devices' store holds for an order: private data, exchanged between store and worker only.
 
-    `samples`, `answers`: rows of the devices concerned (None: nothing was left). `adapters`: those of earlier rounds
-    that may answer; `starts`: what those that are trained now go on from. `private`: by device, what it keeps for
-    itself of what the strategy has devices train together.
+    Args:
+        samples: Rows of samples of the devices concerned; None where there are none.
+        answers: Rows of the cloud's answers, likewise.
+        adapters: Adapters of earlier rounds that may answer.
+        starts: Adapters that this round's training continues from.
+        private: By device, what it keeps for itself of what the strategy has devices train together.
     """
 
     samples: pa.Table | None = None
     answers: pa.Table | None = None
-    adapters: Mapping[Version, State] = field(default_factory=dict)
-    starts: Mapping[Version, State] = field(default_factory=dict)
-    private: Mapping[int, State] = field(default_factory=dict)
+    adapters: Mapping[Version, AdapterArrays] = field(default_factory=dict)
+    starts: Mapping[Version, AdapterArrays] = field(default_factory=dict)
+    private: Mapping[int, AdapterArrays] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The reply, and what the devices' store is to keep: rows by table, and adapters by the name under which they are
-    kept and device id.
+    """The result of a pass: the reply, and what the devices' store keeps.
+
+    Args:
+        reply: The reply.
+        rows: Rows by table.
+        adapters: Adapters by the name under which they are kept and device id.
     """
 
     reply: Reply
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    adapters: Mapping[str, Mapping[str, State]] = field(default_factory=dict)
+    adapters: Mapping[str, Mapping[str, AdapterArrays]] = field(default_factory=dict)
 
 
 def rows_of(table: pa.Table | None) -> list[dict[str, Any]]:
-    """The rows of a table that may not be there."""
+    """Returns the rows of a table; none where the table is None."""
     return table.to_pylist() if table is not None else []
 
 
@@ -70,13 +77,13 @@ class Endpoint:
 
 
 class Models:
-    """The heavy things of a process, loaded on first use: one base model and one encoder, the last ones asked for."""
+    """The models of a process, loaded on first use: one base model and one encoder, those asked for last."""
 
     def __init__(self) -> None:
         self._held: dict[type, tuple[tuple[str, ...], Any]] = {}
 
     def base(self, name: str, dtype: str, device: str, template_args: Mapping[str, Any] | None = None) -> FrozenBase:
-        """The frozen on-device model; `template_args` are what its chat template is given."""
+        """Returns the frozen on-device model; `template_args` are the arguments of its chat template."""
         from untether.clients.base_model import resolve
         from untether.clients.engine.base import FrozenBase
 
@@ -87,7 +94,7 @@ class Models:
         )  # fmt: skip
 
     def encoder(self, name: str, device: str, folder: str) -> Encoder:
-        """The sentence encoder of the filters; `folder` keeps its vectors."""
+        """Returns the sentence encoder of the filters; `folder` keeps its vectors."""
         from untether.clients.filters.embedding import Encoder
 
         return self._hold(Encoder, (name, device, folder), lambda: Encoder(name, device=device, folder=folder))
@@ -100,10 +107,15 @@ class Models:
 
 
 class Worker:
-    """Runs passes of one run.
+    """Carries out the passes of one run.
 
-    `models` are those of its process, which other runs may share. `scratch` is a folder for what would only be asked
-    for again: answers of the cloud. `done`: how many devices of its order are, about.
+    Args:
+        experiment: The run's experiment.
+        endpoint: Where the cloud is.
+        scratch: A folder for what could be requested again: answers of the cloud.
+        threads: Torch threads; 0 is torch's choice.
+        models: The models of this process, which other runs may share.
+        number: This worker's number, which picks its GPU.
     """
 
     def __init__(
@@ -159,24 +171,27 @@ class Worker:
         return self._answers
 
     def population(self, seed: int) -> Population:
-        """The users of a seed; one seed is held at a time."""
+        """Returns the users of a seed. One seed is held at a time."""
         if self._population is None or self._population[0] != seed:
             self._population = (seed, open_population(self.experiment, seed))
         return self._population[1]
 
     def timeline(self, seed: int, measured: str = "{}") -> Timeline:
-        """The virtual time of a seed's devices, for what an answer takes; one seed is held at a time. `measured` is the
-        order's.
+        """Returns the virtual time of a seed's devices, which gives durations of answers; one seed is held at a time.
+
+        Args:
+            seed: The seed.
+            measured: The measured profile of this machine as JSON, as the order has it.
         """
         if self._timeline is None or self._timeline.seed != seed:
             self._timeline = Timeline(self.experiment, seed, device_id, json.loads(measured))
         return self._timeline
 
     def devices(self, order: Order) -> list[Device]:
-        """The order's devices, in its order."""
+        """Returns the order's devices, in its order."""
         population = self.population(order.seed)
         return [Device(index, population.user(index)) for index in order.devices]
 
     def progress(self, done: float) -> None:
-        """Says how many devices of the order are done; whoever watches looks at `done`."""
+        """Records how many devices of the order are done; observers read the attribute `done`."""
         self.done = done

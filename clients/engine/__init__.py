@@ -1,7 +1,8 @@
-"""The cohort engine, usable alone: many LoRA adapters trained and worn together on one frozen base.
+"""The cohort engine, usable alone: many LoRA adapters trained and decoded together on one frozen base model.
 
-Texts in, PEFT adapters out; see docs/engine.md. The modules below it do the same with token ids and more settings. What
-needs torch is imported when it is called, so that importing a module of this package costs only what that module needs.
+Texts in, PEFT adapters out; see docs/engine.md. The modules below do the same with token ids and more settings. Modules
+that need torch are imported when a function is called, so importing a module of this package costs only what that
+module needs.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ class Adapter:
 def load(
     base: str, dtype: str = "auto", device: str = "auto", template_args: Mapping[str, Any] | None = None
 ) -> FrozenBase:
-    """A frozen causal LM with its tokenizer.
+    """Loads a frozen causal LM with its tokenizer.
 
     Args:
         base: Hugging Face folder or hub name.
         dtype: `float32`, `bfloat16`, `float64`, or `auto`: float32 on a CPU, bfloat16 on a GPU that has it.
         device: `cpu`, `cuda`, or `auto`: the GPU if there is one.
-        template_args: What the chat template is given beside the messages.
+        template_args: Arguments of the chat template beside the messages.
 
     Raises:
         UserError: There is no such model, or no such dtype or device.
@@ -69,14 +70,19 @@ def train_adapters(
 ) -> dict[str, Adapter]:
     """Trains an adapter on each list of (prompt, answer) pairs, all together. The loss is on the answers only.
 
-    What an adapter learns depends on its own name, pairs and settings and on the seed; who trains beside it changes
-    nothing but floating-point rounding.
+    What an adapter learns depends on its own name, pairs and settings and on the seed; which others are trained beside
+    it changes nothing but floating-point rounding.
 
     Args:
+        base: The frozen base model.
         pairs: By the adapter's name. A prompt is one user message of the chat template.
         settings: How to train, for all or by name; the defaults of `TrainSettings` for those that are not named.
         spec: The adapters' shape, likewise.
+        seed: Draws fresh adapters, the order of examples and dropout.
         memory_bytes: Budget for adapters and activations; by default half of what is free.
+
+    Returns:
+        The trained adapters by name.
     """
     from untether.clients.engine.encoding import encode_answer, encode_prompt
     from untether.clients.engine.training import Example, TrainJob, train
@@ -107,10 +113,18 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:
-    """The answers to (adapter's name or None for the bare base, prompt) rows, decoded in mixed batches.
+    """Answers (adapter's name, prompt) rows, decoded in batches of mixed adapters.
 
     Args:
+        base: The frozen base model.
+        adapters: By name.
+        rows: A name of None asks the bare base model.
+        max_new_tokens: Most tokens of an answer.
         temperature: 0 is greedy; otherwise row i draws with its own seed, from (seed, i).
+        seed: See `temperature`.
+
+    Returns:
+        The answers, in the order of the rows.
 
     Raises:
         UserError: A row names an adapter that is not given.
@@ -147,7 +161,11 @@ def save_peft(folder: str | Path, adapter: Adapter, base: FrozenBase) -> None:
 
 
 def load_peft(folder: str | Path) -> Adapter:
-    """Reads a PEFT LoRA folder. Raises UserError if it is none, or uses more than plain LoRA or rsLoRA."""
+    """Reads a PEFT LoRA folder.
+
+    Raises:
+        UserError: The folder is none, or uses more than plain LoRA or rsLoRA.
+    """
     from untether.clients.engine.adapters import load_peft as read
 
     return Adapter(*read(folder))

@@ -1,9 +1,9 @@
-"""Many LoRA adapters stacked on one frozen base, and their way in and out of PEFT's format.
+"""Many LoRA adapters stacked on one frozen base, and their conversion to and from PEFT's format.
 
 All weights of adapter k lie in row k of one matrix `flat` [adapters, size], layer after layer, A as [rank, in] and B
 transposed as [rank, out], ranks zero-padded to the largest. So clipping and the optimizer work on rows, and a batch
-gathers the adapters it wears with one copy. Layers that the base runs as one product (q, k, v; gate, up) have their As
-side by side. Zero padding stays zero: its gradients are zero by construction.
+gathers the adapters that it uses with one copy. Layers that the base runs as one product (q, k, v; gate, up) have their
+As side by side. Zero padding stays zero: its gradients are zero by construction.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ class Target:
 class Layout:
     """Where each target's weights lie in a flat row.
 
-    shapes: (name, in, out) of every target in the model's order. fusions: names of layers that the base runs together;
-    their As lie side by side.
+    Args:
+        shapes: (name, in, out) of every target in the model's order.
+        rank: The largest rank.
+        fusions: Names of layers that the base runs together; their As lie side by side.
     """
 
     def __init__(self, shapes: Sequence[tuple[str, int, int]], rank: int, fusions: Sequence[Fusion] = ()):
@@ -70,17 +72,17 @@ class Layout:
         self.size = offset
 
     def A(self, flat: Tensor, name: str) -> Tensor:
-        """View [adapters, rank, in] of a target's A."""
+        """Returns the view [adapters, rank, in] of a target's A."""
         target = self.targets[name]
         return flat[:, target.at_A : target.at_A + self.rank * target.inputs].unflatten(1, (self.rank, target.inputs))
 
     def B(self, flat: Tensor, name: str) -> Tensor:
-        """View [adapters, rank, out] of a target's B, transposed."""
+        """Returns the view [adapters, rank, out] of a target's B, transposed."""
         target = self.targets[name]
         return flat[:, target.at_B : target.at_B + self.rank * target.outputs].unflatten(1, (self.rank, target.outputs))
 
     def parts(self, flat: Tensor, grad: Tensor | None, fused: bool) -> dict[str | Fusion, LinearPart]:
-        """The parts that a route serves: each target under its name and, if `fused`, each fusion under its names."""
+        """Returns the parts of a route: each target under its name and, if `fused`, each fusion under its names."""
         parts: dict[str | Fusion, LinearPart] = {name: self._part(flat, grad, [(name, 0)]) for name in self.targets}
         if fused:
             parts |= {names: self._part(flat, grad, members) for names, members in self.fused.items()}
@@ -118,7 +120,7 @@ class AdapterStack:
 
     @classmethod
     def create(cls, base: FrozenBase, specs: Sequence[LoraSpec], seeds: Sequence[int]) -> AdapterStack:
-        """Fresh adapters, initialised as PEFT does (A kaiming uniform, a = sqrt 5; B zero), each from its own seed."""
+        """Returns fresh adapters, one a seed, initialised as in PEFT (A kaiming uniform, a = sqrt 5; B zero)."""
         stack = cls(base, specs)
         for k, (_, seed) in enumerate(zip(specs, seeds, strict=True)):
             stack.reset(k, seed)
@@ -128,7 +130,7 @@ class AdapterStack:
     def of_states(
         cls, base: FrozenBase, specs: Sequence[LoraSpec], states: Sequence[dict[str, Tensor]]
     ) -> AdapterStack:
-        """Adapters from their states under PEFT's keys."""
+        """Returns a stack of adapters from their states under PEFT's keys."""
         stack = cls(base, specs)
         for k, (_, state) in enumerate(zip(specs, states, strict=True)):
             stack.load(k, state)
@@ -143,7 +145,7 @@ class AdapterStack:
         return 4 * self.layout.size * self.flat.element_size()
 
     def assign(self, k: int, spec: LoraSpec, seed: int, state: dict[str, Tensor] | None = None) -> None:
-        """Put another adapter into slot k: from a PEFT state if given, else freshly initialised."""
+        """Puts another adapter into slot k: from a PEFT state if given, else freshly initialised."""
         self.specs[k], self.targets_of[k] = spec, target_names(self.base, spec)
         self._set_scale()
         if state is None:
@@ -152,7 +154,7 @@ class AdapterStack:
             self.load(k, state)
 
     def reset(self, k: int, seed: int) -> None:
-        """Initialise adapter k anew from its seed."""
+        """Initialises adapter k anew from its seed."""
         rank, names = self.specs[k].rank, self.targets_of[k]
         draw = torch.Generator().manual_seed(seed % (1 << 63))
         widths = [rank * self.layout.targets[name].inputs for name in names]
@@ -164,7 +166,7 @@ class AdapterStack:
         self.flat[k] = row[0]
 
     def moving(self, k: int, trainable: Trainable) -> Tensor:
-        """Which of adapter k's weights are trainable, [size], bool."""
+        """Returns which of adapter k's weights are trainable, [size], bool."""
         row, rank = torch.zeros(1, self.layout.size, dtype=torch.bool), self.specs[k].rank
         if len(trainable.A) != rank or len(trainable.B) != rank:
             raise ValueError(f"an adapter of rank {rank} needs {rank} values of trainable A and B")
@@ -175,7 +177,7 @@ class AdapterStack:
         return row[0].to(self.flat.device)
 
     def state(self, k: int) -> dict[str, Tensor]:
-        """Adapter k under PEFT's keys: lora_A.weight [rank, in] and lora_B.weight [out, rank], on the CPU."""
+        """Returns adapter k under PEFT's keys: lora_A.weight [rank, in] and lora_B.weight [out, rank], on the CPU."""
         row, rank = self.flat[k : k + 1].detach().cpu(), self.specs[k].rank
         state = {}
         for name in self.targets_of[k]:
@@ -184,7 +186,11 @@ class AdapterStack:
         return state
 
     def load(self, k: int, state: dict[str, Tensor]) -> None:
-        """Set adapter k from PEFT's keys. Raises UserError if keys or shapes are not this adapter's."""
+        """Sets adapter k from PEFT's keys.
+
+        Raises:
+            UserError: Keys or shapes are not this adapter's.
+        """
         rank = self.specs[k].rank
         expected = {f"{_PREFIX}{name}.lora_{side}.weight" for name in self.targets_of[k] for side in "AB"}
         if set(state) != expected:
@@ -211,11 +217,11 @@ class AdapterStack:
         return torch.zeros(1, self.layout.size, dtype=self.dtype)
 
     def save_peft(self, k: int, folder: str | Path) -> None:
-        """Write adapter k as a PEFT folder that `PeftModel.from_pretrained` loads."""
+        """Writes adapter k as a PEFT folder that `PeftModel.from_pretrained` loads."""
         save_peft(folder, self.specs[k], self.state(k), self.base)
 
     def load_peft(self, k: int, folder: str | Path) -> None:
-        """Set adapter k, weights and shape, from a PEFT folder."""
+        """Sets adapter k, weights and shape, from a PEFT folder."""
         spec, state = load_peft(folder)
         if spec.rank > self.layout.rank or not set(target_names(self.base, spec)) <= set(self.layout.targets):
             raise UserError(f"{folder}: rank {spec.rank} or its target modules do not fit into this stack")
@@ -225,9 +231,15 @@ class AdapterStack:
         self, slots: Sequence[int], counts: Sequence[int], rows: int, flat: Tensor | None = None,
         grad: Tensor | None = None, dropout=None,
     ) -> Route:  # fmt: skip
-        """The route of a batch of `rows` rows: counts[i] rows wear slots[i], in order; the rest wear none.
+        """Returns the route of a batch of `rows` rows.
 
-        flat, grad [slots, size]: weights gathered already and where their gradients go (training).
+        Args:
+            slots: The adapters that the batch uses, by place in the stack.
+            counts: counts[i] rows use slots[i], in order; the rest use the bare base.
+            rows: Number of rows.
+            flat: [slots, size] The slots' weights, where they are gathered already (training).
+            grad: [slots, size] Where their gradients go (training).
+            dropout: (layer name, route, input) -> mask like the input.
         """
         index = torch.tensor(list(slots), dtype=torch.long, device=self.flat.device)
         if flat is None:
@@ -237,8 +249,8 @@ class AdapterStack:
         return Route(counts, rows, parts, self._scale[index].view(-1, 1, 1), dropout)
 
     @contextmanager
-    def wearing(self, route: Route) -> Iterator[None]:
-        """While open, the base's layers follow the route."""
+    def active(self, route: Route) -> Iterator[None]:
+        """Makes the base's layers follow a route while the context is open."""
         before, self.base.routing.route = self.base.routing.route, route
         try:
             yield
@@ -250,7 +262,7 @@ class AdapterStack:
 
 
 def target_names(base: FrozenBase, spec: LoraSpec) -> tuple[str, ...]:
-    """The layers that PEFT itself would adapt for this spec, in the model's order."""
+    """Returns the names of the layers that PEFT itself would adapt for this spec, in the model's order."""
     if spec.target_modules not in base.targets:
         base.targets[spec.target_modules] = _find_targets(base.model, spec.target_modules)
     return base.targets[spec.target_modules]
@@ -275,7 +287,7 @@ def _find_targets(model: torch.nn.Module, target_modules: tuple[str, ...] | str)
 
 
 def peft_config(spec: LoraSpec, base_name: str | None = None, conv1d: bool = False) -> peft.LoraConfig:
-    """The shape as PEFT's configuration. conv1d: the base keeps its weights as [in, out], as GPT-2 does."""
+    """Returns a spec as PEFT's configuration. conv1d: the base keeps its weights as [in, out], as GPT-2 does."""
     targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
     return peft.LoraConfig(
         task_type="CAUSAL_LM", r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets,
@@ -284,7 +296,7 @@ def peft_config(spec: LoraSpec, base_name: str | None = None, conv1d: bool = Fal
 
 
 def save_peft(folder: str | Path, spec: LoraSpec, state: dict[str, Tensor], base: FrozenBase) -> None:
-    """Write a PEFT folder (adapter_config.json, adapter_model.safetensors) from a state under PEFT's keys."""
+    """Writes a PEFT folder (adapter_config.json, adapter_model.safetensors) from a state under PEFT's keys."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers = base.routing.names
@@ -297,7 +309,11 @@ def save_peft(folder: str | Path, spec: LoraSpec, state: dict[str, Tensor], base
 
 
 def load_peft(folder: str | Path) -> tuple[LoraSpec, dict[str, Tensor]]:
-    """Read a PEFT LoRA folder. Raises UserError if it is none, or uses what the stack does not do (DoRA, bias, ...)."""
+    """Reads a PEFT LoRA folder as (spec, state under PEFT's keys).
+
+    Raises:
+        UserError: The folder is none, or uses what the stack does not support (DoRA, bias, ...).
+    """
     folder = Path(folder)
     try:
         config = json.loads((folder / _CONFIG).read_text())

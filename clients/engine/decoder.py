@@ -1,8 +1,8 @@
-"""A leaner way through the decoders of the Llama family than their own `forward`.
+"""A faster forward pass for decoders of the Llama family than their own `forward`.
 
 It computes what Hugging Face's Llama, Qwen2, Qwen3, Gemma and Phi-3 compute, from the same weights, but: q, k, v run
 together, and gate, up; the parts in between are `clients.engine.kernels.attention`; the last layer drops every position
-whose output nobody asks for right after its attention; and no mask is built where causal order is enough. Models with
+whose output is not needed right after its attention; and no mask is built where causal order is enough. Models with
 anything else in them (sliding windows, partial rotary embedding, another class) keep their own forward.
 """
 
@@ -57,7 +57,7 @@ class _Layer:
 
 
 class LeanDecoder:
-    """See the module. `supports(model)` says whether a model can take this way."""
+    """The faster forward pass of a model (see the module). `supports(model)` says whether a model can use it."""
 
     def __init__(self, model: nn.Module, routing: Routing):
         self.model, self.routing = model, routing
@@ -75,7 +75,7 @@ class LeanDecoder:
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
-        """Whether the model is one of the family and uses nothing that this forward pass lacks."""
+        """Returns whether the model is one of the family and uses nothing that this forward pass lacks."""
         config = model.config
         if type(model) not in _FAMILY or getattr(config, "hidden_act", "") not in ("silu", "gelu_pytorch_tanh"):
             return False
@@ -87,7 +87,7 @@ class LeanDecoder:
         )
 
     def splits(self, longest: int) -> bool:
-        """Whether texts of at most so many tokens are to be packed with their beginnings apart (see `Packing`)."""
+        """Returns whether texts of at most `longest` tokens are packed with their prefixes apart (see `Packing`)."""
         return longest <= _SHORT and self.body.embed_tokens.weight.device.type == "cpu"
 
     def _layer(self, block: nn.Module, names: dict[int, str]) -> _Layer:
@@ -109,11 +109,18 @@ class LeanDecoder:
         packing: Packing | None = None,
         kept: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states [positions, 1, hidden] at flattened positions of input_ids [rows, tokens].
+        """Returns the final hidden states [positions, 1, hidden] at some positions.
 
-        packing: how several texts share a row; attention mask and position ids are not for them. kept: flattened
-        places [texts, n] of the tokens that an empty cache is to hold of each text (None: rows as they are).
-        The current route is narrowed to those positions when it returns: the caller runs the head under it.
+        The current route is narrowed to those positions on return: the caller runs the head under it.
+
+        Args:
+            positions: [positions] Flattened places in input_ids.
+            input_ids: [rows, tokens]
+            attention_mask, position_ids: Not used with `packing`.
+            past_key_values: The cache, if any.
+            use_cache: Whether the cache takes the new tokens.
+            packing: How several texts share a row.
+            kept: [texts, n] Flattened places of the tokens of each text that an empty cache keeps; None: whole rows.
         """
         x = self.body.embed_tokens(input_ids)
         rows, tokens, _ = x.shape
@@ -195,13 +202,13 @@ class LeanDecoder:
         queries, keys = packing.queries(1), packing.keys(1)
         q, k, v = Take.apply(q.transpose(1, 2), queries), Take.apply(k.transpose(1, 2), keys), Take.apply(v, keys)
         found, at = [], 0
-        for look in packing.looks:
-            here = slice(at, at := at + look.texts * look.tokens)
-            own = (x[here].view(look.texts, look.tokens, -1, self.width).transpose(1, 2) for x in (q, k, v))
+        for bucket in packing.buckets:
+            here = slice(at, at := at + bucket.texts * bucket.tokens)
+            own = (x[here].view(bucket.texts, bucket.tokens, -1, self.width).transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(
                 *own, is_causal=True, scale=scale, enable_gqa=self.heads != self.groups
             )
-            found.append(out.transpose(1, 2).reshape(look.texts * look.tokens, -1))
+            found.append(out.transpose(1, 2).reshape(bucket.texts * bucket.tokens, -1))
         return Give.apply(torch.cat(found), queries).view(rows, tokens, -1)
 
 
@@ -244,7 +251,7 @@ def _cut(outputs: Sequence[Tensor], widths: list[int]) -> Sequence[Tensor]:
 def _attention_mask(keys: Tensor | None, tokens: int, seen: int) -> Tensor | None:
     """Boolean [rows, 1, tokens, seen + tokens] from a mask of keys [rows, seen + tokens]; None where order is enough.
 
-    A padding query may look at itself: a row of nothing but bars has no softmax.
+    A padding query may see itself: a fully masked row has no softmax.
     """
     if keys is None and (tokens == 1 or seen == 0):
         return None

@@ -1,8 +1,8 @@
-"""Text to token ids and back, in one place, so that training, decoding and scoring can never disagree on a prompt.
+"""Text to token ids and back, in one place, so that training, decoding and scoring always agree on a prompt.
 
 A prompt is one user message in the tokenizer's chat template, generation prompt included, or the text and a line break
-where the tokenizer has no template; what the template is told beside it is for `sim.prompts.chat_template` to say. An
-answer is its text and the end-of-sequence token, which an adapter learns to write: generation stops there.
+where the tokenizer has no template; the template's arguments are set by `sim.prompts.chat_template`. An answer is its
+text and the end-of-sequence token, which an adapter learns to write: generation stops there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ _HEAD_SHARE = 0.75
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Token ids of a prompt: chat template with generation prompt, or [bos] + text + newline where there is none."""
+    """Returns the token ids of a prompt: chat template with generation prompt, or [bos] + text + newline without one.
+    """
     written = render(tokenizer, [{"role": "user", "content": text}])
     if template_of(tokenizer):
         return list(tokenizer(written, add_special_tokens=False)["input_ids"])
@@ -26,7 +27,7 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 
 
 def encode_answer(tokenizer, text: str) -> list[int]:
-    """Token ids of an answer: the text without special tokens, then end of sequence."""
+    """Returns the token ids of an answer: the text without special tokens, then the end of sequence."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so an answer could never end; "
@@ -36,12 +37,12 @@ def encode_answer(tokenizer, text: str) -> list[int]:
 
 
 def decode_answer(tokenizer, ids: Sequence[int]) -> str:
-    """The text of generated ids, special tokens skipped and white space at both ends removed."""
+    """Returns the text of generated ids, special tokens skipped and white space at both ends removed."""
     return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
 def truncate_prompt(ids: Sequence[int], limit: int) -> list[int]:
-    """At most `limit` ids: the first three quarters and the last quarter of the room, the middle left out.
+    """Cuts token ids to at most `limit`, leaving out the middle: three quarters of the limit are head, one is tail.
 
     The head holds the instruction, the tail the end of the content and the template's turn markers.
     """

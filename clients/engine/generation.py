@@ -1,8 +1,8 @@
-"""Answering many queries at once, each row with its own adapter: decoding with a cache, and label likelihoods.
+"""Answers to many queries at once, each row with its own adapter: decoding with a cache, and label likelihoods.
 
-Rows are sorted by length and adapter, cut into batches and decoded together; what an adapter's prompts begin with is
-read once (`clients.engine.kernels.packing`), and a row that has finished leaves the batch. Greedy decoding chooses
-what a row alone would choose, floating point rounding apart.
+Rows are sorted by length and adapter, cut into batches and decoded together; a prefix that an adapter's prompts share
+is computed once (`clients.engine.kernels.packing`), and a row that has finished leaves the batch. Greedy decoding
+chooses what a row alone would choose, floating-point rounding apart.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.encoding import truncate_prompt
 from untether.clients.engine.kernels.gemm import fast_products
-from untether.clients.engine.kernels.lines import Beginnings, Line, fill
+from untether.clients.engine.kernels.lines import Line, Prefixes, fill
 from untether.clients.engine.kernels.packing import pack
+from untether.clients.engine.kv_cache import PreallocatedCache
 from untether.clients.engine.lora_layers import Route
-from untether.clients.engine.lru import RoomyCache
 from untether.clients.engine.memory import give_back, is_out_of_memory, keep_heap
 from untether.sim.core.seeding import generator
 
@@ -59,11 +59,22 @@ def generate(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """New token ids of every row, in the order of the rows; the end token is not among them.
+    """Generates an answer to every row.
 
-    max_new_tokens: for all rows or one a row. temperature 0 is greedy; else token t of a row is drawn with that row's
-    own seed, whatever batch it is in. Prompts that leave no room in the context are cut in the middle. A batch
-    that runs out of memory is halved and repeated.
+    A batch that runs out of memory is halved and repeated.
+
+    Args:
+        base: The frozen base model.
+        stack: The adapters that rows name; None where all rows use the bare base.
+        rows: Prompts with their adapters. Prompts that leave no space in the context are cut in the middle.
+        max_new_tokens: For all rows, or one a row.
+        temperature: 0 is greedy; otherwise token t of a row is drawn with that row's own seed, whatever batch it is in.
+        seeds: One a row.
+        batch_size: Most rows of a batch.
+        progress: Called with (rows done, rows in all).
+
+    Returns:
+        New token ids of every row, in the order of the rows, without the end token.
     """
     limits = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if temperature > 0 and seeds is None:
@@ -102,9 +113,15 @@ def label_scores(
     normalize: bool = False,
     batch_size: int | None = None,
 ) -> list[list[float]]:
-    """Log-likelihood of each row's candidate labels (token ids, end token included if given) after its prompt.
+    """Returns the log-likelihood of each row's candidate labels after its prompt, which is read once for all of them.
 
-    normalize: divide by the label's tokens. The prompt is read once for all its labels.
+    Args:
+        base: The frozen base model.
+        stack: The adapters that rows name; None where all rows use the bare base.
+        rows: Prompts with their adapters.
+        labels: Of each row: token ids of each label, end token included if it is to count.
+        normalize: Whether to divide by the label's tokens.
+        batch_size: Most rows of a batch.
     """
     longest = [max((len(label) for label in of_row), default=0) for of_row in labels]
     prompts = _fit(base, rows, longest)
@@ -206,7 +223,7 @@ class _Prompts:
         self.padded = bool((mask == 0).any())
         self.mask = mask.to(device)
         self.position = self.mask[:, :longest].sum(1)
-        self.cache = RoomyCache(base.model.config, longest + room)
+        self.cache = PreallocatedCache(base.model.config, longest + room)
         if self.slots and stack is not None:
             whole = self.slots == list(range(len(stack)))
             self._flat = stack.flat if whole else stack.flat[torch.tensor(self.slots, device=device)]
@@ -249,7 +266,7 @@ class _Prompts:
         for adapter, group in itertools.groupby(range(len(prompts)), key=self.adapters.__getitem__):
             own = list(group)
             texts = [prompts[index].tolist() for index in own]
-            found = Beginnings(texts, [len(text) - 1 for text in texts]).lines(range(len(own)))
+            found = Prefixes(texts, [len(text) - 1 for text in texts]).lines(range(len(own)))
             groups[adapter] = [dataclasses.replace(x, texts=tuple(own[k] for k in x.texts)) for x in found]
         # A row an adapter makes the cheapest products, unless one has far more to read than the others.
         totals = [sum(line.tokens for line in lines) for adapter, lines in groups.items() if adapter is not None]
@@ -265,7 +282,7 @@ class _Prompts:
 
     def _logits_at(self, at: Tensor, ids: Tensor, route: Route | None, **inputs) -> Tensor:
         """Logits at flattened places of ids, whose rows wear what the route says; the cache grows."""
-        with self.stack.wearing(route) if self.stack is not None and route is not None else contextlib.nullcontext():
+        with self.stack.active(route) if self.stack is not None and route is not None else contextlib.nullcontext():
             return self.base.logits_at(at, ids, past_key_values=self.cache, use_cache=True, **inputs)
 
     def take(self, rows: list[int]) -> None:

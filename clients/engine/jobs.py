@@ -1,4 +1,4 @@
-"""What one adapter is to learn, and in which order: examples, settings, batches and learning rates.
+"""Training jobs: the examples, settings, batches and learning rates of one adapter each.
 
 A job's batches and learning rates follow from the job alone. A separate run that is given the same batches learns the
 same adapter.
@@ -28,7 +28,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
-    """Which parts of an adapter move: by rank, whether that row of A does, and that column of B, in every target."""
+    """The trainable parts of an adapter, by rank: that row of A, and that column of B, in every target."""
 
     A: tuple[bool, ...]
     B: tuple[bool, ...]
@@ -38,9 +38,16 @@ class Trainable:
 class TrainJob:
     """One adapter's training.
 
-    seed drives the order of the examples and dropout; init_seed the fresh adapter (None: derived from seed); state is a
-    PEFT state to go on from. trainable: what of it moves (None: everything); nothing else does, weight decay included.
-    proximal_mu: weight of FedProx's term, mu / 2 times the squared distance to where the job began.
+    Args:
+        key: Names its result.
+        examples: What it is trained on.
+        spec: The adapter's shape.
+        settings: Of the optimizer and its schedule.
+        seed: Draws the order of the examples and dropout.
+        init_seed: Draws the fresh adapter; None: derived from `seed`.
+        state: A PEFT state to continue from.
+        trainable: Which of its weights are trained; None: all. The others stay as they are, weight decay included.
+        proximal_mu: Weight of FedProx's term, mu / 2 times the squared distance to the initial weights.
     """
 
     key: Hashable
@@ -60,7 +67,7 @@ class TrainJob:
 
 
 def batch_plan(job: TrainJob) -> list[list[int]]:
-    """Indices into job.examples for every step.
+    """Returns indices into job.examples for every step.
 
     Each epoch shuffles the examples, brings similar lengths together (within 8 tokens the shuffled order stays), cuts
     batches and shuffles those.

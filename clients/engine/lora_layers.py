@@ -1,7 +1,7 @@
-"""Linear layers whose rows wear different adapters: the one place where LoRA meets a frozen weight.
+"""Linear layers whose rows use different adapters: the one place where LoRA meets a frozen weight.
 
 Every linear layer of the base asks the shared `Routing` for the current `Route`: which adapter each row of the batch
-wears. Rows come grouped by adapter, rows without one last, so that all adapters of a layer apply in three batched
+uses. Rows are grouped by adapter, rows without one last, so that all adapters of a layer apply in three batched
 products: y = x W' + s (x A') B'. The backward pass is written by hand: it needs no gradient of W, adds the gradients of
 A and B straight into the cohort's flat gradient matrix, and works in place.
 """
@@ -45,10 +45,14 @@ class LinearPart:
 
 
 class Route:
-    """Which adapter each leading row of the batch wears.
+    """Which adapter each leading row of the batch uses.
 
-    counts: rows per group, in order; rows beyond their sum wear none. parts: layer name (or tuple of names) -> Part.
-    scale [groups, 1, 1]: each adapter's alpha / rank. dropout: (layer name, route, input) -> mask like the input.
+    Args:
+        counts: Rows per group, in order; rows beyond their sum use none.
+        rows: Rows of the batch.
+        parts: Layer name (or tuple of names) -> its adapters.
+        scale: [groups, 1, 1] Each adapter's alpha / rank.
+        dropout: (layer name, route, input) -> mask like the input.
     """
 
     def __init__(
@@ -76,7 +80,7 @@ class Route:
             self._back = real.flatten().nonzero()[:, 0].to(scale.device)
 
     def select(self, rows: Tensor) -> Route:
-        """The route of a batch whose leading dimension is `rows` of this one (indices in ascending order)."""
+        """Returns the route of a batch whose leading dimension is `rows` of this one (indices in ascending order)."""
         ends = torch.cumsum(torch.tensor(self.counts), 0)
         inside = torch.searchsorted(rows.cpu().contiguous(), ends)
         counts = torch.diff(inside, prepend=torch.zeros(1, dtype=inside.dtype)).tolist()
@@ -85,7 +89,7 @@ class Route:
         return route
 
     def spread(self, x: Tensor, clear: bool = False) -> Tensor:
-        """[rows, ..., width] -> [groups, depth * tokens, width]; `clear` zeroes the padding (it is a gradient)."""
+        """Groups rows by adapter: [rows, ..., width] -> [groups, depth * tokens, width]; `clear` zeroes the padding."""
         if self.regular:
             return x[: self.adapted].reshape(self.groups, -1, x.shape[-1])
         x = x[self._padded]
@@ -94,7 +98,7 @@ class Route:
         return x.reshape(self.groups, -1, x.shape[-1])
 
     def collect(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `spread`: [groups, depth * tokens, width] -> [adapted rows, ..., width]."""
+        """Inverts `spread`: [groups, depth * tokens, width] -> [adapted rows, ..., width]."""
         if not self.regular:
             x = x.reshape(self.groups * self.depth, *shape[1:-1], x.shape[-1])[self._back]
         return x.reshape(self.adapted, *shape[1:-1], x.shape[-1])
@@ -106,7 +110,7 @@ Fusion = tuple[str, ...]
 
 @dataclass
 class Routing:
-    """What the patched layers look at: the current route, or None for the bare base."""
+    """The current route, which the patched layers read; None for the bare base."""
 
     route: Route | None = None
     fusions: list[Fusion] = field(default_factory=list)
@@ -114,17 +118,17 @@ class Routing:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """A linear layer's weight as [out, in], whichever way it is stored."""
+    """Returns a linear layer's weight as [out, in], however it is stored."""
     return module.weight.t() if isinstance(module, Conv1D) else module.weight
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether adapters can sit on this module."""
+    """Returns whether adapters can be attached to this module."""
     return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def attach(model: nn.Module) -> Routing:
-    """Patch every linear layer of a frozen model to follow the returned routing."""
+    """Patches every linear layer of a frozen model to follow the returned routing."""
     routing = Routing()
     for name, module in model.named_modules():
         if is_linear(module):
@@ -143,7 +147,7 @@ def _forward_of(name: str, module: nn.Module, routing: Routing) -> Callable[[Ten
 def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, route: Route | None, key: str | tuple[str, ...]
 ) -> Tensor:
-    """x @ weight.T + bias plus every row's own adapter; x [rows, ..., in] -> [rows, ..., out]."""
+    """Returns x @ weight.T + bias plus every row's own adapter: x [rows, ..., in] -> [rows, ..., out]."""
     return adapted_linears(x, [weight], [bias], route, key)[0]
 
 
@@ -154,7 +158,7 @@ def adapted_linears(
     route: Route | None,
     key: str | tuple[str, ...],
 ) -> tuple[Tensor, ...]:
-    """The same for layers that share their input; one output [rows, ..., out] each."""
+    """Returns the outputs [rows, ..., out] of several layers that share their input, as `adapted_linear` does."""
     part = route.parts.get(key) if route is not None and route.adapted else None
     if part is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
@@ -171,7 +175,7 @@ def adapted_linears(
 def joint_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], route: Route | None, key: tuple[str, ...]
 ) -> tuple[Tensor, ...]:
-    """`adapted_linears` without gradients, as one product with the joint weight: fewer calls for few rows."""
+    """Returns what `adapted_linears` does, without gradients, as one product with the joint weight: fewer calls."""
     outputs = F.linear(x, weight, bias).split(list(widths), dim=-1)
     part = route.parts.get(key) if route is not None and route.adapted else None
     if part is not None:

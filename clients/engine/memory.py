@@ -1,4 +1,4 @@
-"""How much memory a cohort may take, and how to tell that it took too much."""
+"""The memory budget of a cohort, and how running out of memory is recognised."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "failed
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are free now on the device, or for this process and its group in main memory."""
+    """Returns the bytes that are free now on the device, or for this process and its group in main memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return limits.available_bytes()
 
 
 def workers_here() -> int:
-    """How many workers this process's machine offers room for (Ray's resource `worker`); 1 where there is no Ray."""
+    """Returns how many workers this machine has capacity for (Ray's resource `worker`); 1 where there is no Ray."""
     ray = sys.modules.get("ray")  # a worker outside Ray need not import it to know
     if ray is None or not ray.is_initialized():
         return 1
@@ -37,13 +37,13 @@ def workers_here() -> int:
 
 
 def budget_bytes(asked: int | None, device: torch.device) -> int:
-    """The budget asked for, or this worker's part of half of what is free."""
+    """Returns the budget asked for, or this worker's part of half of what is free."""
     return asked if asked else int(free_bytes(device) * _SHARE / workers_here())
 
 
 @cache
 def keep_heap() -> None:
-    """Let the allocator keep what a pass frees for the next pass (glibc only), until `give_back`.
+    """Makes the allocator keep what a pass frees for the next pass (glibc only), until `give_back`.
 
     By default glibc returns large blocks to the system at once and gets them anew, page by page, for the next tensor: a
     fifth of the time of training a small model.
@@ -56,20 +56,20 @@ def keep_heap() -> None:
 
 
 def give_back() -> None:
-    """Return freed heap memory to the system: batches of many shapes leave it in pieces (glibc only)."""
+    """Gives freed heap memory back to the system: batches of many shapes fragment it (glibc only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on any device."""
+    """Returns whether an error means that memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
 
 
 def activation_bytes_per_token(config, itemsize: int) -> int:
-    """A generous estimate of what one token keeps for the backward pass."""
+    """Returns a generous estimate of what one token keeps for the backward pass."""
     hidden = getattr(config, "hidden_size", 1024)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     layers = getattr(config, "num_hidden_layers", 12)

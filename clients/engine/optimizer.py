@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class OptimizerStep:
     """One adapter's optimizer step: its row, how many steps it took before, and its constants."""
 
     row: int
@@ -36,12 +36,12 @@ class CohortAdamW:
         self._second = torch.zeros_like(flat)
 
     def reset(self, row: int) -> None:
-        """Forget an adapter's history: another one takes its row."""
+        """Clears the moments of a row: another adapter takes it."""
         self._first[row] = 0
         self._second[row] = 0
 
-    def step(self, updates: Sequence[Update], grads: Sequence[Tensor]) -> Tensor:
-        """Clip each update's gradient [size] in place by its own norm and move its adapter; returns the norms."""
+    def step(self, updates: Sequence[OptimizerStep], grads: Sequence[Tensor]) -> Tensor:
+        """Clips each update's gradient [size] in place by its own norm and updates its adapter; returns the norms."""
         device, grads = self.flat.device, list(grads)
         norms = torch.stack(torch._foreach_norm(grads))
         limits = torch.tensor([update.max_grad_norm for update in updates], dtype=norms.dtype, device=device)

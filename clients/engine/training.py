@@ -1,11 +1,11 @@
-"""Training many private adapters together on one frozen base.
+"""Training of many private adapters together on one frozen base.
 
 Every job keeps its own batches, loss mean, clipping, learning rate, step count and optimizer history; what jobs share
-is the pass through the base. At each turn the jobs in memory take one step. A job's batch becomes a row of texts, what
-they begin with in common computed once (`clients.engine.kernels.packing`). The rows of all jobs, sorted by width, are
-cut into passes of a bounded number of tokens (few enough for the processor's caches); each pass runs forward and
-backward once, and its adapters step. A finished job leaves and a waiting one takes its place. Only floating point
-rounding depends on who trains together.
+is the pass through the base. At each turn the jobs in memory take one step. A job's batch becomes a row of texts, their
+common prefixes computed once (`clients.engine.kernels.packing`). The rows of all jobs, sorted by width, are cut into
+passes of a bounded number of tokens (few enough for the processor's caches); each pass runs forward and backward once,
+and its adapters step. A finished job leaves and a waiting one takes its place. Only floating-point rounding depends on
+which jobs are trained together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from untether.clients.engine.encoding import truncate_prompt
 from untether.clients.engine.jobs import Example, Trainable, TrainJob, batch_plan
 from untether.clients.engine.kernels.attention import TokenLosses
 from untether.clients.engine.kernels.gemm import fast_products
-from untether.clients.engine.kernels.lines import Beginnings, Line, fill
+from untether.clients.engine.kernels.lines import Line, Prefixes, fill
 from untether.clients.engine.kernels.packing import pack, pad
 from untether.clients.engine.lora_layers import Route
 from untether.clients.engine.memory import (
@@ -33,7 +33,7 @@ from untether.clients.engine.memory import (
     is_out_of_memory,
     keep_heap,
 )
-from untether.clients.engine.optimizer import CohortAdamW, Update
+from untether.clients.engine.optimizer import CohortAdamW, OptimizerStep
 from untether.sim.core.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "Trainable", "batch_plan", "train"]
@@ -49,9 +49,12 @@ _ROUND_TARGETS = 64
 
 @dataclass
 class TrainResult:
-    """What a job learned: the adapter under PEFT's keys, and per step the loss, learning rate and (unpadded) tokens.
+    """The result of a job.
 
-    outcome is `ok`, or `out_of_memory` where even a single example of the job did not fit (the state is the last one).
+    Args:
+        state: The adapter under PEFT's keys.
+        losses, learning_rates, tokens_by_step: Of each step; tokens without padding.
+        outcome: `ok`, or `out_of_memory` where even one example of the job did not fit (the state is the last one).
     """
 
     state: dict[str, Tensor]
@@ -80,11 +83,20 @@ def train(
     pass_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[Hashable, TrainResult]:
-    """Train all jobs; returns their results by key, in the order of the jobs.
+    """Trains all jobs.
 
-    memory_bytes: budget for adapters and activations (default: `budget_bytes`). max_cohort: most adapters in
-    memory at once. pass_tokens: padded tokens a pass. progress(steps done, steps in all) is called after every turn. A
-    pass that runs out of memory is split and repeated; the bound then stays lower.
+    A pass that runs out of memory is split and repeated; the bound then stays lower.
+
+    Args:
+        base: The frozen base model.
+        jobs: The jobs; their keys differ.
+        memory_bytes: Budget for adapters and activations; by default `budget_bytes`.
+        max_cohort: Most adapters in memory at once.
+        pass_tokens: Padded tokens of a pass.
+        progress: Called with (steps done, steps in all) after every turn.
+
+    Returns:
+        The results by the jobs' keys, in the order of the jobs.
     """
     keys = [job.key for job in jobs]
     if len(set(keys)) != len(keys):
@@ -106,7 +118,7 @@ class _Run:
     examples: list[tuple[np.ndarray, np.ndarray]]
     plan: list[list[int]]
     slot: int
-    beginnings: Beginnings | None
+    prefixes: Prefixes | None
     """How the examples begin alike, where the base can make use of it."""
     result: TrainResult
     step: int = 0
@@ -128,8 +140,8 @@ class _Run:
         """The next batch, in shares of at most so many tokens (or one text)."""
         chosen = self.plan[self.step]
         self.missing, self.loss, self.grad = len(chosen), None, None
-        if self.beginnings is not None:
-            lines = self.beginnings.lines(chosen)
+        if self.prefixes is not None:
+            lines = self.prefixes.lines(chosen)
         else:
             lines = [Line((place,), 0, (len(ids),)) for place, (ids, _) in enumerate(self.batch())]
         return [_Share(self, row) for row in fill(lines, most)]
@@ -154,7 +166,7 @@ class _Share:
     def shape(self) -> tuple[int, int]:
         """(rows, their width in tokens)"""
         tokens = [line.tokens for line in self.lines]
-        return (1, sum(tokens)) if self.run.beginnings is not None else (len(tokens), max(tokens))
+        return (1, sum(tokens)) if self.run.prefixes is not None else (len(tokens), max(tokens))
 
     def halves(self) -> list[_Share]:
         """The same texts in two shares; nothing if there is only one."""
@@ -225,14 +237,14 @@ class _Engine:
         self.stack.assign(slot, job.spec, _init_seed(job), job.state)
         self.optimizer.reset(slot)
         rows = [_row(example, self.base.context_length) for example in job.examples]
-        beginnings = None
+        prefixes = None
         if self.base.lean is not None:  # a model with its own forward pass knows no packing
             # Dropout strikes each text's beginning on its own.
             shared = [len(ids) - len(target) if not job.spec.dropout else 0 for ids, target in rows]
-            beginnings = Beginnings([ids.tolist() for ids, _ in rows], shared)
+            prefixes = Prefixes([ids.tolist() for ids, _ in rows], shared)
         moving = None if job.trainable is None else self.stack.moving(slot, job.trainable)
         start = self.stack.flat[slot].clone() if job.proximal_mu else None
-        return _Run(job, rows, batch_plan(job), slot, beginnings, TrainResult({}), moving=moving, start=start)
+        return _Run(job, rows, batch_plan(job), slot, prefixes, TrainResult({}), moving=moving, start=start)
 
     def _finish(self, run: _Run) -> None:
         run.result.state = self.stack.state(run.slot)
@@ -312,7 +324,7 @@ class _Engine:
         grads = torch.zeros_like(flat)
         dropout = _Dropout(shares, tokens) if any(share.run.job.spec.dropout for share in shares) else None
         route = self.stack.route(slots, counts, len(ids), flat, grads, dropout)
-        with self.stack.wearing(route):
+        with self.stack.active(route):
             logits = self.base.logits_at(places, torch.from_numpy(ids).to(device), use_cache=False, **inputs)
             losses = TokenLosses.apply(logits, targets.to(device), weight_at)
             losses.sum().backward()
@@ -323,6 +335,7 @@ class _Engine:
             return
         updates, flat = [], self.stack.flat
         for run in runs:
+            assert run.grad is not None
             if run.start is not None:
                 run.grad = run.grad.add(flat[run.slot] - run.start, alpha=run.job.proximal_mu)
             if run.moving is not None:
@@ -331,7 +344,7 @@ class _Engine:
         for run in runs:
             s = run.job.settings
             rate = s.rate_at(run.step, len(run.plan))
-            updates.append(Update(run.slot, run.step, rate, s.weight_decay, s.max_grad_norm, s.betas, s.eps))
+            updates.append(OptimizerStep(run.slot, run.step, rate, s.weight_decay, s.max_grad_norm, s.betas, s.eps))
         self.optimizer.step(updates, [run.grad for run in runs])
         for run in runs:
             if run.moving is not None:  # weight decay moves what has no gradient, too

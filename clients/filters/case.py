@@ -1,4 +1,4 @@
-"""What a filter is given (a case: one device's candidates for one task) and what it must answer."""
+"""The interface of a filter: its input (a case: one device's candidates for one task) and its answers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Reads = Literal["input", "output", "pair"]
 
 
 def text_of(item: Interaction | Sample, reads: Reads) -> str:
-    """The text a filter reads: the input, the output, or the pair.
+    """Returns the text that a filter reads: the input, the output, or the pair.
 
-    The pair puts the output first: an encoder cuts long texts at the end, and the short, personal output must not be
-    what it cuts.
+    The pair puts the output first: an encoder cuts long texts at the end, and should not cut the short, personal
+    output.
     """
     if reads == "input":
         return item.input
@@ -37,7 +37,8 @@ class Finding(NamedTuple):
 class Case:
     """One device's candidate samples for one task, beside its real samples of that task.
 
-    `sample_vectors` and `real_vectors` hold unit vectors by what was read: float32 `[samples, dim]` and `[real, dim]`.
+    `sample_vectors` and `real_vectors` hold unit vectors by the text that was read: float32 `[samples, dim]` and
+    `[real, dim]`.
     """
 
     samples: Sequence[Sample]
@@ -47,22 +48,22 @@ class Case:
 
 
 class Examination(Protocol):
-    """A filter at work on one case. Samples are asked about once each, in order."""
+    """A filter's work on one case. Each sample is asked about once, in order."""
 
     def finding(self, index: int) -> Finding:
-        """The filter's answer on sample `index`, given what was accepted so far."""
+        """Returns the filter's answer on sample `index`, given the samples accepted so far."""
 
     def accept(self, index: int) -> None:
-        """Told that every filter let sample `index` pass."""
+        """Records that every filter accepted sample `index`."""
 
 
 class Filter(Protocol):
-    """A rule. `embeds` says which text's vectors the case must hold for it; None: it needs none."""
+    """A filter. `embeds` names the text whose vectors a case must hold for it; None where it needs no vectors."""
 
     embeds: Reads | None
 
     def examine(self, case: Case) -> Examination:
-        """Begin work on a case."""
+        """Starts the examination of a case."""
 
 
 class Fixed:

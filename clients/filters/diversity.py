@@ -12,9 +12,9 @@ from untether.clients.filters.case import Case, Finding
 class Diversity:
     """Greedy in the samples' order: the largest cosine to a real or an already accepted sample is <= `max_similarity`.
 
-    The score is 1 minus that cosine: 0 for a copy, 1 for something unrelated. Only what passes every filter counts as
-    accepted, so a sample that is turned away never stands in another's way. With nothing to compare to there is no
-    score, and the sample passes.
+    The score is 1 minus that cosine: 0 for a copy, 1 for something unrelated. Only samples that pass every filter count
+    as accepted, so a rejected sample never makes another one a duplicate. With nothing to compare to there is no score,
+    and the sample passes.
     """
 
     def __init__(self, section: Any) -> None:

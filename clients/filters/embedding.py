@@ -1,12 +1,12 @@
-"""Sentence embeddings: what the semantic and the diversity filter compare.
+"""Sentence embeddings, which the semantic and the diversity filter compare.
 
 Embedding is the largest cost of a small device's life cycle, so a text is embedded once: duplicates within a call are
-folded, a bounded memory keeps what comes back (a user's real samples, round after round), and texts of all devices of
+folded, a bounded memory keeps texts that return (a user's real samples, round after round), and texts of all devices of
 a cohort go through the model together, in batches of equal length.
 
-A verdict must not depend on which devices share a batch. In float32 a text's vector moves by 2e-7 with its company; in
-bfloat16 it would move by 2e-3, as another shape picks another kernel. There, batches have one of few fixed shapes, and
-a text has the very same bits in any company.
+A verdict must not depend on which devices share a batch. In float32 a text's vector moves by 2e-7 with the other texts
+of its batch; in bfloat16 it would move by 2e-3, as another shape picks another kernel. There, batches have one of few
+fixed shapes, and a text's vector is the same bit for bit in any batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from untether.sim.core.errors import UserError
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Progress = Callable[[int, int], None]
+EncodingProgress = Callable[[int, int], None]
 
 _STEP = 8
 """Tokens between two widths of a batch of fixed shape."""
@@ -40,15 +40,20 @@ _BATCH_TEXTS = 32
 
 
 class Encoder:
-    """A sentence-transformers model, by name or path, that turns texts into unit vectors.
+    """A sentence-transformers model that turns texts into unit vectors.
 
-    `dtype` is that of the model's arithmetic: `float32`, `bfloat16`, or `auto`: bfloat16 where the processor has it
-    (AVX512-BF16, AMX, CUDA), float32 elsewhere. bfloat16 costs about a third and moves a cosine by 0.0007 on average,
-    0.006 at most (all-MiniLM-L6-v2). `device` is `auto` (CUDA, else CPU) or a torch device. `remembered_texts` bounds
-    the memory of vectors (1.5 kB each for 384 dimensions); 0 switches it off. `folder` keeps the vectors of all texts
-    for other runs (`clients.stores.vector_store`); empty: nowhere.
+    Args:
+        name: Name or path of the model.
+        dtype: Of the model's arithmetic: `float32`, `bfloat16`, or `auto`: bfloat16 where the processor has it
+            (AVX512-BF16, AMX, CUDA), float32 elsewhere. bfloat16 costs about a third and moves a cosine by 0.0007 on
+            average, 0.006 at most (all-MiniLM-L6-v2).
+        device: `auto` (CUDA, else CPU) or a torch device.
+        batch_size: Texts of a batch; 0 is a size that suits the device.
+        remembered_texts: Bound on the vectors kept in memory (1.5 kB each for 384 dimensions); 0 keeps none.
+        folder: Keeps the vectors of all texts for other runs (`clients.stores.vector_store`); empty keeps none.
 
-    Raises UserError where the model cannot be loaded or an option is unknown.
+    Raises:
+        UserError: The model cannot be loaded, or an option is unknown.
     """
 
     def __init__(
@@ -86,13 +91,15 @@ class Encoder:
         return digest.hexdigest()
 
     def encode(
-        self, texts: Sequence[str], *, remember: Collection[str] | None = None, progress: Progress | None = None
+        self, texts: Sequence[str], *, remember: Collection[str] | None = None, progress: EncodingProgress | None = None
     ) -> np.ndarray:
-        """The texts' vectors, float32 `[texts, dim]`, each of length 1; a text's vector is the same in any company.
+        """Returns the texts' vectors, float32 `[texts, dim]`, each of length 1, whatever other texts are in the call.
 
-        `remember` holds the texts worth keeping for later calls (all, by default): a user's real samples come back
-        every round, a candidate does not. `progress(done, total)` is called after each batch with the number of
-        distinct texts that had to be embedded.
+        Args:
+            texts: The texts.
+            remember: The texts worth keeping for later calls (all, by default): a user's real samples come back every
+                round, a candidate does not.
+            progress: Called as `progress(done, total)` after each batch with the number of distinct texts to embed.
         """
         distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         if not distinct:
@@ -189,9 +196,10 @@ class Encoder:
 
 
 def locate(name: str) -> str:
-    """Where a model lies: the installed package's folder for the default name, else the name or path unchanged.
+    """Returns where a model lies: the installed package's folder for the default name, else the name or path itself.
 
-    Raises UserError for a path that does not exist.
+    Raises:
+        UserError: A path does not exist.
     """
     if name == DEFAULT_ENCODER:
         try:

@@ -21,12 +21,18 @@ class TextEncoder(Protocol):
     """What `judge` needs of an encoder: see `clients.filters.embedding.Encoder`."""
 
     def encode(self, texts: Sequence[str], *, remember: Any = None) -> np.ndarray:
-        """Unit vectors, float32 `[texts, dim]`."""
+        """Returns unit vectors, float32 `[texts, dim]`."""
 
 
-def create(filters: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Filter]:
-    """The enabled filters of a `filters` section by name, in its order; those of plug-ins with their tables of
-    `settings`. Raises UserError for an unknown or repeated name.
+def create_filters(filters: Any, settings: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Filter]:
+    """Returns the enabled filters of a `filters` section by name, in its order.
+
+    Args:
+        filters: The experiment's section.
+        settings: The experiment's tables for plug-ins, by name.
+
+    Raises:
+        UserError: A name is unknown or repeated.
     """
     made: dict[str, Filter] = {}
     for position, name in enumerate(filters.order):
@@ -49,21 +55,26 @@ def judge(
     leaks: LeakCheck | Mapping[Key, LeakCheck] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[Key, list[JudgedSample]]:
-    """A verdict for every sample of every device, in the samples' order.
+    """Returns a verdict for every sample of every device, in the samples' order.
 
-    A sample is compared with its own device's real samples of its own task, and with nothing else: the verdicts of a
-    device do not depend on the other devices. `filters` is the experiment's section, `settings` its tables for
-    plug-ins; `encoder` may be None where no enabled filter embeds. The verdict names the first filter in
-    `filters.order` that turns the sample away; every enabled filter's score is kept all the same (another than the
-    three official ones: in `extra`).
+    A sample is compared with its own device's real samples of its own task only, so a device's verdicts do not depend
+    on other devices. The verdict names the first filter in `filters.order` that rejects the sample; the score of every
+    enabled filter is kept all the same (other than the three official ones: in `extra`).
 
-    `leaks` is the evaluator's check, one for all or one a device. It comes last: `extra["leak"]` is 1 for every sample
-    that leaks, and one that all filters accepted becomes `rejected_by:leak`. What the filters decide is what they would
-    decide without it.
+    Args:
+        candidates: Synthetic samples by device.
+        real: Real samples by device.
+        filters: The experiment's section.
+        encoder: May be None where no enabled filter embeds.
+        leaks: The evaluator's check, one for all or one a device. It comes last and changes no filter's decision:
+            `extra["leak"]` is 1 for every sample that leaks, and one that all filters accepted becomes
+            `rejected_by:leak`.
+        settings: The experiment's tables for plug-ins, by name.
 
-    Raises UserError for an unknown filter.
+    Raises:
+        UserError: A filter is unknown.
     """
-    rules = create(filters, settings)
+    rules = create_filters(filters, settings)
     vectors = _Vectors(candidates, real, list(rules.values()), encoder)
     checks = leaks if isinstance(leaks, Mapping) else dict.fromkeys(candidates, leaks)
     return {
@@ -119,12 +130,12 @@ class _Vectors:
         encoder: TextEncoder | None,
     ) -> None:
         self._reads = tuple(dict.fromkeys(rule.embeds for rule in rules if rule.embeds is not None))
-        own = [item for key in candidates for item in real.get(key, ())] if self._reads else []
-        owned = {text_of(item, reads) for reads in self._reads for item in own}
-        asked = {text_of(s, reads) for reads in self._reads for samples in candidates.values() for s in samples}
-        texts = sorted(owned | asked)
+        items = [item for key in candidates for item in real.get(key, ())] if self._reads else []
+        real_texts = {text_of(item, reads) for reads in self._reads for item in items}
+        sample_texts = {text_of(s, reads) for reads in self._reads for samples in candidates.values() for s in samples}
+        texts = sorted(real_texts | sample_texts)
         self._row = {text: row for row, text in enumerate(texts)}
-        self._matrix = encoder.encode(texts, remember=owned) if texts else np.zeros((0, 1), dtype=np.float32)
+        self._matrix = encoder.encode(texts, remember=real_texts) if texts else np.zeros((0, 1), dtype=np.float32)
 
     def case(self, samples: Sequence[Sample], real: Sequence[Interaction]) -> Case:
         return Case(samples, real, self._take(samples), self._take(real))

@@ -14,10 +14,10 @@ from untether.sim.population.tasks import get_task
 class Length:
     """Words of the sample over the median of the user's own: `low <= ratio <= high`.
 
-    Words are what white space separates. The user's own are the real samples of the task that have the sample's form,
-    or all of the task where none has. Where there are none, or their median is no word, there is no ratio, and the
-    sample passes. So does an output that is one of the task's closed labels, where the output is what is read: labels
-    are chosen, not written ("style & beauty" is not a rambling "travel").
+    Words are separated by white space. The user's own are the real samples of the task that have the sample's form, or
+    all of the task where none has. Where there are none, or their median is no word, there is no ratio, and the sample
+    passes. So does an output that is one of the task's closed labels, where the output is read: labels are chosen, not
+    written ("style & beauty" is not a rambling "travel").
     """
 
     embeds = None

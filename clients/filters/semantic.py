@@ -12,10 +12,10 @@ from untether.clients.filters.case import Case, Finding, Fixed
 class Semantic:
     """Cosine of the sample's embedding to the user's real samples of the task: `low <= score <= high`.
 
-    The score is the largest cosine to any of them (`reduce = "max"`: near to something the user really did) or the
-    mean over them (`"mean"`: near to all they did; lower by nature, and lower still for a user with many interests).
-    The upper bound turns away copies. The filter and its two bounds: CDCDA-PLM (arXiv 2508.21313). A user without a
-    real sample of the task has no score, and the sample passes.
+    The score is the largest cosine to any of them (`reduce = "max"`: near to one thing the user did) or the mean over
+    them (`"mean"`: near to all they did; lower by nature, and lower still for a user with many interests). The upper
+    bound rejects copies. The filter and its two bounds: CDCDA-PLM (arXiv 2508.21313). A user without a real sample of
+    the task has no score, and the sample passes.
     """
 
     def __init__(self, section: Any) -> None:

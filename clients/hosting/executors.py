@@ -1,4 +1,4 @@
-"""How a host runs a call on its worker: a Ray actor that may die, or, where there is no Ray, this very process."""
+"""Executors: how a host runs a call on its worker, a Ray actor that may die or, without Ray, this process."""
 
 from __future__ import annotations
 
@@ -41,9 +41,12 @@ _NODE_LOST = ("its node has died", "node was terminated")
 
 
 class WorkerDied(Exception):
-    """The worker process ended under a shard; its `str` says how. `outcome`: crashed, out_of_memory or timeout.
+    """The worker process ended during an order; its `str` says how.
 
-    `with_node`: its whole node was lost, which says nothing about the shard.
+    Args:
+        detail: How it ended.
+        outcome: `crashed`, `out_of_memory` or `timeout`.
+        with_node: Whether its whole node was lost, which says nothing about the order.
     """
 
     def __init__(self, detail: str, outcome: str = "crashed", with_node: bool = False):
@@ -52,10 +55,7 @@ class WorkerDied(Exception):
 
 
 class Executor(Protocol):
-    """Has one order carried out by a worker; a dead worker raises WorkerDied and is replaced at the next call.
-
-    `progress` is told how many devices are done.
-    """
+    """Makes a worker carry out one order. A dead worker raises WorkerDied and is replaced at the next call."""
 
     def call(
         self, order: Order, inputs: Inputs, *, deadline_s: float, progress: Callable[[float], None] = ...
@@ -66,7 +66,7 @@ def _nobody(done: float) -> None: ...
 
 
 class InProcess:
-    """The executor where there is no Ray: the worker lives in this very process (a deployed node)."""
+    """The executor without Ray: the worker lives in this process (a deployed node)."""
 
     def __init__(self, make: Callable[[], Worker]):
         self._make, self._worker = make, None
@@ -80,10 +80,14 @@ class InProcess:
 
 
 class RayExecutor:
-    """A named Ray actor of our own, one a host and Flower run. Any of Flower's actors may call it; a dead one is
-    replaced. Order, inputs and outcome are values of Ray's object store, so the actor may live on any node.
+    """Runs calls on a named Ray actor, one for each host and Flower run; a dead one is replaced.
 
-    `post` goes with every call. A worker that is no further after `deadline_s` hangs.
+    Any of Flower's actors may call it. Order, inputs and outcome are values of Ray's object store, so the actor may
+    live on any node.
+
+    Args:
+        name: The actor's name.
+        post: What goes with every call: the run and how to work for it.
     """
 
     NAMESPACE = "untether"
@@ -95,7 +99,7 @@ class RayExecutor:
     def call(
         self, order: Order, inputs: Inputs, *, deadline_s: float, progress: Callable[[float], None] = _nobody
     ) -> Outcome:
-        """Calls the actor and waits while it gets on."""
+        """Calls the actor and waits while it makes progress; without progress for `deadline_s` it is taken to hang."""
         from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
         killed_before = _oom_kills()
@@ -129,8 +133,8 @@ class RayExecutor:
         while not ray.wait([reply], timeout=min(POLL_S, deadline_s))[0]:
             now = seen
             with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
-                said = actor.look.options(concurrency_group=LOOKING).remote()
-                now = ray.get(said, timeout=POLL_S)
+                answer = actor.look.options(concurrency_group=LOOKING).remote()
+                now = ray.get(answer, timeout=POLL_S)
             if now != seen:
                 seen, since_s = now, clock.now_s()
                 progress(now)
@@ -211,7 +215,7 @@ class RayExecutor:
 
 
 def memory_ran_out(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, told without torch: a host does not import it."""
+    """Returns whether an error means that memory ran out, recognised without torch: a host does not import it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _MEMORY)

@@ -1,7 +1,7 @@
-"""A host: a Flower node that carries a shard of devices and hands them to a worker process.
+"""A host: a Flower node that has a share of the devices and hands them to a worker process, shard by shard.
 
-The host is thin on purpose. The worker holds the model and may die (killed, out of memory); then its devices are run
-again on a new worker, in halves, until the one that kills it is found and marked while the others finish.
+The host does no work of its own. The worker holds the model and may die (killed, out of memory); then its devices are
+run again on a new worker, in halves, until the one that kills it is found and marked while the others finish.
 """
 
 from __future__ import annotations
@@ -38,11 +38,17 @@ BLOCK_ADAPTERS = 256
 def run_order(
     executor: Executor, run: RunDirectory, order: Order, progress: Path | None = None
 ) -> Reply:  # fmt: skip
-    """Carries out an order, shard by shard of devices, on the devices' store in `run`.
+    """Carries out an order, shard by shard of devices.
 
-    A shard that a stopped run has finished is not run again. A mistake of the user and a stop raise; a dead worker does
-    not (unless `engine.strict`): it is an event, and a device that keeps killing is marked in all its answers. An order
-    for no device cannot be cut: a dead worker costs it a retry. `progress` is a file that is told how far it is.
+    A shard that was finished before a stop is not run again. A user's mistake and a stop raise; a dead worker does not
+    (unless `engine.strict`): it becomes an event, and a device that keeps killing workers is marked in all its answers.
+    An order without devices cannot be cut: a dead worker costs it a retry.
+
+    Args:
+        executor: The host's worker.
+        run: The run directory, which holds the devices' store.
+        order: The order, cut to this host's devices.
+        progress: A file to write the number of finished devices to.
     """
     engine, watch = run.experiment.engine, _Watch(progress)
     store = DeviceStore(run, order)
@@ -83,7 +89,7 @@ def run_order(
                 continue
         watch.add(len(some))
         replies.append(reply)
-    return joined([*replies, _told(run, order, lost, failures)])
+    return joined([*replies, _lost_reply(run, order, lost, failures)])
 
 
 def _shard_size(experiment: Experiment, order: Order) -> int:
@@ -102,7 +108,7 @@ def _call_again(
 
 
 class _Watch:
-    """Tells a small file how far a host is, for whoever watches: a full disk is found by what matters."""
+    """Writes a host's progress into a small file for observers. A full disk is ignored here: other writes report it."""
 
     def __init__(self, path: Path | None):
         self.path, self.done = path, 0
@@ -115,12 +121,12 @@ class _Watch:
         self._write(self.path, f"{self.done + of_shard:g}")
 
     def add(self, devices: int) -> None:
-        """So many more devices are done."""
+        """Adds to the number of finished devices."""
         self.done += devices
         self(0.0)
 
     def deaths(self, count: int) -> None:
-        """So many workers have died."""
+        """Writes the number of workers that died."""
         self._write(self.path and self.path.with_suffix(".deaths"), "x" * count)
 
     @staticmethod
@@ -134,10 +140,10 @@ def _failure(work: str, devices: Sequence[int], death: WorkerDied) -> dict[str, 
     return {"devices": list(devices), "pass": work, "outcome": death.outcome, "detail": str(death)[:DETAIL_CHARS]}
 
 
-def _told(run: RunDirectory, order: Order, lost: Mapping[int, str], failures: Sequence[Mapping[str, Any]]) -> Reply:
-    """What went wrong: an event a death, the devices that were lost and, in the learn pass, what the tables hold of
-    them.
-    """
+def _lost_reply(
+    run: RunDirectory, order: Order, lost: Mapping[int, str], failures: Sequence[Mapping[str, Any]]
+) -> Reply:
+    """The failures: an event a death, the lost devices and, in the learn pass, their rows of the tables."""
     tables = lost_rows(run.experiment, order.cut(sorted(lost)), lost) if lost and isinstance(order, Learn) else {}
     name = f"{order.work}-host-{device_id(order.devices[0])}"
     for table, rows in tables.items():
@@ -161,7 +167,7 @@ def _event(order: Order, number: int, failure: Mapping[str, Any]) -> dict[str, A
 
 
 def guarded(work: Callable[[], Reply]) -> Reply | dict[str, str]:
-    """Does some work; what goes wrong comes back as {"error": kind, "message", "traceback"}, never as a lost reply."""
+    """Does some work; an error is returned as {"error": kind, "message", "traceback"}, so that no reply is lost."""
     try:
         return work()
     except (UserError, ResumableStop) as error:

@@ -1,5 +1,5 @@
-"""What the tables hold for a device that killed its worker: every answer it owed, empty, so that arms stay paired, and
-what it uploaded.
+"""The rows of a device that killed its worker: empty answers to all of its queries, so that arms stay paired, and its
+uploads.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from untether.sim.rounds.messages import Learn
 def lost_rows(
     experiment: Experiment, order: Learn, lost: Mapping[int, str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Predictions, metrics and uploads of the order's devices, which the learn pass could not finish. `lost` maps a
-    device to its outcome.
+    """Returns predictions, metrics and uploads of the order's devices that the learn pass could not finish.
 
     Each answer is empty, scored as such, and carries the outcome (`crashed`, `out_of_memory`).
+
+    Args:
+        experiment: The run's experiment.
+        order: The order.
+        lost: Outcome by device.
     """
     population = open_population(experiment, order.seed)
     devices = [Device(index, population.user(index)) for index in order.devices]

@@ -1,7 +1,7 @@
-"""A worker process: it holds what is heavy (base model, encoder) and carries out orders for shards of devices.
+"""A worker process: it holds the models (base model, encoder) and carries out orders for shards of devices.
 
 The process outlives a run: each call says which run it is for, and a model that the next run shares is not loaded
-again. It may die at any moment: the order is carried out again elsewhere, to the same result.
+again. It may die at any moment: the order is carried out again elsewhere, with the same result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from untether.sim.rounds.messages import Order
 
 
 def perform(worker: Worker, order: Order, inputs: Inputs) -> Outcome:
-    """Carries out an order. The passes are imported when first run: a host, which names them, does without torch."""
+    """Carries out an order. The passes are imported on first use: a host, which imports this module, needs no torch."""
     worker.progress(0.0)
     return _PASSES[order.work]()(worker, order, inputs)
 
@@ -67,8 +67,15 @@ _PASSES: dict[str, Callable[[], Callable[..., Outcome]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """What a worker is told with each call: the run, its experiment (TOML), the cloud, torch threads, its number among
-    the workers, and a folder for what would only be asked for again (one of its own where that is not there).
+    """What every call tells the worker process.
+
+    Args:
+        run: The run's id.
+        experiment: As TOML.
+        endpoint: Where the cloud is.
+        scratch: A folder for what could be requested again; the process makes one of its own where it does not exist.
+        threads: Torch threads.
+        number: The worker's number among all workers.
     """
 
     run: str
@@ -80,7 +87,7 @@ class Post:
 
 
 class WorkerProcess:
-    """What lives in a process of its own (a Ray actor): its models, and a worker for the run that it works for now."""
+    """The state of a worker process (a Ray actor): its models, and a worker for the current run."""
 
     def __init__(self) -> None:
         self._models = Models()
@@ -89,7 +96,7 @@ class WorkerProcess:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def at(self, post: Post) -> Worker:
-        """The worker of a run, with this process's models."""
+        """Returns the worker of a run, with this process's models."""
         if self._worker is None or self._post != post:
             scratch = post.scratch
             if not Path(scratch).is_dir():
@@ -105,9 +112,9 @@ class WorkerProcess:
         return perform(self.at(post), order, inputs)
 
     def look(self) -> float:
-        """How many devices of its order are done. Answered while the order is carried out."""
+        """Returns how many devices of the current order are done; answered while the order is carried out."""
         return self._worker.done if self._worker else 0.0
 
     def pid(self) -> int:
-        """This process: an answer, whatever the run, says that it lives."""
+        """Returns this process's id; that it answers shows that it lives."""
         return os.getpid()

@@ -1,6 +1,6 @@
-"""The devices' store: what is private to them stays here, and passes are given what their orders name.
+"""The devices' store: it keeps what is private to the devices, and gives passes what their orders name.
 
-In a simulation it is the run directory, so that what the devices of all hosts keep becomes the run's tables.
+In a simulation it is the run directory, so that the rows of all hosts' devices become the run's tables.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DeviceStore:
             self.adapters.prune(order.settled)
 
     def inputs(self, order: Order) -> Inputs:
-        """What the store holds of what an order names, for its devices (for the placebo: their donors too)."""
+        """Returns what the store holds for an order's devices (for the placebo: their donors too)."""
         mine = {*order.devices}
         if isinstance(order, Update):
             return Inputs(private=self._private(order))
@@ -67,7 +67,7 @@ class DeviceStore:
         return found
 
     def keep(self, order: Order, outcome: Outcome) -> Reply:
-        """Keeps what a pass made. Returns its reply, which says under which names. The same order again replaces it."""
+        """Keeps the result of a pass and returns its reply, which names the parts. The same order again replaces it."""
         if outcome.adapters:
             self.adapters.save(order.round, order.name, outcome.adapters)
         for table, rows in outcome.tables.items():
@@ -78,7 +78,7 @@ class DeviceStore:
         return reply
 
     def kept(self, order: Order) -> Reply | None:
-        """The reply to an order that was carried out before; None for one that was not."""
+        """Returns the reply to an order that was carried out before, or None."""
         found = self.run.read_receipt(order.seed, order.round, order.name)
         if found is None or tuple(found["columns"]["device"]) != order.devices:
             return None

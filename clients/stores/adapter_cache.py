@@ -1,9 +1,9 @@
-"""Nothing is trained twice: adapters by the content of what made them, in a folder that runs may share.
+"""A cache of trained adapters, by the content of everything they depend on, in a folder that runs may share.
 
 An adapter depends on the base, its shape, its settings, its examples, its seeds and the adapter it starts from. Jobs
 that agree in all of these give the same adapter, whichever device, arm, cell of a study or run asks; only
-floating-point rounding depends on who trained together. A file is written whole or not at all, so several processes may
-share the folder; one that cannot be read, or whose content is not what was written, is trained again.
+floating-point rounding depends on which jobs are trained together. A file is written whole or not at all, so several
+processes may share the folder; one that cannot be read, or whose content is not what was written, is trained again.
 """
 
 from __future__ import annotations
@@ -39,10 +39,16 @@ _DIGEST = 20
 def train_once(
     base: FrozenBase, jobs: Sequence[TrainJob], folder: str | Path = "", **options: Any
 ) -> dict[Hashable, TrainResult]:
-    """As `clients.engine.training.train`, but equal jobs are trained once, and those that `folder` holds not at all.
+    """Trains as `clients.engine.training.train` does, but equal jobs once, and those in `folder` not at all.
 
-    `folder` empty: nothing is kept. `options` are `train`'s. A result that ran out of memory is not kept. Raises
-    ResumableStop where the folder cannot be written.
+    Args:
+        base: The frozen base model.
+        jobs: The jobs.
+        folder: The cache; empty: nothing is kept. A result that ran out of memory is never kept.
+        options: Those of `train`.
+
+    Raises:
+        ResumableStop: The folder cannot be written.
     """
     if len({job.key for job in jobs}) != len(jobs):
         raise ValueError("two jobs have the same key")
@@ -67,7 +73,8 @@ def train_once(
 
 
 def content_key(base: FrozenBase, job: TrainJob) -> str:
-    """A hash of everything that a job's adapter depends on (of `epochs` and `steps` only what they come to)."""
+    """Returns a hash of everything that a job's adapter depends on (of `epochs` and `steps` only the resulting steps).
+    """
     settings = dataclasses.replace(job.settings, epochs=0.0, steps=job.total_steps)
     shape = [dataclasses.astuple(job.spec), dataclasses.astuple(settings), job.seed, job.init_seed]
     start = adapter_version(job.state, _DIGEST) if job.state is not None else ""

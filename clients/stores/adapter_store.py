@@ -1,10 +1,10 @@
-"""Private adapters on disk: one safetensors file an arm and block of devices, tensors stacked over its devices.
+"""Private adapters on disk: one safetensors file for each arm and block of devices, tensors stacked over its devices.
 
 `adapters/seed-S/round-R/<arm>/<block>.safetensors` holds every LoRA tensor as [devices, ...]; its metadata names the
 devices and what they were trained `on`. A device's adapter is the one of the latest round that trained it. A round may
-train it twice, first on what there is and then `on` samples: the second is the round's own, the first is kept under
-`<arm>.first`. Written whole or not at all; `prune` deletes what later rounds have superseded, so that a run of many
-rounds holds two.
+train it twice, first on its own data and then `on` samples: the second is the round's own, the first is kept under
+`<arm>.first`. Files are written whole or not at all; `prune` deletes those that later rounds have superseded, so that a
+run of many rounds holds two.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from untether.sim.rounds.messages import FIRST
 if TYPE_CHECKING:
     from torch import Tensor
 
-State = Mapping[str, np.ndarray]
+AdapterArrays = Mapping[str, np.ndarray]
 """One adapter: PEFT's key -> array. Not tensors: a host, which reads and writes them, does without torch."""
 
 
 def as_arrays(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """An adapter as the engine has it, as arrays in main memory."""
+    """Returns the engine's adapter as arrays in main memory."""
     return {name: tensor.detach().contiguous().cpu().numpy() for name, tensor in state.items()}
 
 
-def as_tensors(state: State) -> dict[str, Tensor]:
-    """An adapter as the engine wants it, in memory of its own."""
+def as_tensors(state: AdapterArrays) -> dict[str, Tensor]:
+    """Returns an adapter for the engine, as tensors in memory of their own."""
     import torch
 
     return {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
 
 
 def adapter_version(state: Mapping[str, Any], digest_size: int = 6) -> str:
-    """A fingerprint of an adapter's weights, short unless asked for more bytes: equal adapters have equal versions."""
+    """Returns a fingerprint of an adapter's weights of `digest_size` bytes: equal adapters have equal versions."""
     digest = hashlib.blake2b(digest_size=digest_size)
     for name in sorted(state):
         digest.update(name.encode())
@@ -59,7 +59,7 @@ class AdapterStore:
         self.root = Path(run) / "adapters" / f"seed-{seed}"
         self._index: dict[tuple[int, str], dict[str, tuple[Path, int]]] = {}
 
-    def save(self, round: int, block: str, by_arm: Mapping[str, Mapping[str, State]]) -> list[str]:
+    def save(self, round: int, block: str, by_arm: Mapping[str, Mapping[str, AdapterArrays]]) -> list[str]:
         """Writes the adapters of a block, by arm and device id. Returns the paths, relative to the store's root."""
         paths = []
         for arm, states in by_arm.items():
@@ -74,26 +74,29 @@ class AdapterStore:
         return paths
 
     def load(self, round: int, device: str, arm: str) -> dict[str, np.ndarray] | None:
-        """The device's adapter as of `round` (the latest at or before it), or None."""
+        """Returns the device's adapter as of `round` (the latest at or before it), or None."""
         for earlier in range(round, -1, -1):
             if (found := self.load_exactly(earlier, device, arm)) is not None:
                 return found
         return None
 
     def load_exactly(self, round: int, device: str, arm: str) -> dict[str, np.ndarray] | None:
-        """The adapter that the device trained in this very round, or None."""
+        """Returns the adapter that the device trained in this very round, or None."""
         place = self._devices(round, arm).get(device)
         return None if place is None else self._read(*place)
 
     def devices(self, round: int, arm: str) -> Sequence[str]:
-        """The devices that trained this arm in this round."""
+        """Returns the devices that trained this arm in this round."""
         return sorted(self._devices(round, arm))
 
     def prune(self, round: int) -> int:
         """Deletes files of rounds before `round` whose every device has a later adapter, at or before it.
 
-        Call it once `round` is committed and what it trained is live: nothing older is needed then, nor the first of
-        two adapters of one round. Returns how many files went.
+        Call it once `round` is committed and its adapters are live: nothing older is needed then, nor the first of two
+        adapters of one round.
+
+        Returns:
+            How many files were deleted.
         """
         older = sorted(number for number in self._rounds() if number < round)
         arms = {path.name for number in older for path in _listed(self.root / f"round-{number}")}

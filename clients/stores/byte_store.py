@@ -1,6 +1,6 @@
-"""What was made once and may be wanted again: key -> bytes, in one SQLite file that several processes and runs share.
+"""A store of results worth keeping: key -> bytes, in one SQLite file that several processes and runs share.
 
-A key is a digest of everything that the bytes depend on, so nothing kept is ever replaced.
+A key is a digest of everything that the bytes depend on, so nothing in the store is ever replaced.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ _MANY = 500
 
 
 class ByteStore:
-    """A table key -> value in a file of the folder `engine.cache`. Raises UserError where `path` is no such file."""
+    """A table key -> value in a file of the folder `engine.cache`.
+
+    Raises:
+        UserError: `path` is no such file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -36,7 +40,7 @@ class ByteStore:
             ) from error
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
-        """The values of those keys that are there."""
+        """Returns the values of those keys that are present."""
         found: dict[bytes, bytes] = {}
         for some in _portions(keys):
             marks = ",".join("?" * len(some))
@@ -44,8 +48,10 @@ class ByteStore:
         return found
 
     def put(self, values: Mapping[bytes, bytes]) -> None:
-        """Keeps values, all or none; the first one kept under a key stays. Raises ResumableStop where the disk does not
-        take them.
+        """Keeps values, all or none; the first one kept under a key stays.
+
+        Raises:
+            ResumableStop: The disk does not take them.
         """
         try:
             with self._database as database:
@@ -55,7 +61,7 @@ class ByteStore:
             raise ResumableStop(f"cannot write {self.path}: {error}. See to it, then resume the run.") from error
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._database.close()
 
     def _stop_if_full(self, error: BaseException) -> None:

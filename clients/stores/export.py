@@ -15,7 +15,11 @@ from untether.sim.run.directory import RunDirectory
 
 
 def export_adapter(run: RunDirectory, device: str, arm: str, out: Path, seed: int | None = None) -> Path:
-    """Writes the adapter as of the last round. UserError names what there is where device, arm or seed is not."""
+    """Writes a device's adapter, as of the last round, as a PEFT folder.
+
+    Raises:
+        UserError: Device, arm or seed is not in the run; the message names those that are.
+    """
     experiment = run.experiment
     if arm not in (there := trained(ARMS)):
         raise UserError(f"--arm: {unknown('arm with an adapter', arm, there)}")

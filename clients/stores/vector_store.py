@@ -1,4 +1,4 @@
-"""Embeddings that were made once. A key holds the encoder's fingerprint and the text: equal keys, equal vectors."""
+"""A store of embeddings. A key holds the encoder's fingerprint and the text: equal keys, equal vectors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ class VectorStore:
         self._store, self._fingerprint = ByteStore(path), fingerprint.encode()
 
     def get(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """The vectors of those texts that are there."""
+        """Returns the vectors of those texts that are present."""
         by_key = {self._key(text): text for text in texts}
         found = self._store.get(list(by_key))
         return {by_key[key]: np.frombuffer(blob, dtype="<f4").astype(np.float32) for key, blob in found.items()}
 
     def put(self, vectors: Mapping[str, np.ndarray]) -> None:
-        """Keeps vectors, all or none. Raises ResumableStop where the disk does not take them."""
+        """Keeps vectors, all or none.
+
+        Raises:
+            ResumableStop: The disk does not take them.
+        """
         self._store.put({self._key(text): vector.astype("<f4").tobytes() for text, vector in vectors.items()})
 
     def _key(self, text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Who writes the cloud's answers: one small interface, and the named generators behind `untether cloud serve`.
+"""Generators, which write the cloud's answers: the interface, and the named ones behind `untether cloud serve`.
 
 A generator gets what an OpenAI-compatible endpoint gets, chat messages and sampling parameters, and nothing else: no
 user id, no ground truth, no other request. Named factories load lazily, so that serving one does not import the rest.
@@ -20,7 +20,7 @@ from untether.sim.experiment.plugins import resolved
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One chat completion to write. `seed` and the other fields mean what they mean in OpenAI's API."""
+    """A request for one chat completion. `seed` and the other fields mean what they mean in OpenAI's API."""
 
     messages: tuple[dict[str, Any], ...]
     seed: int
@@ -31,9 +31,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What was written. `finish_reason` is `stop`, `length` or `content_filter`; `refusal` replaces the text.
+    """A completion. `finish_reason` is `stop`, `length` or `content_filter`; `refusal` replaces the text.
 
-    `model` names who wrote this one, where that is not the generator as a whole (a fallback).
+    `model` names the model that wrote this one, where that is not the generator as a whole (a fallback).
     """
 
     text: str
@@ -45,15 +45,16 @@ class Completion:
 
 
 class PromptTooLong(ValueError):
-    """The prompt leaves no room for an answer in the model's context."""
+    """The prompt leaves no space for an answer in the model's context."""
 
 
 class Generator(Protocol):
-    """Writes completions. The same request (seed included) is answered the same way, in whatever batch it comes.
+    """Writes completions. The same request (seed included) gets the same answer, in whatever batch it comes.
 
-    `batched`: one call with many requests is cheaper than many calls (the gateway then gathers them). `structured`:
-    answers to a samples request are always JSON, so a `response_format` can be honoured. `fingerprint` changes
-    whenever the same request may be answered differently: code version, options, weights.
+    Attributes:
+        batched: Whether one call with many requests is cheaper than many calls (the gateway then gathers them).
+        structured: Whether answers to a samples request are always JSON, so that a `response_format` can be honoured.
+        fingerprint: Changes whenever the same request may be answered differently: code version, options, weights.
     """
 
     name: str
@@ -63,13 +64,23 @@ class Generator(Protocol):
     structured: bool
 
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
-        """One completion a request, in order. Raises `sim.prompts.protocol.NotARequest` for messages it cannot read."""
+        """Returns one completion a request, in order.
+
+        Raises:
+            NotARequest: The generator cannot read the messages (`sim.prompts.protocol.NotARequest`).
+        """
         ...
 
 
 def create(name: str, options: Mapping[str, Any] | None = None) -> Generator:
-    """The generator of that name: what makes it takes options as keywords, or, where a plug-in registered it with a
-    section of settings, that section. Raises UserError for an unknown name or option, listing the known ones.
+    """Returns the generator of a registered name.
+
+    Args:
+        name: The registered name.
+        options: Keywords for its factory; or the fields of the section of settings that a plug-in registered it with.
+
+    Raises:
+        UserError: The name or an option is unknown; the message lists the known ones.
     """
     factory, options = GENERATORS.get(name), dict(options or {})
     if GENERATORS.settings(name) is not None:
@@ -79,7 +90,16 @@ def create(name: str, options: Mapping[str, Any] | None = None) -> Generator:
 
 
 def check_options(name: str, takes: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raises UserError where something that makes a generator does not take these options, or lacks one."""
+    """Checks options against the parameters of what takes them.
+
+    Args:
+        name: The generator, for messages.
+        takes: Its factory.
+        options: Keywords.
+
+    Raises:
+        UserError: An option is not accepted, or a required one is missing.
+    """
     parameters = inspect.signature(takes).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return  # the factory passes them on, and checks them then
@@ -92,7 +112,8 @@ def check_options(name: str, takes: Callable[..., Any], options: Mapping[str, An
             raise UserError(f"generator {name!r} needs the option {option!r}")
 
 
-def fingerprint(*parts: object) -> str:
-    """A short digest of whatever determines a generator's answers, in the manner of OpenAI's `system_fingerprint`."""
+def system_fingerprint(*parts: object) -> str:
+    """Returns a short digest of everything that determines a generator's answers, like OpenAI's `system_fingerprint`.
+    """
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
     return "fp_" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

@@ -1,4 +1,4 @@
-"""What makes each built-in generator, from the options that `untether cloud serve` and an experiment give it."""
+"""The factories of the built-in generators, called with the options of `untether cloud serve` or of an experiment."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from untether.sim.experiment.sections import check_template_args
 
 
 def recombine() -> Generator:
-    """Recombines a history's own words: no model at all."""
+    """Returns a generator that recombines a history's own words, without any model."""
     from untether.server.generator.recombine import RecombineGenerator
 
     return RecombineGenerator()
 
 
 def world(**options: Any) -> Generator:
-    """Writes for the embedded world's users, and recombines what is of no world."""
+    """Returns a generator that writes for the embedded world's users, and recombines texts of no world."""
     from untether.server.generator.fallback import WorldOrRecombine
     from untether.server.generator.world import WorldGenerator
 
@@ -31,7 +31,7 @@ def transformers(
     model: str, device: str = "", dtype: str = "auto", max_batch: int = 8, threads: int = 0,
     template_args: Mapping[str, Any] | str | None = None,
 ) -> Generator:  # fmt: skip
-    """A local causal language model."""
+    """Returns a generator that runs a local causal language model (see `LocalModelGenerator`)."""
     from untether.server.generator.local_model import LocalModelGenerator  # late: it loads torch
 
     given = template_args or {}

@@ -1,18 +1,18 @@
-"""The world generator knows one world only: requests about anything else go to `recombine`, and say so."""
+"""A generator for any text: the embedded world's for its own users, recombination for everybody else."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from untether.server.generator import Completion, GenerationRequest, Generator, fingerprint
+from untether.server.generator import Completion, GenerationRequest, Generator, system_fingerprint
 from untether.server.generator.recombine import RecombineGenerator
 
 
 class WorldOrRecombine:
     """The embedded cloud: the world's own generator for its text, recombination of the user's items for other text.
 
-    A completion that recombine wrote carries its model id, so that a report can say that no language model wrote it.
+    A completion by recombination carries its model id, so that a report can say that no language model wrote it.
     """
 
     batched = False
@@ -23,10 +23,10 @@ class WorldOrRecombine:
         self._other = RecombineGenerator()
         self.name = world.name
         self.model_id = world.model_id
-        self.fingerprint = fingerprint(world.fingerprint, self._other.fingerprint)
+        self.fingerprint = system_fingerprint(world.fingerprint, self._other.fingerprint)
 
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
-        """As `Generator.generate`, each request on its own."""
+        """Returns completions as `Generator.generate` does, each request on its own."""
         return [self._one(request) for request in batch]
 
     def _one(self, request: GenerationRequest) -> Completion:

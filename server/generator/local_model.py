@@ -14,19 +14,27 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from untether.server.generator import Completion, GenerationRequest, PromptTooLong, fingerprint
+from untether.server.generator import Completion, GenerationRequest, PromptTooLong, system_fingerprint
 from untether.sim.core import limits
 from untether.sim.core.errors import UserError
 from untether.sim.prompts import chat_template
 
 
 class LocalModelGenerator:
-    """A causal LM by name or path, with its chat template where it has one (else the messages, a paragraph each).
+    """A causal LM with its chat template, or without one: the messages, a paragraph each.
 
-    `device` empty: a GPU if there is one. `dtype`: `auto` (as saved) or a torch name. `threads` 0: torch's choice,
-    within the cores that are ours. `template_args` is what the template is given (`sim.prompts.chat_template`: no
-    thinking and a fixed date by default). Answers cannot be constrained to a schema (`structured` is False). Raises
-    UserError where it does not load.
+    Answers cannot be constrained to a schema (`structured` is False).
+
+    Args:
+        model: Name or path.
+        device: Empty: a GPU if there is one.
+        dtype: `auto` (as saved) or a torch name.
+        max_batch: Most requests of a batch.
+        threads: Torch threads; 0 is torch's choice, within the cores of this process.
+        template_args: Arguments of the template (`sim.prompts.chat_template`: no thinking and a fixed date by default).
+
+    Raises:
+        UserError: The model does not load.
     """
 
     name = "transformers"
@@ -58,11 +66,15 @@ class LocalModelGenerator:
         chat_template.tell(self._tokenizer, template_args or {})
         config = {name: value for name, value in self._model.config.to_dict().items() if name != "_name_or_path"}
         written = chat_template.fingerprint(self._tokenizer, self._ends)
-        self.fingerprint = fingerprint("transformers", 2, config, heads, str(self._model.dtype), written)
+        self.fingerprint = system_fingerprint("transformers", 2, config, heads, str(self._model.dtype), written)
 
     @torch.inference_mode()
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
-        """As `Generator.generate`; token counts are the tokenizer's. Raises PromptTooLong for a prompt without room."""
+        """Returns completions as `Generator.generate` does; token counts are the tokenizer's.
+
+        Raises:
+            PromptTooLong: A prompt leaves no space for an answer.
+        """
         prompts = [self.prompt(request.messages) for request in batch]
         # A chat template writes its own special tokens; doubling them changes the answer.
         special = self._tokenizer.chat_template is None
@@ -84,7 +96,7 @@ class LocalModelGenerator:
         return [self._completion(*row) for row in zip(written, rooms, sizes, strict=True)]
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The text that the model continues."""
+        """Returns the text that the model continues."""
         turns = [{"role": m.get("role", "user"), "content": _text(m.get("content"))} for m in messages]
         written = chat_template.render(self._tokenizer, turns)
         return written if chat_template.template_of(self._tokenizer) else f"{written}\n\n"

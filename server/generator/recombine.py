@@ -1,8 +1,8 @@
 """Augmentation without a language model: new pairs by recombining the user's own items.
 
-It is the stand-in for a cloud model on text that the embedded world did not make, and a baseline of its own (what is a
+It stands in for a cloud model on text that the embedded world did not make, and is a baseline of its own (what is a
 language model worth over recombination?). Its model id is `recombine`: no language model wrote these samples, and every
-table that carries the model id says so. Deterministic in the request's seed.
+table that carries the model id shows it. Deterministic in the request's seed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from untether.server.generator import Completion, GenerationRequest, fingerprint
+from untether.server.generator import Completion, GenerationRequest, system_fingerprint
 from untether.sim.core.records import Interaction
 from untether.sim.core.seeding import generator as stream
 from untether.sim.prompts.protocol import Request, estimate_tokens, format_samples, parse_request
@@ -48,12 +48,12 @@ class RecombineGenerator:
 
     name = "recombine"
     model_id = "recombine"
-    fingerprint = fingerprint("recombine", 1, _STRANGERS)
+    fingerprint = system_fingerprint("recombine", 1, _STRANGERS)
     batched = False
     structured = True
 
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
-        """As `Generator.generate`. Tokens are `sim.prompts.protocol.estimate_tokens`."""
+        """Returns completions as `Generator.generate` does. Tokens are `sim.prompts.protocol.estimate_tokens`."""
         return [self._one(request) for request in batch]
 
     def _one(self, request: GenerationRequest) -> Completion:
@@ -67,7 +67,8 @@ class RecombineGenerator:
 
 
 def recombine(asked: Request, seed: int) -> list[tuple[str, str]]:
-    """Up to `asked.count` distinct pairs that are no copies of the items; fewer where the items allow no more."""
+    """Returns up to `asked.count` distinct pairs that are no copies of the items; fewer where the items allow no more.
+    """
     if not asked.items:
         return []
     rng = stream(seed, "recombine")
@@ -86,9 +87,9 @@ def recombine(asked: Request, seed: int) -> list[tuple[str, str]]:
 
 
 def answer(asked: Request) -> str:
-    """The output of the item whose input shares the most words with the query (the newest of equals).
+    """Returns the output of the item whose input shares the most words with the query (the newest of equals).
 
-    LaMP-7 gets its query back (there is nobody to paraphrase it), LaMP-1 the reference nearest to one of the titles.
+    For LaMP-7 it is the query itself (no model paraphrases it), for LaMP-1 the reference nearest to one of the titles.
     """
     forms = {item.form for item in asked.items}
     options = _OPTIONS.search(asked.query)

@@ -1,8 +1,8 @@
-"""The cloud model of the embedded world: it reads a user's samples, guesses who that is, and writes more of the same.
+"""The cloud model of the embedded world: it reads a user's samples, infers the user, and writes more of the same.
 
-It sees only what the request carries. What it knows beforehand is a dial (`knowledge`: the archetypes it has met), and
-so are the faults that real language models have. What each sample really was stays on this side of the wire, in the
-`truth` file; whoever evaluates filters joins it afterwards with `read_truth`.
+It sees only what the request carries. Its prior knowledge is configurable (`knowledge`: the archetypes it has met), and
+so are faults such as real language models have. How each sample was made stays on this side of the wire, in the `truth`
+file; evaluations of filters join it afterwards with `read_truth`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from random import Random
 
-from untether.server.generator import Completion, GenerationRequest, fingerprint
+from untether.server.generator import Completion, GenerationRequest, system_fingerprint
 from untether.sim.core.errors import UserError
 from untether.sim.core.seeding import derive
-from untether.sim.population.world import TASKS, world_task
+from untether.sim.population.world import WORLD_TASKS, world_task
 from untether.sim.population.world.banks import pick
 from untether.sim.population.world.base import Item, WorldTask
 from untether.sim.population.world.belief import KNOWLEDGE, infer
@@ -42,10 +42,16 @@ class NotOfThisWorld(ValueError):
 class WorldGenerator:
     """Writes pairs, or answers a query, in the persona it infers from the samples that a request shows.
 
-    Rates are probabilities per sample and together at most 1. `hallucination_rate`: right form, wrong persona (for
-    answers too). `off_topic_rate`: about something else. `duplicate_rate`: a copy of a shown item, or of an earlier
-    pair where items are not query-shaped. `malformed_rate`: a broken pair. `verbosity`: share of the other outputs that
-    ramble. `truth`: JSONL file that one line a sample is appended to (none if empty).
+    Rates are probabilities per sample and together at most 1.
+
+    Args:
+        knowledge: Which archetypes it knows.
+        hallucination_rate: Right form, wrong persona (for answers too).
+        off_topic_rate: About something else.
+        duplicate_rate: A copy of a shown item, or of an earlier pair where items are not query-shaped.
+        malformed_rate: A broken pair.
+        verbosity: Share of the other outputs that ramble.
+        truth: A JSONL file that gets one line a sample; empty: none.
     """
 
     name = "world"
@@ -71,14 +77,18 @@ class WorldGenerator:
         self._knowledge, self._rates, self._verbosity = knowledge, dict(zip(TRUTHS[1:5], rates, strict=True)), verbosity
         self._truth = Path(truth) if truth else None
         self._lock = threading.Lock()
-        self.fingerprint = fingerprint("world", VERSION, knowledge, rates, verbosity)
+        self.fingerprint = system_fingerprint("world", VERSION, knowledge, rates, verbosity)
 
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
-        """As `Generator.generate`. Raises NotOfThisWorld for texts that are none of the world's."""
+        """Returns completions as `Generator.generate` does.
+
+        Raises:
+            NotOfThisWorld: The texts are none of the world's.
+        """
         return [self._one(request) for request in batch]
 
     def complete(self, asked: Request, seed: int) -> list[tuple[str, str, str]]:
-        """The pairs for a samples request as (input, output, truth)."""
+        """Returns the pairs for a samples request as (input, output, truth)."""
         task, taste, rng = self._read(asked, seed)
         shown = [(item.input, item.output) for item in asked.items]
         written: list[tuple[str, str, str]] = []
@@ -87,7 +97,7 @@ class WorldGenerator:
         return written
 
     def answer(self, asked: Request, seed: int) -> str:
-        """The answer to a query as the inferred persona would give it."""
+        """Returns the answer to a query as the inferred persona would give it."""
         task, taste, rng = self._read(asked, seed)
         scene = task.read(asked.query)
         if scene is None:
@@ -111,7 +121,7 @@ class WorldGenerator:
         return Completion(text, tokens_in, tokens_out)
 
     def _read(self, asked: Request, seed: int) -> tuple[WorldTask, Taste, Random]:
-        if asked.task not in TASKS:
+        if asked.task not in WORLD_TASKS:
             raise NotOfThisWorld(f"the embedded world has no task {asked.task}")
         items = tuple(Item(item.input, item.output, item.form) for item in asked.items)
         taste = _infer(asked.task, items, self._knowledge)
@@ -161,7 +171,7 @@ class WorldGenerator:
 
 
 def read_truth(path: Path) -> dict[tuple[str, str, str], str]:
-    """What each written sample really was, by (task, input, output); empty where there is no file.
+    """Returns how each written sample was made, by (task, input, output); nothing where there is no file.
 
     A last line cut short by a crash is ignored: its answer never left. Of equal samples the first truth counts.
     """
@@ -209,7 +219,7 @@ def _copied(task: WorldTask, rng: Random, shown, written) -> tuple[str, str]:
 
 def _elsewhere(task: WorldTask, rng: Random) -> tuple[str, str]:
     """A text of another task, with an output of this task's form where that is a label."""
-    other = world_task(pick(rng, [name for name in TASKS if name != task.name]))
+    other = world_task(pick(rng, [name for name in WORLD_TASKS if name != task.name]))
     scene, mine = other.scene(rng), task.scene(rng)
     labelled = task.name in ("LaMP_1", "LaMP_2", "LaMP_3")
     output = task.answer(mine, _stranger(task, rng)) if labelled else other.answer(scene, _stranger(other, rng))

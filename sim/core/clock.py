@@ -1,5 +1,7 @@
-"""Time: one interface for virtual and real clocks. The only place that reads the real time or waits for it, so that
-everything else can run in virtual time. Virtual time is seconds since midnight before a run's first round.
+"""Time: one interface for virtual and real clocks.
+
+This is the only module that reads the real time or waits for it, so that everything else can run in virtual time.
+Virtual time is seconds since midnight before a run's first round.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ HOUR_S = 3_600.0
 
 
 class Clock(Protocol):
-    """What code that waits may ask for, whichever time it lives in."""
+    """What code that waits needs of a clock, virtual or real."""
 
     def now_s(self) -> float:
-        """Seconds on a clock that never jumps back; only differences mean anything."""
+        """Returns seconds on a clock that never jumps back; only differences have a meaning."""
         ...
 
     def sleep(self, duration_s: float) -> None:
-        """Comes back when `duration_s` seconds of this clock have passed."""
+        """Returns when `duration_s` seconds of this clock have passed."""
         ...
 
     def timestamp(self) -> str:
-        """The date and time as text."""
+        """Returns the date and time as text."""
         ...
 
 
@@ -36,7 +38,7 @@ class WallClock:
     """Real time."""
 
     def now_s(self) -> float:
-        """Seconds on a clock that never jumps; only differences mean anything."""
+        """Returns seconds on a clock that never jumps; only differences have a meaning."""
         return time.monotonic()
 
     def sleep(self, duration_s: float) -> None:
@@ -44,7 +46,7 @@ class WallClock:
         time.sleep(duration_s)
 
     def timestamp(self) -> str:
-        """The date and time in UTC, ISO 8601, to the second."""
+        """Returns the date and time in UTC, ISO 8601, to the second."""
         return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -55,17 +57,21 @@ class VirtualClock:
         self._now_s = now_s
 
     def now_s(self) -> float:
-        """Virtual seconds."""
+        """Returns the virtual time in seconds."""
         return self._now_s
 
     def sleep(self, duration_s: float) -> None:
-        """Moves the clock on. Raises ValueError for a negative wait: time does not run backwards."""
+        """Advances the clock.
+
+        Raises:
+            ValueError: The duration is negative.
+        """
         if not duration_s >= 0:
             raise ValueError(f"cannot wait {duration_s} s")
         self._now_s += duration_s
 
     def timestamp(self) -> str:
-        """Day (from 1) and time of day, such as `day 2 06:30:00`."""
+        """Returns the day (from 1) and time of day, such as `day 2 06:30:00`."""
         day, second = divmod(int(self._now_s), int(DAY_S))
         return f"day {day + 1} {second // 3600:02d}:{second % 3600 // 60:02d}:{second % 60:02d}"
 
@@ -77,7 +83,7 @@ _SPAN = re.compile(rf"{_LENGTH}\+{_LENGTH}(?::(?:(\d+(?:\.\d+)?)%|(\d+)(?:-(\d+)
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of a run, [start_s, end_s), for a random share of the devices or for those numbered first to last."""
+    """A period of a run, [start_s, end_s), for a random share of the devices or for those numbered first to last."""
 
     start_s: float
     end_s: float
@@ -89,7 +95,8 @@ class Span:
     def parse(cls, text: str) -> Span:
         """Reads `36h+6h` (from hour 36, for 6 hours), `36h+6h:25%`, `36h+6h:0-99` or `36h+6h:7`.
 
-        Raises ValueError, naming the text and the rule.
+        Raises:
+            ValueError: The text has another form; the message names the text and the rule.
         """
         match = _SPAN.fullmatch(text.strip())
         if match is None:

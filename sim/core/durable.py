@@ -1,4 +1,4 @@
-"""Files that are on the disk once they have their name: what a commit names must outlive a power cut."""
+"""Durable files: a file is on the disk once it has its name, since what a commit names must outlive a power cut."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def written(path: Path, *errors: type[Exception]) -> Iterator[Path]:
-    """A temporary path to write to, which becomes `path`, whole and on the disk, when the block ends.
+    """Yields a temporary path to write to, which becomes `path`, whole and on the disk, when the block ends.
 
-    Raises ResumableStop, and leaves no half-written file behind, where that fails: for an OSError, or one of `errors`,
-    which a library raises in its stead.
+    Args:
+        path: The file.
+        errors: Errors that a library raises instead of an OSError.
+
+    Raises:
+        ResumableStop: Writing fails; no half-written file is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     failures: tuple[type[Exception], ...] = (OSError, *errors)
@@ -36,20 +40,20 @@ def written(path: Path, *errors: type[Exception]) -> Iterator[Path]:
 
 
 def cannot_write(path: str | Path, error: BaseException) -> str:
-    """What a user is told where a file of a run could not be written."""
+    """Returns the message to the user when a file of a run could not be written."""
     advice = "Free some space" if disk_is_full(error) else "See to it"
     return f"cannot write {path}: {getattr(error, 'strerror', None) or error}. {advice}, then resume the run."
 
 
 def settle(temporary: Path, target: Path) -> None:
-    """Gives a written file its name, both on the disk when this returns. Raises OSError."""
+    """Renames a written file to its final name, both on the disk when this returns. Raises OSError."""
     _flush(temporary)
     os.replace(temporary, target)
     _flush(target.parent)
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it that are missing, each on the disk when this returns. Raises OSError."""
+    """Makes a folder and its missing parents, each on the disk when this returns. Raises OSError."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:

@@ -20,7 +20,7 @@ class Failure(Exception):
 
 
 def unknown(what: str, value: str, known: Iterable[str]) -> str:
-    """One message for every unknown name: the value, the nearest known one, all known ones."""
+    """Returns the message about an unknown name: the value, the nearest known one, all known ones."""
     names = list(known)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     hint = f" Did you mean `{near[0]}`?" if near else ""
@@ -28,7 +28,8 @@ def unknown(what: str, value: str, known: Iterable[str]) -> str:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, says that a disk or a quota is full (Arrow, SQLite, safetensors)."""
+    """Returns whether an error, or one of its causes, says that a disk or a quota is full (Arrow, SQLite, safetensors).
+    """
     seen: set[int] = set()
     found: BaseException | None = error
     while found is not None and id(found) not in seen:

@@ -1,6 +1,6 @@
-"""All that an experiment can name and a plug-in can bring: one registry a kind, with what is built in.
+"""Everything that an experiment can name and a plug-in can register: one registry a kind, with its built-in things.
 
-What a thing of each kind is, says the module that its registry's comment names; `docs/extending.md` shows one of each.
+The comment beside each registry names the module that defines the kind; `docs/extending.md` shows one of each.
 """
 
 from __future__ import annotations

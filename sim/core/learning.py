@@ -1,5 +1,5 @@
-"""What an adapter is and how it is trained: settings that the engine works with, and that an experiment's sections take
-their defaults from. Free of torch.
+"""The shape of an adapter and the settings of its training, used by the engine and by an experiment's sections. Free of
+torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from untether.sim.core.errors import UserError
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear map but the head."""
 
-Schedule = Literal["constant", "linear", "cosine"]
+RateSchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LoraSpec:
 
     @classmethod
     def of(cls, section) -> LoraSpec:
-        """From an experiment's `[lora]` section, or anything with the same fields."""
+        """Returns the spec in an experiment's `[lora]` section, or in anything with the same fields."""
         targets = tuple(section.target_modules)
         whole = targets[0] if targets == (ALL_LINEAR,) else targets
         return cls(section.rank, section.alpha, section.dropout, whole, section.use_rslora)
@@ -66,7 +66,7 @@ class TrainSettings:
     epochs: float = 4.0
     steps: int = 0
     batch_size: int = 8
-    schedule: Schedule = "linear"
+    schedule: RateSchedule = "linear"
     warmup_ratio: float = 0.05
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -75,18 +75,26 @@ class TrainSettings:
 
     @classmethod
     def of(cls, section, steps: int | None = None) -> TrainSettings:
-        """From an experiment's `[training]` section, or anything with the same fields; `steps` overrides its own."""
+        """Returns the settings in an experiment's `[training]` section, or in anything with the same fields.
+
+        Args:
+            section: The section.
+            steps: Overrides the section's own steps.
+        """
         names = ("learning_rate", "epochs", "batch_size", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm")
         return cls(**{name: getattr(section, name) for name in names}, steps=section.steps if steps is None else steps)
 
     def total_steps(self, examples: int) -> int:
-        """Optimizer steps on so many examples."""
+        """Returns the optimizer steps on so many examples."""
         if not examples:
             return 0
         return self.steps or max(1, math.ceil(self.epochs * math.ceil(examples / self.batch_size)))
 
     def rate_at(self, step: int, total: int) -> float:
-        """Learning rate of step `step` (from 0) of `total`: transformers' constant, linear and cosine schedules."""
+        """Returns the learning rate of step `step` (from 0) of `total`, by the schedules of `transformers`.
+
+        They are its constant, linear and cosine ones.
+        """
         warmup = math.ceil(self.warmup_ratio * total)
         if step < warmup:
             return self.learning_rate * step / max(1, warmup)

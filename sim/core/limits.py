@@ -1,12 +1,12 @@
-"""How much of this machine is ours: cores and memory that affinity and control groups leave to this process.
+"""The cores and memory that affinity and control groups leave to this process.
 
-A container, a batch job or a systemd unit has less than the machine, and nothing tells so but affinity and the files of
-its control group. Groups nest, and each may be tighter than the one within it, so the tightest from the process's own
-up to the root counts. Read are both versions, alone or side by side: `cpu.max`, `memory.max`, `memory.high` (v2);
+A container, a batch job or a systemd unit has less than the machine, and only affinity and the files of its control
+group show it. Groups nest, and each may be tighter than the one within it, so the tightest from the process's own up to
+the root counts. Both versions are read, alone or side by side: `cpu.max`, `memory.max`, `memory.high` (v2);
 `cpu.cfs_quota_us`, `memory.limit_in_bytes`, `hierarchical_memory_limit` (v1). See docs.kernel.org: Control Group v2;
 Memory Resource Controller; CFS Bandwidth Control; and proc_pid_mountinfo(5).
 
-`root` is where `/proc` and `/sys` lie.
+`root` is the folder that holds `/proc` and `/sys`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ UNLIMITED = 1 << 60
 
 
 def cores(root: Path = ROOT) -> int:
-    """Cores that this process may keep busy: those it may run on, or as many whole ones as its quota pays for; 1 at
-    least.
+    """Returns the cores that this process may use: those of its affinity, or the whole ones in its quota; at least 1.
     """
     if hasattr(os, "sched_getaffinity"):
         usable = len(os.sched_getaffinity(0))
@@ -36,14 +35,15 @@ def cores(root: Path = ROOT) -> int:
 
 
 def memory_bytes(root: Path = ROOT) -> int:
-    """Memory that this process and those of its group may ever have."""
+    """Returns the memory that this process and those of its group may have at most."""
     total = _meminfo(root).get("MemTotal", 0) or psutil.virtual_memory().total
     return min([total, *(limit for group in _groups("memory", root) for limit in _memory_limits(group))])
 
 
 def available_bytes(root: Path = ROOT) -> int:
-    """Memory that can still be had: what the machine has left, or a group's limit less what its processes hold. Cached
-    files that nobody used lately count as free, as they do on the machine.
+    """Returns the memory that is still available: the machine's, or a group's limit less what its processes hold.
+
+    Cached files that were not used lately count as available, as they do on the machine.
     """
     left = _meminfo(root).get("MemAvailable", 0) or psutil.virtual_memory().available
     for group in _groups("memory", root):
@@ -111,9 +111,9 @@ def _quota(group: Path) -> float | None:
 
 
 def _memory_limits(group: Path) -> list[int]:
-    said = [_whole(_text(group / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
-    said.append(_counts(group / "memory.stat").get("hierarchical_memory_limit"))
-    return [limit for limit in said if limit is not None and limit < UNLIMITED]
+    limits = [_whole(_text(group / name)) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+    limits.append(_counts(group / "memory.stat").get("hierarchical_memory_limit"))
+    return [limit for limit in limits if limit is not None and limit < UNLIMITED]
 
 
 def _used_bytes(group: Path) -> int:

@@ -1,4 +1,4 @@
-"""Finds the package's data files (weights, templates), also from inside a Flower app bundle, which carries none."""
+"""Finds the package's data files (weights, templates), also from inside a Flower app bundle, which has none."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import untether
 
 
 def import_root() -> Path:
-    """The folder that `untether` is imported from: what a process of ours needs on its path."""
+    """Returns the folder that `untether` is imported from, which our child processes need on their path."""
     return Path(untether.__file__).resolve().parent.parent
 
 
 def find(relative: str) -> Path:
-    """The path of a data file or folder, given relative to the package, such as `clients/base_model`.
+    """Returns the path of a data file or folder, given relative to the package, such as `clients/base_model`.
 
     Looks in the imported package first, then where the distribution is installed (an editable install: its checkout).
-    Raises FileNotFoundError that names the places.
+
+    Raises:
+        FileNotFoundError: It is in neither place; the message names both.
     """
     places = [*map(Path, untether.__path__), *_installed()]
     for place in places:

@@ -1,7 +1,7 @@
-"""The record types every room of the house speaks in. They import nothing of the project.
+"""The record types that all packages use. They import nothing of the project.
 
-An *interaction* is one thing a user did (input, output, date). A *query* is a held-out interaction that a device
-must answer offline. A *user* is a history of interactions and the queries asked of it. A *sample* is one synthetic
+An *interaction* is one thing a user did (input, output, date). A *query* is a held-out interaction that a device must
+answer offline. A *user* is a history of interactions and the queries asked of it. A *sample* is one synthetic
 input-output pair that a cloud wrote for a user.
 """
 
@@ -54,10 +54,10 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user: history in time order (all tasks together) and queries. Histories are per task via `of_task`.
+    """A user: history in time order (all tasks together) and queries. `of_task` gives the history of one task.
 
-    `cluster` names what makes some users alike, such as the archetype that they share: the statistics do not take them
-    for independent, in whatever seed they are. Empty: nothing does, and the user is a cluster alone.
+    `cluster` names what makes some users alike, such as the archetype that they share: the statistics do not treat them
+    as independent, in whatever seed they are. Empty: the user is a cluster alone.
     """
 
     user_id: str
@@ -66,7 +66,7 @@ class User:
     cluster: str = ""
 
     def of_task(self, task: str) -> tuple[Interaction, ...]:
-        """The history's items of one task, in history order."""
+        """Returns the history's items of one task, in history order."""
         return tuple(item for item in self.history if item.task == task)
 
     @property
@@ -77,7 +77,7 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """Why a user, an item or a question of the source was left out: counted and reported, never silent."""
+    """Why a user, an item or a question of the source was left out; exclusions are counted and reported."""
 
     reason: str
     what: str
@@ -112,6 +112,7 @@ class JudgedSample:
 
     @property
     def accepted(self) -> bool:
+        """Whether every filter accepted it."""
         return self.verdict == "accepted"
 
 
@@ -123,7 +124,7 @@ NOT_RECEIVED = "not_received"
 
 
 class Part(NamedTuple):
-    """What rows of a table are called that a pass of a round left in the devices' store."""
+    """The name of a group of rows that a pass of a round left in the devices' store."""
 
     round: int
     name: str

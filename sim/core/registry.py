@@ -1,8 +1,8 @@
-"""Registries: what an experiment can name (filters, generators, strategies, analyses, ...), and who makes it.
+"""Registries of everything that an experiment can name (filters, generators, strategies, analyses, ...).
 
-A registry holds things by name: the built-in ones and those of plug-ins. Whatever is registered as
-`"package.module:attribute"` is imported when it is first asked for, so that naming it costs nothing, and so that the
-room that names it need not know the room that makes it. `sim.core.kinds` has them all.
+A registry holds things by name: the built-in ones and those of plug-ins. What is registered as
+`"package.module:attribute"` is imported on first use, so that naming it costs nothing, and the package that names it
+need not import the package that defines it. `sim.core.kinds` has all registries.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ class Entry:
 
 
 class Registry(Generic[T]):
-    """Things of one `kind` by name. `field` is where an experiment names them, for messages (none: they are
-    named elsewhere too).
+    """Things of one kind by name. `Registry.of("filter")` is the registry of filters.
 
-    `built_in` is a mapping, or the address of one or of what returns it, imported when it is first needed. `beside`:
-    names that the field may have and that are no things here; `reserved`: names that no thing may have. `facts` are
-    what may be said of a thing as it is registered, with their defaults. `values`: the things take no settings.
-
-    Registries are known by kind themselves: `Registry.of("filter")` is the one of the filters.
+    Args:
+        kind: What the things are, for messages and `Registry.of`.
+        field: The experiment's field that names them, for messages; empty: they are named elsewhere too.
+        built_in: A mapping, or the address of one or of what returns it, imported on first use.
+        beside: Other values that the field may have.
+        reserved: Names that no thing may have.
+        facts: Facts that may be given when a thing is registered, with their defaults.
+        values: Whether the things are values, which take no settings.
     """
 
     _kinds: dict[str, Registry[Any]] = {}
@@ -56,22 +58,35 @@ class Registry(Generic[T]):
 
     @classmethod
     def of(cls, kind: str) -> Registry[Any]:
-        """The registry of that kind. Raises UserError, which lists the known kinds."""
+        """Returns the registry of a kind.
+
+        Raises:
+            UserError: The kind is unknown; the message lists the known ones.
+        """
         if kind not in cls._kinds:
             raise UserError(unknown("kind of plug-in", kind, cls._kinds))
         return cls._kinds[kind]
 
     @classmethod
     def sections(cls) -> dict[str, Any]:
-        """The sections of settings of all registered things, of whatever kind, by the things' names."""
+        """Returns the sections of settings of all registered things, of every kind, by the things' names."""
         return {
             name: entry.settings
             for registry in cls._kinds.values() for name, entry in registry._added.items() if entry.settings
         }  # fmt: skip
 
     def register(self, name: str, thing: T | str, settings: Any = None, **facts: Any) -> None:
-        """Makes a thing known by name. Raises ValueError where the name is taken (of one with settings: by whatever
-        kind has settings), and for what this kind does not have.
+        """Registers a thing under a name.
+
+        Args:
+            name: Its name.
+            thing: The thing, or its address.
+            settings: The section of settings that it takes, if any.
+            facts: Facts about it.
+
+        Raises:
+            ValueError: The name is taken (with settings: by a thing of any kind with settings), or the kind does not
+                have these facts or settings.
         """
         if name in self or name in self._reserved:
             raise ValueError(f"{self.kind} `{name}` is registered already. Give it another name")
@@ -85,27 +100,34 @@ class Registry(Generic[T]):
         self._added[name] = Entry(thing, settings, facts)
 
     def check(self, name: str) -> None:
-        """Raises UserError, naming the field and the known names, for a name that nobody registered."""
+        """Checks that a name is registered.
+
+        Raises:
+            UserError: It is not; the message has the field and the known names.
+        """
         if name not in self:
             where = f"{self.field}: " if self.field else ""
             raise UserError(f"{where}{unknown(self.kind, name, [*self.beside, *self])}")
 
     def get(self, name: str) -> T:
-        """The thing of that name. Raises UserError as `check` does."""
+        """Returns the thing of that name. Raises UserError as `check` does."""
         thing = self._entry(name).thing
         return _imported(thing) if isinstance(thing, str) else thing
 
     def settings(self, name: str) -> Any:
-        """The section of settings of a thing; None where it has none."""
+        """Returns the section of settings of a thing, or None."""
         return self._entry(name).settings if name in self else None
 
     def fact(self, name: str, fact: str) -> Any:
-        """What was said of a thing, or the default."""
+        """Returns a fact about a thing, or the fact's default."""
         return (self._entry(name).facts or {}).get(fact, self.facts[fact])
 
     def bind(self, name: str, settings: Mapping[str, Mapping[str, Any]]) -> T:
-        """The thing, to be called: where it has a section of settings, it gets that as the keyword `settings`, made of
-        the table of its name (the `[settings]` of an experiment).
+        """Returns the thing, ready to be called: with a section of settings, it gets that as the keyword `settings`.
+
+        Args:
+            name: Its name.
+            settings: The `[settings]` of an experiment: tables by name.
         """
         thing, section = self.get(name), self.settings(name)
         if section is None:
@@ -131,13 +153,13 @@ class Registry(Generic[T]):
 
 
 def added() -> set[tuple[str, str]]:
-    """All that plug-ins have registered by now, as (kind, name)."""
+    """Returns everything that plug-ins have registered by now, as (kind, name)."""
     return {(kind, name) for kind, registry in Registry._kinds.items() for name in registry._added}
 
 
 @contextlib.contextmanager
 def undone(always: bool = False) -> Iterator[None]:
-    """Forgets what is registered within, if that ends in an error (or `always`)."""
+    """Removes what is registered within the context if that ends in an error, or `always`."""
     before = {registry: dict(registry._added) for registry in Registry._kinds.values()}
     kept = False
     try:

@@ -31,37 +31,43 @@ __all__ = ["corpus_score", "f1_counts", "higher_is_better", "macro_f1", "rating_
 
 
 def score(task: str, prediction: str | None, gold: str) -> dict[str, float]:
-    """The query-level metrics of one answer: `accuracy`; or `mae` (the absolute error); or `rouge1` and `rougeL`; or
-    those that a plug-in's task has.
+    """Returns the query-level metrics of one answer: `accuracy`, `mae`, `rouge1` and `rougeL`, or a plug-in's own.
 
-    Macro-F1 and RMSE belong to a set of answers: see `corpus_score`. Raises UserError for an unknown task or metric.
+    Macro-F1 and RMSE belong to a set of answers: see `corpus_score`.
+
+    Raises:
+        UserError: The task or a metric is unknown.
     """
     prediction, gold = (prediction or "").strip(), gold.strip()
     return {metric: METRICS.get(metric)(prediction, gold) for metric in of_answers(get_task(task).metrics)}
 
 
 def accuracy(prediction: str, gold: str) -> float:
-    """1 for the gold's very text, else 0."""
+    """Returns 1 for the exact text of the gold, else 0."""
     return float(prediction == gold)
 
 
 def mae(prediction: str, gold: str) -> float:
-    """How many stars away (see `rating_error`)."""
+    """Returns the absolute error in stars (see `rating_error`)."""
     return abs(rating_error(prediction, gold))
 
 
 def rouge1(prediction: str, gold: str) -> float:
-    """F-measure of single words."""
+    """Returns the F-measure of single words."""
     return _rouge(prediction, gold)[0]
 
 
 def rougeL(prediction: str, gold: str) -> float:
-    """F-measure of the longest common subsequence."""
+    """Returns the F-measure of the longest common subsequence."""
     return _rouge(prediction, gold)[1]
 
 
 def corpus_score(task: str, predictions: Sequence[str | None], golds: Sequence[str]) -> dict[str, float]:
-    """Every metric of a task over a set of answers, all weighing the same. Raises ValueError for none."""
+    """Returns every metric of a task over a set of answers, all with the same weight.
+
+    Raises:
+        ValueError: The set is empty.
+    """
     if not golds:
         raise ValueError("no answers to score")
     pairs = list(zip(predictions, golds, strict=True))
@@ -76,9 +82,12 @@ def corpus_score(task: str, predictions: Sequence[str | None], golds: Sequence[s
 
 
 def rating_error(prediction: str | None, gold: str) -> float:
-    """Prediction minus gold, in stars; the worst case of 1 and 5 where the prediction is no finite number.
+    """Returns prediction minus gold, in stars; the worst case of 1 and 5 where the prediction is no finite number.
 
-    A number outside 1 to 5 stays what it is. Raises ValueError for a gold that is no number.
+    A number outside 1 to 5 counts as it is.
+
+    Raises:
+        ValueError: The gold is no number.
     """
     true = float(gold)
     try:
@@ -91,7 +100,8 @@ def rating_error(prediction: str | None, gold: str) -> float:
 
 
 def f1_counts(task: str, prediction: str | None, gold: str) -> np.ndarray:
-    """One answer's part of macro-F1: int array [labels, 3] of true positives, false positives, false negatives."""
+    """Returns one answer's part of macro-F1: int array [labels, 3] of true positives, false positives, false negatives.
+    """
     labels = get_task(task).labels or ()
     prediction, gold = (prediction or "").strip(), gold.strip()
     counts = np.zeros((len(labels), 3), dtype=np.int64)
@@ -106,9 +116,9 @@ def f1_counts(task: str, prediction: str | None, gold: str) -> np.ndarray:
 
 
 def macro_f1(counts: np.ndarray) -> np.ndarray:
-    """Macro-F1 of summed counts [..., labels, 3]: the mean of 2 TP / (2 TP + FP + FN) over the labels with a gold.
+    """Returns macro-F1 of summed counts [..., labels, 3]: the mean of 2 TP / (2 TP + FP + FN) over labels with a gold.
 
-    0 where no label has one.
+    It is 0 where no label has one.
     """
     hits = 2.0 * counts[..., 0]
     occurs = counts[..., 0] + counts[..., 2] > 0

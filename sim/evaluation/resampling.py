@@ -2,8 +2,8 @@
 
 A score here is a function of per-cluster sums: the mean of users (sum of means / number of users), RMSE (root of
 squared errors / answers), macro-F1 (of counts). Users who are alike for one reason make one cluster (see
-`User.cluster`); a user who is like nobody else is one alone. Clusters are left out, drawn and swapped whole, so
-whatever ties the answers of one user or of one cluster together is kept.
+`User.cluster`); any other user is a cluster alone. Clusters are left out, drawn and swapped whole, so any dependence
+between the answers of one user or of one cluster is kept.
 """
 
 from __future__ import annotations
@@ -26,19 +26,25 @@ AMOUNT = (0.0, math.inf)
 
 
 def without_each(per_cluster: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The score with each cluster left out in turn: sums [clusters, columns] -> [clusters]."""
+    """Returns the score with each cluster left out in turn: sums [clusters, columns] -> [clusters]."""
     return score(per_cluster.sum(0) - per_cluster)
 
 
 def jackknife_interval(
     estimate: float, without: np.ndarray, bounds: tuple[float, float] = ANY, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """The interval of a score from its values without each cluster (`without_each`), two at least.
+    """Returns the interval of a score from its values without each cluster (`without_each`), at least two.
 
     The standard error is the jackknife's, over clusters; it is multiplied by Student's t with one degree of freedom
-    less than there are clusters (Bell and McCaffrey, 2002; MacKinnon, Nielsen and Webb, 2023). On the scale of the
-    logit for `SHARE` and of the logarithm for `AMOUNT`, so that an interval near a bound leans away from it and never
-    crosses it. `python -m bench.coverage` measures how often it holds the truth.
+    less than there are clusters (Bell and McCaffrey, 2002; MacKinnon, Nielsen and Webb, 2023). It is computed on the
+    scale of the logit for `SHARE` and of the logarithm for `AMOUNT`, so that an interval near a bound leans away from
+    it and never crosses it. `python -m bench.coverage` measures its coverage.
+
+    Args:
+        estimate: The score of all clusters.
+        without: [clusters] The score without each.
+        bounds: `ANY`, `SHARE` or `AMOUNT`.
+        confidence: Of the interval.
     """
     clusters = len(without)
     student = student_t(clusters - 1, confidence)
@@ -62,17 +68,24 @@ def _error(without: np.ndarray) -> float:
 
 
 def student_t(freedom: int, confidence: float = 0.95) -> float:
-    """The two-sided quantile of Student's t."""
+    """Returns the two-sided quantile of Student's t."""
     return float(special.stdtrit(freedom, (1 + confidence) / 2))
 
 
 def cluster_interval(
     values: Sequence[float], clusters: Sequence[object] | None = None, bounds: tuple[float, float] = ANY
 ) -> tuple[float, float]:
-    """The 95% interval of the mean of one value a user; `clusters` names each user's. Raises ValueError for fewer than
-    two clusters.
+    """Returns the 95% interval of the mean of one value a user.
 
     Where every user is a cluster, and without bounds, this is Student's interval of a mean.
+
+    Args:
+        values: One a user.
+        clusters: The cluster of each user; None: every user is one.
+        bounds: `ANY`, `SHARE` or `AMOUNT`.
+
+    Raises:
+        ValueError: There are fewer than two clusters.
     """
     per_user = np.asarray(values, dtype=float)
     of = np.arange(len(per_user)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
@@ -85,23 +98,31 @@ def cluster_interval(
 
 
 def drawn_clusters(clusters: int, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """How often each cluster is drawn when as many as there are are drawn with replacement: [resamples, clusters]."""
+    """Returns how often each cluster is drawn when they are resampled with replacement: [resamples, clusters]."""
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), resamples)
 
 
 def widened_tails(clusters: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The quantiles of a bootstrap over clusters that make its interval: the expanded percentile interval, which is as
-    wide as Student's where a score is a mean (Hesterberg, 2015, section 4.2). For scores that have no jackknife.
+    """Returns the quantiles of a bootstrap over clusters that make its interval, for scores that have no jackknife.
+
+    This is the expanded percentile interval, which is as wide as Student's where a score is a mean (Hesterberg, 2015,
+    section 4.2).
     """
     tail = float(special.ndtr(-math.sqrt(clusters / (clusters - 1)) * student_t(clusters - 1, confidence)))
     return tail, 1 - tail
 
 
 def swap_totals(difference: np.ndarray, rng: np.random.Generator, resamples: int) -> tuple[np.ndarray, bool]:
-    """What moves from one arm's sums to the other's when each cluster's two arms are swapped at random.
+    """Returns the change of one arm's sums when each cluster's two arms are swapped at random.
 
-    [clusters, columns] of (arm - reference) -> [swaps, columns], and whether these are all swaps there are (2 **
-    clusters, where that is no more than `resamples`) or `resamples` random ones.
+    Args:
+        difference: [clusters, columns] of (arm - reference).
+        rng: Draws the swaps.
+        resamples: Bound on the swaps.
+
+    Returns:
+        [swaps, columns], and whether these are all swaps that exist (2 ** clusters, where that is at most `resamples`)
+        or `resamples` random ones.
     """
     clusters = len(difference)
     if 2**clusters <= resamples:
@@ -116,7 +137,7 @@ def swap_totals(difference: np.ndarray, rng: np.random.Generator, resamples: int
 
 
 def permutation_p(permuted: np.ndarray, observed: float, exact: bool) -> float:
-    """Two-sided p: the share of permutations at least as far from zero as the observed difference.
+    """Returns the two-sided p: the share of permutations at least as far from zero as the observed difference.
 
     Random permutations count the observed one among them (Phipson and Smyth, 2010), so p is never 0.
     """
@@ -129,9 +150,15 @@ def sign_flip_p(
     differences: Sequence[float], rng: np.random.Generator, resamples: int = 10_000,
     clusters: Sequence[object] | None = None,
 ) -> float:  # fmt: skip
-    """Two-sided sign-flip p of the mean of paired differences, one a user: the signs of a cluster flip together.
+    """Returns the two-sided sign-flip p of the mean of paired differences: the signs of a cluster flip together.
 
     Exact where 2 ** clusters <= `resamples`.
+
+    Args:
+        differences: One a user.
+        rng: Draws the signs.
+        resamples: Bound on the sign flips.
+        clusters: The cluster of each user; None: every user is one.
     """
     per_user = np.asarray(differences, dtype=float)
     if not len(per_user):
@@ -142,7 +169,7 @@ def sign_flip_p(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values (Holm, 1979), in the order given."""
+    """Returns Holm's step-down adjusted p-values (Holm, 1979), in the order given."""
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     adjusted, running = [0.0] * len(order), 0.0
     for rank, place in enumerate(order):

@@ -2,7 +2,7 @@
 
 Answers are averaged to a user, then users are compared in pairs. A query counts in a comparison only where both arms
 answered it (an outcome other than `ok` is an answer: an empty one, scored as such). Several seeds are pooled: a user is
-(seed, user_id), and seeds draw disjoint users. Users are not taken for independent: intervals and p-values are over
+(seed, user_id), and seeds draw disjoint users. Users are not treated as independent: intervals and p-values are over
 clusters of users (`clustered`), such as the archetypes of the world, which all seeds share.
 
 `diff` is always arm minus reference, in the metric's own direction; `wins` are users with the better score, so for MAE
@@ -48,19 +48,25 @@ def summarize(
     seed: int = 0,
     resamples: int = 10_000,
 ) -> list[Row]:
-    """The rows of `summary.json`, from the tables `predictions` and `events` of a run directory.
+    """Returns the rows of `summary.json`.
 
-    For each task, arm and metric a row with `reference` None: `mean` over users (macro-F1 and RMSE: over all answers)
-    with its interval. For each task, contrast and metric a row with the reference: `mean` is the arm's on the shared
-    queries, `diff` the paired difference with its interval, and a two-sided p by swapping the arms within clusters of
-    users (for a mean that is the sign-flip test; exact for few clusters). Intervals are 95% by the jackknife over
-    clusters (`jackknife_interval`), None for fewer than two. `p_holm` only for `PRIMARY` on the primary metric;
-    `margin` (`margin_stars` where the metric is in stars) and `non_inferior` only for `NON_INFERIORITY` on it; wins,
-    ties and losses only where a single user has a score. `steps` and `tokens` are what a device trained on average over
-    all rounds.
+    For each task, arm and metric there is a row with `reference` None: `mean` over users (macro-F1 and RMSE: over all
+    answers) with its interval. For each task, contrast and metric there is a row with the reference: `mean` is the
+    arm's on the shared queries, `diff` the paired difference with its interval, and a two-sided p by swapping the arms
+    within clusters of users (for a mean that is the sign-flip test; exact for few clusters). Intervals are 95% by the
+    jackknife over clusters (`jackknife_interval`), None for fewer than two. `p_holm` is only for `PRIMARY` on the
+    primary metric; `margin` and `non_inferior` only for `NON_INFERIORITY` on it; wins, ties and losses only where a
+    single user has a score. `steps` and `tokens` are what a device trained on average over all rounds.
 
-    `contrasts` defaults to `CONTRASTS` and every other arm against `frozen`; those with an absent arm are left out.
     The same tables, seed and resamples give the same rows, in whatever order the tables are.
+
+    Args:
+        predictions, events: The tables of a run directory.
+        contrasts: By default `CONTRASTS` and every other arm against `frozen`; those with an absent arm are left out.
+        margin: Of non-inferiority.
+        margin_stars: The margin where the metric is in stars.
+        seed: Of permutations and resamples.
+        resamples: Their number.
     """
     rows: list[Row] = []
     costs = training_costs(events, predictions)
@@ -84,22 +90,22 @@ def summarize(
 
 
 def clustered(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The table with `cluster` filled: a user of whom it says nothing is a cluster, in all seeds the same one."""
+    """Returns the table with `cluster` filled: a user without one is a cluster alone, the same one in all seeds."""
     named = predictions["cluster"] if "cluster" in predictions else pd.Series(None, predictions.index, dtype=object)
     return predictions.assign(cluster=named.where(named.notna(), predictions["user_id"]))
 
 
 def default_contrasts(arms: Sequence[str]) -> list[Contrast]:
-    """The design's contrasts and every other arm against `frozen`, as far as the arms are there."""
+    """Returns the design's contrasts and every other arm against `frozen`, as far as the arms are present."""
     pairs = dict.fromkeys([*CONTRASTS, *((arm, FLOOR) for arm in arms if arm != FLOOR)])
     return [(arm, reference) for arm, reference in pairs if arm in arms and reference in arms]
 
 
 def training_costs(events: pd.DataFrame | None, predictions: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """Arm -> (optimizer steps, trained tokens) of a device, summed over rounds, mean over the devices that answered.
+    """Returns (optimizer steps, trained tokens) of a device by arm: summed over rounds, mean over answering devices.
 
-    From the events, which have what the engine counted. Arms that train nothing are not in the result; `rag_adapter`
-    uses collaborative's adapter.
+    They are those that the engine counted. Arms that train nothing are not in the result; `rag_adapter` uses
+    collaborative's adapter.
     """
     if events is None or events.empty:
         return {}
@@ -262,9 +268,9 @@ class _Comparison:
     def _f1_labels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The label that each answer is a true positive, false positive, false negative of, or -1: three [answers]."""
         place = {label: index for index, label in enumerate(self.task.labels or ())}
-        said, true = (np.array([place.get(pair[side].strip(), -1) for pair in self._pairs]) for side in (0, 1))
-        right = said == true
-        return np.where(right, said, -1), np.where(right, -1, said), np.where(right, -1, true)
+        predicted, true = (np.array([place.get(pair[side].strip(), -1) for pair in self._pairs]) for side in (0, 1))
+        right = predicted == true
+        return np.where(right, predicted, -1), np.where(right, -1, predicted), np.where(right, -1, true)
 
 
 def _numbered(frame: pd.DataFrame, names: list[str]) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""The arms: what each treatment of a device is, in one record, read by whatever plans, trains, answers, compares or
-reports. An arm is one treatment of the same device on the same data.
+"""The arms: one record for each treatment of a device, read by everything that plans, trains, answers, compares or
+reports.
 
-To add one, add a record to the table: its place is its place in every report. Nothing outside this module names an arm
-but by the roles below (`METHOD`, `ALONE`, ...).
+An arm is one treatment of the same device on the same data. To add one, add a record to the table: its place is its
+place in every report. Other modules refer to arms only by the roles below (`METHOD`, `ALONE`, ...).
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ class Arm:
     Args:
         name: As experiments and tables call it.
         meaning: What it is, for reports.
-        answers: Who answers its queries.
+        answers: What answers its queries.
         learns: The kinds of examples that its adapter is trained on; none where nothing is trained.
         draws: The samples of which as many are drawn at random as `accepted` has, in their stead: all that were
             `received`, or `foreign` ones, accepted by one other user. Empty: the accepted ones themselves.
-        steps_of: The arm that it takes as many optimizer steps as; empty: its own epochs.
-        adapter_of: The arm whose adapter it wears; empty: its own.
+        steps_of: The arm whose number of optimizer steps it takes; empty: its own epochs.
+        adapter_of: The arm whose adapter it uses; empty: its own.
         retrieves: Whether the prompt holds items of the history.
         kinds: The kinds of task that it answers; empty: all.
         references: What it is compared with beside `FLOOR`, in reading order.
-        usual: Whether an experiment runs it unless it says otherwise.
+        usual: Whether it runs by default.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Arm:
         return not {"accepted", "received"}.isdisjoint(self.learns) or any(arm.needs_samples for arm in followed)
 
     def answers_kind(self, kind: str) -> bool:
-        """Whether it answers tasks of this kind."""
+        """Returns whether it answers tasks of this kind."""
         return not self.kinds or kind in self.kinds
 
 
@@ -175,24 +175,28 @@ NON_INFERIORITY = tuple(pair for pair, reference in CONTRASTS.items() if referen
 
 
 def check_arms(names: Iterable[str]) -> None:
-    """Raises ValueError, which lists those that there are, for the name of no arm."""
+    """Checks names of arms.
+
+    Raises:
+        ValueError: A name is no arm's; the message lists the arms.
+    """
     for name in names:
         if name not in ARMS:
             raise ValueError(unknown("arm", name, ARMS))
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Each name once, in the order of reports; those of no arm, as an older run may have, come last."""
+    """Returns each name once, in the order of reports; names of no arm, as an older run may have, come last."""
     known = set(names)
     return [name for name in ARMS if name in known] + sorted(known - set(ARMS))
 
 
 def records(names: Iterable[str]) -> Iterator[Arm]:
-    """The records of these arms."""
+    """Yields the records of these arms."""
     return (ARMS[name] for name in names)
 
 
 def trained(names: Iterable[str]) -> list[str]:
-    """The arms for which devices train adapters where these are compared: an arm that wears another's brings it."""
+    """Returns the arms for which devices train adapters when these are compared: their own, or one that they use."""
     needed = {arm.adapter for arm in records(names)}
     return [name for name, arm in ARMS.items() if arm.trains and name in needed]

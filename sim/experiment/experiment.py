@@ -1,7 +1,7 @@
-"""Experiment: the frozen, validated description of a run. TOML in, TOML out; every field says what it means.
+"""Experiment: the frozen, validated description of a run, read from and written to TOML.
 
-Ground floor, with its tables in `sim.experiment.sections`. A mistake in an experiment ends in one readable message
-that names the field, the value, the rule and the fix (exit code 2).
+Its tables are in `sim.experiment.sections`. A mistake in an experiment ends in one readable message that names the
+field, the value, the rule and the fix (exit code 2).
 """
 
 from __future__ import annotations
@@ -176,9 +176,14 @@ class Experiment(Section):
 
     @classmethod
     def read(cls, path: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> Experiment:
-        """Reads a TOML file (none: the default experiment) and applies dotted overrides such as `lora.rank=4`.
+        """Reads a TOML file and applies overrides.
 
-        Raises UserError naming the file or override, the field, the value, the rule and the nearest known key.
+        Args:
+            path: The file; None: the default experiment.
+            overrides: Dotted fields, such as `lora.rank=4`.
+
+        Raises:
+            UserError: The message names the file or override, the field, the value, the rule and the nearest known key.
         """
         where, data = "the default experiment", {}
         if path is not None:
@@ -193,12 +198,12 @@ class Experiment(Section):
 
     @classmethod
     def parse(cls, text: str) -> Experiment:
-        """The experiment of which `to_toml` made this text."""
+        """Returns the experiment from which `to_toml` made this text."""
         return cls.build(tomllib.loads(text), None, "the experiment")
 
     @classmethod
     def build(cls, data: dict[str, Any], overrides: Mapping[str, str] | None, where: str) -> Experiment:
-        """An experiment from TOML data and dotted overrides; `where` names the source in a UserError."""
+        """Returns an experiment from TOML data and dotted overrides; `where` names the source in a UserError."""
         for key, text in (overrides or {}).items():
             _assign(data, key, parse_value(cls, key, text))
         try:
@@ -207,7 +212,7 @@ class Experiment(Section):
             raise UserError(_explain(error, where)) from None
 
     def for_arm(self, arm: str) -> tuple[Lora, Training]:
-        """The LoRA and training settings of one arm, with `by_arm` applied."""
+        """Returns the LoRA and training settings of one arm, with `by_arm` applied."""
         own = self.by_arm.get(arm, ArmSettings())
         return (
             Lora.model_validate({**self.lora.model_dump(), **own.lora}),
@@ -215,7 +220,7 @@ class Experiment(Section):
         )
 
     def to_toml(self, comments: bool = False) -> str:
-        """The resolved experiment as TOML; with `comments`, each field followed by its meaning."""
+        """Returns the resolved experiment as TOML; with `comments`, each field is followed by its meaning."""
         document = tomlkit.document()
         _write(document, self, comments)
         return tomlkit.dumps(document)
@@ -231,7 +236,7 @@ def _refusing() -> Iterator[None]:
 
 
 def fields(model: type[BaseModel] = Experiment, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every field of the experiment as (dotted name, default, meaning), sections opened up."""
+    """Yields every field of the experiment as (dotted name, default, meaning), including those of sections."""
     for name, info in model.model_fields.items():
         section = _section(info.annotation)
         if section is not None:
@@ -242,8 +247,14 @@ def fields(model: type[BaseModel] = Experiment, prefix: str = "") -> Iterator[tu
 
 
 def parse_value(model: type[BaseModel], key: str, text: Any) -> Any:
-    """A `--set` or run-config text as a value: TOML where it parses as TOML, else the text; lists may be a,b,c, and
-    tables JSON.
+    """Parses the text of a `--set` or of a run config: as TOML where possible, else as plain text.
+
+    Lists may be written as a,b,c, and tables as JSON.
+
+    Args:
+        model: The model that has the field.
+        key: The dotted field.
+        text: The text; anything else is returned as it is.
     """
     if not isinstance(text, str):
         return text
@@ -266,7 +277,11 @@ def parse_value(model: type[BaseModel], key: str, text: Any) -> Any:
 
 
 def key_values(words: Iterable[str] | None, option: str) -> dict[str, str]:
-    """Words such as `lora.rank=4` as overrides. Raises UserError, naming the option, for one without `=`."""
+    """Parses words such as `lora.rank=4` as overrides.
+
+    Raises:
+        UserError: A word has no `=`; the message names the option.
+    """
     found = {}
     for word in words or ():
         key, equals, value = word.partition("=")
@@ -277,7 +292,7 @@ def key_values(words: Iterable[str] | None, option: str) -> dict[str, str]:
 
 
 def parse_plain(text: str) -> Any:
-    """One item of a comma-separated list: an integer or float where it is one, else the text."""
+    """Parses one item of a comma-separated list: an integer or float where it is one, else the text."""
     for kind in (int, float):
         try:
             return kind(text)

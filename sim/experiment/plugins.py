@@ -1,4 +1,4 @@
-"""Plug-ins: modules of users that register things which an experiment then can name, and the settings they bring.
+"""Plug-ins: modules of users that register things which an experiment can name, with their settings.
 
 Reading an experiment imports its plug-ins, so every process that reads one knows them: coordinator, hosts, workers,
 commands. A file is imported once a process. Installed packages name theirs as entry points of the group
@@ -35,11 +35,19 @@ _LOCK = threading.RLock()
 
 
 def register(kind: str, name: str, thing: Any = None, *, settings: type[Section] | None = None, **facts: Any) -> Any:
-    """Makes `thing` known as a `kind` of that name; without one, a decorator that does so.
+    """Registers `thing` as a `kind` of that name; without a thing, returns a decorator that does so.
 
-    `settings` is a section (`untether.plugins.Section`): an experiment gives its fields as `[settings.NAME]`, and the
-    thing gets it as the keyword `settings` whenever it is called. `facts` are what some kinds let say of a thing.
-    Raises UserError for an unknown kind, ValueError for a name that is taken.
+    Args:
+        kind: Such as `filter`.
+        name: The name that experiments use.
+        thing: What is registered.
+        settings: A section (`untether.plugins.Section`): an experiment gives its fields as `[settings.NAME]`, and the
+            thing gets it as the keyword `settings` whenever it is called.
+        facts: Facts that some kinds accept.
+
+    Raises:
+        UserError: The kind is unknown.
+        ValueError: The name is taken.
     """
     registry = Registry.of(kind)
     if settings is not None and not (isinstance(settings, type) and issubclass(settings, Section)):
@@ -53,10 +61,17 @@ def register(kind: str, name: str, thing: Any = None, *, settings: type[Section]
 
 
 def load(plugins: Iterable[str], where: str = "") -> tuple[str, ...]:
-    """Imports plug-ins, installed ones too, unless this process has; a relative path is the working directory's.
+    """Imports plug-ins that this process has not imported yet, including installed ones.
 
-    Returns their names, paths made absolute. Raises UserError, beginning with `where`, for one that is not there,
-    cannot be imported or registers nothing; what it had registered is forgotten.
+    Args:
+        plugins: Files or modules; a relative path is relative to the working directory.
+        where: What the message of an error begins with.
+
+    Returns:
+        Their names, paths made absolute.
+
+    Raises:
+        UserError: One does not exist, cannot be imported or registers nothing; what it had registered is removed.
     """
     with _LOCK:
         try:
@@ -69,7 +84,7 @@ def load(plugins: Iterable[str], where: str = "") -> tuple[str, ...]:
 
 
 def located(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """TOML data of an experiment with the paths of its plug-ins relative to the folder of its file."""
+    """Returns TOML data of an experiment with the paths of its plug-ins relative to the folder of its file."""
     names = data.get("plugins")
     if not isinstance(names, list):
         return dict(data)
@@ -78,9 +93,17 @@ def located(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def resolved(named: Iterable[str], given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The tables of `[settings]`, checked, with the defaults of all things that are `named` filled in.
+    """Checks the tables of `[settings]` and fills in the defaults.
 
-    Raises UserError for a table of nobody, and for fields and values that its section refuses.
+    Args:
+        named: The things that the experiment names.
+        given: The tables by name.
+
+    Returns:
+        The complete tables of all things that are named.
+
+    Raises:
+        UserError: A table belongs to no thing, or its section refuses a field or value.
     """
     sections, found = Registry.sections(), {}
     for name in dict.fromkeys([*given, *named]):
@@ -98,7 +121,7 @@ def resolved(named: Iterable[str], given: Mapping[str, Mapping[str, Any]]) -> di
 
 
 def fingerprints(plugins: Iterable[str]) -> dict[str, str]:
-    """The SHA-256 of the file of each plug-in, of installed ones too, as this process has them."""
+    """Returns the SHA-256 of the file of each plug-in, including installed ones, as this process imported it."""
     load(plugins)
     files = {name: getattr(sys.modules.get(module), "__file__", None) for name, module in _LOADED.items() if module}
     installed = {point.module for point in importlib.metadata.entry_points(group=GROUP)}
@@ -107,7 +130,7 @@ def fingerprints(plugins: Iterable[str]) -> dict[str, str]:
 
 
 def apart() -> AbstractContextManager[None]:
-    """Forgets what is registered within, as if it had never been imported: for tests of plug-ins."""
+    """Removes what is registered within the context, as if it had never been imported: for tests of plug-ins."""
     return _Apart()
 
 

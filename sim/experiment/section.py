@@ -1,4 +1,4 @@
-"""Section: what every table of an experiment is made of."""
+"""Section: the base class of every table of an experiment."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A frozen table of the experiment; unknown keys are refused with the nearest known one."""
+    """A frozen table of the experiment; unknown keys are refused, with the nearest known one in the message."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)

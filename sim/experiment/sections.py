@@ -1,6 +1,6 @@
 """The tables of an experiment: frozen, validated, every field with its default and meaning.
 
-Ground floor. What an experiment says of its virtual time stands in `sim.experiment.virtual_sections`.
+Those of its virtual time are in `sim.experiment.virtual_sections`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from untether.sim.core.learning import ALL_LINEAR, LoraSpec, Schedule, TrainSettings
+from untether.sim.core.learning import ALL_LINEAR, LoraSpec, RateSchedule, TrainSettings
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.virtual_sections import CloudCapacity
 
@@ -29,8 +29,10 @@ _NOT_ARGUMENTS = frozenset((
 
 
 def check_template_args(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a chat template (see `sim.prompts.chat_template`). Raises ValueError, saying the fix, for what is
-    none.
+    """Checks arguments of a chat template (see `sim.prompts.chat_template`) and returns them.
+
+    Raises:
+        ValueError: One cannot be such an argument; the message has the fix.
     """
     for name, value in given.items():
         if not name.isidentifier() or name in _NOT_ARGUMENTS:
@@ -118,7 +120,7 @@ class Training(Section):
     epochs: float = Field(TrainSettings.epochs, gt=0, description="passes over the device's samples")
     steps: int = Field(TrainSettings.steps, ge=0, description="optimizer steps; 0: follow epochs")
     batch_size: int = Field(TrainSettings.batch_size, ge=1, description="samples a step")
-    schedule: Schedule = Field(TrainSettings.schedule, description="after warm-up")
+    schedule: RateSchedule = Field(TrainSettings.schedule, description="after warm-up")
     warmup_ratio: float = Field(
         TrainSettings.warmup_ratio, ge=0, lt=1, description="share of the steps spent warming up"
     )

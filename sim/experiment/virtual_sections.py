@@ -1,7 +1,4 @@
-"""The tables of an experiment that make its virtual time: links, machines, what the cloud can serve, how users change.
-
-Ground floor, as `sim.experiment.sections`.
-"""
+"""The tables of an experiment that define its virtual time: links, hardware, the cloud's capacity, how users change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ray: started on this machine for a run, or a cluster that somebody else started (`untether run --ray-address`).
+"""Ray: started on this machine for a run, or an existing cluster (`untether run --ray-address`).
 
 On a cluster the driver, and with it the round loop and the run's own cloud gateway, stays on this machine. Workers go
 wherever a node offers the resource `worker`; all nodes see run directory and code under the same path. See
@@ -19,16 +19,17 @@ STORE_SHARE, LEAST_STORE_BYTES, MOST_STORE_BYTES = 0.3, 100_000_000, 10_000_000_
 
 
 def runtime_env() -> dict[str, Any]:
-    """What Ray's processes need to import this program as it runs here."""
+    """Returns what Ray's processes need to import this program as it runs here."""
     root = str(import_root())
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     return {"env_vars": {"PYTHONPATH": path}}
 
 
 def memory_here() -> dict[str, int]:
-    """What Ray may count on, in its own names: it looks at the limit of the outermost group that it sees, and at no
-    other. Its object store holds little here (orders and replies), so it takes the share that Ray would give it, up
-    to 10 GB.
+    """Returns the memory that Ray may use, in its own names.
+
+    By itself Ray reads the limit of the outermost group that it sees, and no other. Its object store holds little here
+    (orders and replies), so it gets the share that Ray would give it, up to 10 GB.
     """
     available = limits.available_bytes()
     store = max(LEAST_STORE_BYTES, int(min(STORE_SHARE * available, MOST_STORE_BYTES)))
@@ -36,9 +37,14 @@ def memory_here() -> dict[str, int]:
 
 
 def start_here(cpus: int, gpus: int, workers: int) -> None:
-    """Starts Ray on this machine with room for so many workers; it ends with this process.
+    """Starts Ray on this machine, for this process's lifetime.
 
-    Raises ResumableStop where its processes are not up within the 30 s that Ray gives them.
+    Args:
+        cpus, gpus: What Ray may use.
+        workers: How many workers there is capacity for.
+
+    Raises:
+        ResumableStop: Its processes are not up within the 30 s that Ray gives them.
     """
     import ray
 
@@ -53,9 +59,10 @@ def start_here(cpus: int, gpus: int, workers: int) -> None:
 
 
 def join_cluster(address: str) -> int:
-    """Connects to a cluster and returns how many workers it has room for.
+    """Connects to a cluster and returns how many workers it has capacity for.
 
-    Raises UserError where there is no cluster, or one that does not offer the resource `worker` or has no CPU.
+    Raises:
+        UserError: There is no cluster, or it does not offer the resource `worker` or has no CPU.
     """
     import ray
 

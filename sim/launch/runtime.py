@@ -1,7 +1,7 @@
 """Runs an Experiment: on Flower's simulation runtime (Ray) in this process, or inside `flwr run`.
 
 Flower and Ray print a lot, some of it from C++. During a run, file descriptors 1 and 2 go to `log.txt` in the run
-directory and our own lines to a duplicate of the terminal's.
+directory, and the run's own lines to a duplicate of the terminal's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GRACE_S = 6.0
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """How a run is spread over this machine: worker processes, Flower nodes, torch threads a worker, GPUs."""
+    """How a run uses this machine: worker processes, Flower nodes, torch threads a worker, GPUs."""
 
     workers: int
     hosts: int
@@ -48,7 +48,7 @@ class Resources:
 
     @classmethod
     def of(cls, experiment: Experiment, devices: int) -> Resources:
-        """From `[engine]`, the cores that are ours and the GPUs: one worker a core, or one a GPU."""
+        """Returns the resources from `[engine]`, this process's cores and the GPUs: one worker a core, or one a GPU."""
         engine, cores = experiment.engine, limits.cores()
         gpus = _gpus() if engine.device in ("auto", "cuda") else 0
         workers = max(1, min(engine.workers or (gpus or cores), devices))
@@ -57,9 +57,10 @@ class Resources:
 
 
 def prepare(experiment: Experiment, out: Path | None) -> RunDirectory:
-    """Checks what can be checked before anything heavy starts, then makes the run directory.
+    """Checks whatever can be checked before anything heavy starts, then creates the run directory.
 
-    Raises UserError for an unknown strategy or task, missing data, a missing key, an `out` that holds a run.
+    Raises:
+        UserError: A strategy or task is unknown, data or a key is missing, or `out` holds a run.
     """
     check(experiment)
     path = out or next_run_directory(experiment.name)
@@ -69,10 +70,15 @@ def prepare(experiment: Experiment, out: Path | None) -> RunDirectory:
 
 
 def reopen(path: Path, experiment: Experiment | None = None) -> RunDirectory:
-    """The run directory of a run that stopped, to go on with it.
+    """Opens the run directory of a stopped run, to resume it.
 
-    `experiment` is what its user says it holds (None: whatever it holds); it may differ in `[engine]`, which is then
-    taken over. Raises UserError naming what differs otherwise, for another version, or where data or a key are missing.
+    Args:
+        path: The run directory.
+        experiment: The expected experiment; None: whatever it holds. It may differ in `[engine]`, which then replaces
+            the old one.
+
+    Raises:
+        UserError: Anything else differs (the message names it), the version is another, or data or a key is missing.
     """
     run = RunDirectory.open(path)
     run.check_resumable(experiment)
@@ -92,8 +98,12 @@ def reopen(path: Path, experiment: Experiment | None = None) -> RunDirectory:
 
 
 def check(experiment: Experiment) -> None:
-    """Raises UserError for whatever would stop the run later: strategy, generator, key, tasks, data."""
-    from untether.clients.filters import create as create_filters
+    """Checks whatever would stop the run later: strategy, generator, key, tasks, data.
+
+    Raises:
+        UserError: Something is wrong.
+    """
+    from untether.clients.filters import create_filters
     from untether.server.cloud import check_cloud
 
     create_filters(experiment.filters, experiment.settings)
@@ -111,14 +121,14 @@ def check(experiment: Experiment) -> None:
 
 
 def check_model(base: str) -> None:
-    """A path given as `model.base` must exist; a hub name is looked up when the model loads."""
+    """Checks that a path given as `model.base` exists; a hub name is looked up when the model loads."""
     looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
     if base != "embedded" and looks_local and not Path(base).expanduser().is_dir():
         raise UserError(f"model.base = `{base}`: no such folder. Give `embedded`, a hub name or a checkpoint's folder")
 
 
 def next_run_directory(name: str) -> Path:
-    """`runs/<name>`, or the first of `runs/<name>-2`, `-3`, ... that is free."""
+    """Returns `runs/<name>`, or the first of `runs/<name>-2`, `-3`, ... that is free."""
     path, number = Path("runs") / name, 1
     while path.exists():
         number += 1
@@ -127,13 +137,21 @@ def next_run_directory(name: str) -> Path:
 
 
 def launch(*runs: RunDirectory, terminal: TextIO | None = None, ray_address: str = "", again: str = "") -> None:
-    """Runs what is not committed yet of run directories, one after the other, on one Flower simulation runtime, and
-    writes the report of each as it ends.
+    """Runs the uncommitted rounds of run directories, one after the other, and writes the report of each as it ends.
 
-    `terminal` is where progress goes: what `redirected` yields. `ray_address` names a Ray cluster to join (`auto`: the
-    one of this machine); empty: Ray is started here and ends with the last run. `again` is the command that goes on
-    after a stop. Raises UserError, ResumableStop (Ctrl-C, SIGTERM and a full disk among its causes), or Failure with
-    the traceback of the defect that ended a run; where there are several runs, the message names the one.
+    All use one Flower simulation runtime.
+
+    Args:
+        runs: The run directories.
+        terminal: Where progress goes: what `redirected` yields.
+        ray_address: A Ray cluster to join (`auto`: the one of this machine); empty: Ray is started here and ends with
+            the last run.
+        again: The command that resumes after a stop, for messages.
+
+    Raises:
+        UserError: A mistake in the experiment or the input. With several runs, messages name the run.
+        ResumableStop: A stop, by Ctrl-C, SIGTERM or a full disk among others.
+        Failure: A defect, with its traceback.
     """
     stop, again = threading.Event(), again or f"untether run --resume {runs[0].path}"
     with stopping(stop, farewell(again, terminal)), LiveProgress(file=terminal) as progress:
@@ -143,7 +161,7 @@ def launch(*runs: RunDirectory, terminal: TextIO | None = None, ray_address: str
 def carry_out(
     runs: Sequence[RunDirectory], progress: LiveProgress, stop: threading.Event, ray_address: str = ""
 ) -> None:
-    """As `launch`, for whoever has a progress and signals of their own; ends soon after `stop` is set, resumably."""
+    """Runs as `launch` does, with a progress and signals of the caller's; ends soon after `stop` is set, resumably."""
     with contextlib.ExitStack() as locks:
         for run in runs:
             locks.enter_context(RunLock(run.path))
@@ -236,7 +254,7 @@ def _check_stop(stop: threading.Event) -> None:
 
 
 def farewell(again: str, terminal: TextIO | None) -> Callable[[], None]:
-    """What to do when a stop takes longer than it should: say so, and end at once. Nothing committed is lost by it."""
+    """Returns what to do when a stop takes too long: print so, and end at once. Nothing committed is lost."""
 
     def leave() -> None:
         # Ray's agents would look for their parent for minutes; a cluster that was joined has no child here.
@@ -255,7 +273,7 @@ def farewell(again: str, terminal: TextIO | None) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def redirected(log: Path) -> Iterator[TextIO]:
-    """Sends this process's (and its children's) output to a log; yields the terminal as it was."""
+    """Sends the output of this process and its children to a log; yields the terminal as it was."""
     sys.stdout.flush()
     sys.stderr.flush()
     terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
@@ -276,7 +294,12 @@ def redirected(log: Path) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def stopping(stop: threading.Event, leave: Callable[[], None] | None = None) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set `stop`; a second Ctrl-C interrupts at once; `leave` is called if nothing helps in time."""
+    """Makes Ctrl-C and SIGTERM set `stop` while the context is open; a second Ctrl-C interrupts at once.
+
+    Args:
+        stop: The event.
+        leave: Called if the stop takes too long.
+    """
     timers: list[threading.Timer] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -300,8 +323,10 @@ def stopping(stop: threading.Event, leave: Callable[[], None] | None = None) -> 
 
 
 def from_run_config(config: Mapping[str, Any]) -> tuple[RunDirectory, int, LiveProgress]:
-    """The run directory, threads a worker and progress of an app that Flower started (`flwr run .`). `config` says what
-    `untether run` is told: `experiment` (a TOML file), `set` (KEY=VALUE words, quoted as for a shell) and `out`.
+    """Returns the run directory, threads a worker and progress of an app that Flower started (`flwr run .`).
+
+    `config` has the arguments of `untether run`: `experiment` (a TOML file), `set` (KEY=VALUE words, quoted as for a
+    shell) and `out`.
     """
     experiment, set_, out = (str(config.get(name, "")).strip() for name in ("experiment", "set", "out"))
     found = Experiment.read(

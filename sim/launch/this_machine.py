@@ -1,8 +1,8 @@
 """Measures the profile `this-machine`: how fast this computer really trains and decodes, in a few seconds.
 
-Two rates are those of products alone: many rows (training) and a single one (decoding). What share of them whole steps
-and whole answers reach is measured too, with the engine itself on a small model: norms, attention, adapters, optimizer
-and the calls between them are no products.
+Two rates are those of matrix products alone: many rows (training) and a single one (decoding). What share of them whole
+steps and whole answers reach is measured too, with the engine itself on a small model, which also spends time on norms,
+attention, adapters, optimizer and the calls between them.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ LORA = Lora()
 
 
 def measure(repeats: int = 8, now: Timer = _WALL) -> Profile:
-    """The best of `repeats` timings, by `now`, of what training and decoding do most: the linear maps of a frozen
-    layer, forward and backward, on a step's rows; the linear maps of many layers on a single row; and whole steps and
-    answers of a small model.
+    """Measures the profile of this machine.
 
-    Power, battery and storage figures are what the system tells, or estimates: their sources say which.
+    It is the best of `repeats` timings, by `now`, of the main work of training and decoding: the linear maps of a
+    frozen layer, forward and backward, on a step's rows; the linear maps of many layers on a single row; and whole
+    steps and answers of a small model. Power, battery and storage figures are what the system reports, or estimates:
+    their sources say which.
     """
     with _own_threads():
         return _measured(repeats, now)
@@ -112,7 +113,7 @@ def _shares(products: Profile, repeats: int, now: Timer) -> tuple[float, float]:
 
 
 def random_base(shape: ModelShape) -> FrozenBase:
-    """A frozen Llama of this shape with random weights, which never ends an answer."""
+    """Returns a frozen Llama of this shape with random weights, which never ends an answer."""
     config = transformers.LlamaConfig(
         hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
@@ -124,7 +125,14 @@ def random_base(shape: ModelShape) -> FrozenBase:
 
 
 def step_s(base: FrozenBase, rows: int, tokens: int, now: Timer = _WALL) -> float:
-    """Seconds of the faster of two optimizer steps on `rows` examples of `tokens` tokens, a quarter of them targets."""
+    """Returns the seconds of the faster of two optimizer steps.
+
+    Args:
+        base: The model.
+        rows: Examples.
+        tokens: Of an example, a quarter of them targets.
+        now: The clock.
+    """
     prompt = tokens + 1 - tokens // 4
     ids = [[3 + (7 * row + place) % 1000 for place in range(tokens + 1)] for row in range(rows)]
     job = TrainJob(
@@ -137,7 +145,7 @@ def step_s(base: FrozenBase, rows: int, tokens: int, now: Timer = _WALL) -> floa
 
 
 def answer_s(base: FrozenBase, stack: AdapterStack, prompt: int, new: int, now: Timer = _WALL) -> float:
-    """Seconds to answer one query of `prompt` tokens with `new` ones, by its adapter."""
+    """Returns the seconds to answer one query of `prompt` tokens with `new` ones, by its adapter."""
     row = GenerationRow([3 + place % 1000 for place in range(prompt)], 0)
     begun = now()
     generate(base, stack, [row], max_new_tokens=new)
@@ -145,7 +153,8 @@ def answer_s(base: FrozenBase, stack: AdapterStack, prompt: int, new: int, now: 
 
 
 def training_flops_per_s(repeats: int = 8, dtype: torch.dtype = torch.float32, now: Timer = _WALL) -> float:
-    """Operations a second of a gated MLP and an attention block's maps with frozen weights: 4 a weight and row."""
+    """Returns operations a second of a gated MLP and an attention block's maps with frozen weights: 4 a weight and row.
+    """
     generator = torch.Generator().manual_seed(0)
     up, down, qkv, out = _layer(generator, dtype)
     start = torch.randn(ROWS, HIDDEN, generator=generator, dtype=dtype, requires_grad=True)
@@ -165,7 +174,7 @@ def training_flops_per_s(repeats: int = 8, dtype: torch.dtype = torch.float32, n
 
 
 def decoding_bytes_per_s(repeats: int = 8, now: Timer = _WALL) -> float:
-    """Bytes of weights a second that products with a single row read, of more layers than the caches hold."""
+    """Returns bytes of weights a second that products with a single row read, of more layers than the caches hold."""
     generator = torch.Generator().manual_seed(0)
     layers = [_layer(generator, torch.float32) for _ in range(LAYERS)]
     x, y = torch.randn(1, 1, HIDDEN, generator=generator), torch.randn(1, 1, INTERMEDIATE, generator=generator)

@@ -1,4 +1,4 @@
-"""One reading of dates for every source: what is strictly earlier than what decides who may train on what."""
+"""One parser of dates for every source: what is strictly earlier than what decides which items a model may train on."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import re
 from calendar import monthrange
 from datetime import UTC, date, datetime
 
+from untether.sim.core.clock import DAY_S
+
 _YEAR = re.compile(r"^\d{4}$")
 _MONTH = re.compile(r"^\d{4}-\d{2}$")
-DAY_S = 86_400
+
 _EPOCH = date(1970, 1, 1).toordinal()
 
 
 def parse_date(value: object) -> float | None:
-    """Seconds since 1970 (UTC) of a year, a month, an ISO day or a full ISO datetime; None for none or an empty string.
+    """Returns the seconds since 1970 (UTC) of a year, a month, an ISO day or a full ISO datetime.
 
-    A year or a month stands for its first instant, a datetime without zone for UTC. Numbers between 1000 and 9999 are
-    years, other numbers seconds since 1970. Raises ValueError, saying what is accepted, for anything else.
+    A year or a month is its first instant, a datetime without zone is in UTC. Numbers between 1000 and 9999 are years,
+    other numbers seconds since 1970. None or an empty string gives None.
+
+    Raises:
+        ValueError: The value is anything else; the message has the accepted forms.
     """
     if value is None or value == "":
         return None
@@ -38,20 +43,20 @@ def parse_date(value: object) -> float | None:
 
 
 def date_span(value: object) -> tuple[float | None, float | None]:
-    """(begin, end) in seconds since 1970 (UTC) of all the days that a date may mean; the begin is `parse_date`'s.
+    """Returns (begin, end) in seconds since 1970 (UTC) of all the days that a date may mean.
 
-    The end is None unless the date is coarser than a day (a month, a year): what has a day is over at its next
-    midnight. (None, None) for no date. Raises ValueError as `parse_date`.
+    The begin is `parse_date`'s. The end is None unless the date is coarser than a day (a month, a year): a day ends at
+    its next midnight. It is (None, None) without a date. Raises ValueError as `parse_date` does.
     """
     key = calendar_key(value)
     coarse = 0 < len(key) < 3
-    return parse_date(value), (last_day(key) + 1 - _EPOCH) * float(DAY_S) if coarse else None
+    return parse_date(value), (last_day(key) + 1 - _EPOCH) * DAY_S if coarse else None
 
 
 def calendar_key(value: object) -> tuple[int, ...]:
-    """(year,), (year, month) or (year, month, day) in UTC, as finely as the date is given; () for none.
+    """Returns (year,), (year, month) or (year, month, day) in UTC, as finely as the date is given; () without a date.
 
-    A day is the finest: items of the same day have no order that can be trusted. Raises ValueError as `parse_date`.
+    A day is the finest: items of the same day have no reliable order. Raises ValueError as `parse_date` does.
     """
     time_s = parse_date(value)
     if time_s is None:
@@ -63,19 +68,19 @@ def calendar_key(value: object) -> tuple[int, ...]:
 
 
 def first_day(key: tuple[int, ...]) -> int:
-    """The first day that a calendar key may mean, counted from the year 1."""
+    """Returns the first day that a calendar key may mean, counted from the year 1."""
     year, month, day = (*key, 1, 1)[:3]
     return date(year, month, day).toordinal()
 
 
 def last_day(key: tuple[int, ...]) -> int:
-    """The last day that a calendar key may mean: `strictly_earlier(a, b)` is `last_day(a) < first_day(b)`."""
+    """Returns the last day that a calendar key may mean: `strictly_earlier(a, b)` is `last_day(a) < first_day(b)`."""
     year, month = (*key, 12)[:2]
     return date(year, month, key[2] if len(key) > 2 else monthrange(year, month)[1]).toordinal()
 
 
 def strictly_earlier(key: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether one calendar key is surely before another: compared at the coarser of both, False where one is undated.
+    """Returns whether one calendar key is surely before another, compared at the coarser of both; False without a date.
 
     So nothing of the same year counts as earlier than something known by its year alone.
     """

@@ -1,8 +1,8 @@
-"""Real users from LaMP's files: who may be asked what, and what each of them may have learned from before.
+"""Real users from LaMP's files: which users and queries are eligible, and which earlier items each may learn from.
 
-The files are read twice and never held whole: once to see who is eligible, once to load the users that were drawn.
-What decides whether a result can be trusted is the order: a dated query sees only items of strictly earlier days, and
-an undated set (`order_of` = "unknown") must at least not hold what is scored.
+The files are read twice and never held whole: once to find the eligible users, once to load those that were drawn.
+Whether a result can be trusted depends on the order: a dated query sees only items of strictly earlier days, and an
+undated set (`order_of` = "unknown") must at least not hold what is scored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from untether.sim.core.seeding import derive
 from untether.sim.population.dates import calendar_key, parse_date, strictly_earlier
 from untether.sim.population.lamp_files import TaskFiles, find_files, read_golds, stream_questions
 from untether.sim.population.leaks import scored_texts
-from untether.sim.population.order import Collected, Key, assemble, one_shot_history, order_of, reveals
+from untether.sim.population.order import CalendarKey, Collected, assemble, one_shot_history, order_of, reveals
 from untether.sim.population.replay import Outlook, Replay, assemble_replayed
 from untether.sim.population.tasks import Task, clean_rating
 
@@ -39,22 +39,35 @@ def read_lamp(
     fewer: bool = False,
     replay: Replay | None = None,
 ) -> tuple[list[User], list[Exclusion]]:
-    """Users from the LaMP files of one task's folder or of a parent of several, and what was left out and why.
+    """Reads users from the LaMP files of one task's folder or of a parent of several.
 
     Users are drawn by a seeded order of their ids: those at positions `skip + seed_index * users` and the following,
-    `users` of them (None: all). So several seeds, and a pool for a shared adapter (`skip` = seeds x users), are
-    disjoint. `fewer` allows the draw to come out short; otherwise too few eligible users are a UserError.
+    `users` of them. So several seeds, and a pool for a shared adapter (`skip` = seeds x users), are disjoint.
 
     A user is a `user_id`, with several tasks where it appears in several folders; a question without one is a user of
     its own, `{task}-{question id}`. The history is the union of the profiles of the user's questions, in time order
-    (file order where undated), later items included: `one_shot_history` is what a one-shot run may train on. At most
-    `queries` queries a user and task are kept, the earliest. Users and questions left out are listed for the whole
-    source, history items that are scored for the users drawn.
+    (file order where undated), later items included: `one_shot_history` is what a one-shot run may train on. Users and
+    questions left out are listed for the whole source, history items that are scored for the users drawn.
 
-    With `replay`, users move through rounds (see `sim.population.replay`), and only dated files will do.
+    Args:
+        path: A task's folder, or the parent of several.
+        tasks: Which tasks; empty: all that are found.
+        split: LaMP's split.
+        users: How many users to draw; None: all.
+        seed_index: Number of this seed among the run's seeds.
+        skip: How many positions to skip.
+        draw_seed: Of the order of ids.
+        min_history: Fewest items that a user of a task must have.
+        queries: Most queries a user and task; the earliest are kept.
+        fewer: Whether the draw may return fewer users; otherwise too few eligible users are an error.
+        replay: Makes users move through rounds (see `sim.population.replay`), which requires dated files.
 
-    Raises UserError for files that are missing, malformed or inconsistent (see `lamp_files`), a gold without question,
-    a profile without a field the task needs, or a date that does not parse.
+    Returns:
+        The users, and what was left out with the reasons.
+
+    Raises:
+        UserError: A file is missing, malformed or inconsistent (see `lamp_files`), a gold has no question, a profile
+            lacks a field that the task needs, or a date does not parse.
     """
     sources = find_files(path, tuple(tasks), split)
     golds = {files.task.name: read_golds(files) for files in sources}
@@ -86,7 +99,7 @@ class _OneShot:
         self._min_history = min_history
         self._seen: list[tuple[float | None, int]] = []
 
-    def see(self, query: Query, key: Key, profile: list[tuple[Interaction, Key]]) -> None:
+    def see(self, query: Query, key: CalendarKey, profile: list[tuple[Interaction, CalendarKey]]) -> None:
         scored = set() if key else set(scored_texts(query))
         usable = (1 for item, k in profile if (strictly_earlier(k, key) if key else not reveals(item, scored)))
         self._seen.append((query.time_s, sum(islice(usable, self._min_history))))
@@ -175,7 +188,7 @@ def _user_id(task: Task, question: dict) -> str:
     return f"{task.name}-{question['id']}" if given in (None, "") else str(given)
 
 
-def _query(files: TaskFiles, question: dict, gold: str) -> tuple[Query, Key]:
+def _query(files: TaskFiles, question: dict, gold: str) -> tuple[Query, CalendarKey]:
     task, date = files.task, question.get("date")
     try:
         key, time_s = calendar_key(date), parse_date(date)
@@ -185,7 +198,7 @@ def _query(files: TaskFiles, question: dict, gold: str) -> tuple[Query, Key]:
     return Query(question["id"], task.name, task.content(question["input"]), gold, time_s), key
 
 
-def _profile(files: TaskFiles, question: dict, exclusions: list[Exclusion]) -> list[tuple[Interaction, Key]]:
+def _profile(files: TaskFiles, question: dict, exclusions: list[Exclusion]) -> list[tuple[Interaction, CalendarKey]]:
     """A question's profile as training pairs with calendar keys; items that make no pair are counted."""
     pairs = []
     for position, item in enumerate(question["profile"]):

@@ -1,4 +1,4 @@
-"""Finding and streaming LaMP's question and output files, with errors that say what is wrong with which file where."""
+"""Finds and streams LaMP's question and output files, with errors that name the file, the place and the fault."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOCATE_UP_TO_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class TaskFiles:
-    """One task's two files."""
+    """The question and output files of one task."""
 
     task: Task
     questions: Path
@@ -27,10 +27,18 @@ class TaskFiles:
 
 
 def find_files(path: str | Path, tasks: tuple[str, ...] = (), split: str = "dev") -> list[TaskFiles]:
-    """The files of each task below `path`: a folder of one task, or a parent of several named LaMP_1, LaMP_2N, ...
+    """Finds the files of each task below `path`: one task's folder, or the parent of several named LaMP_1, LaMP_2N, ...
 
     A task's folder holds `{split}_questions.json` and `{split}_outputs.json`, itself or (as downloaded) in a folder
-    named by the split. `tasks` picks some. Raises UserError for a missing path or file, or an unknown or absent task.
+    named by the split.
+
+    Args:
+        path: The folder.
+        tasks: Which tasks; empty: all that are found.
+        split: LaMP's split.
+
+    Raises:
+        UserError: The path or a file does not exist, or a task is unknown or absent.
     """
     root = Path(path).expanduser()
     wanted = [get_task(name) for name in tasks]
@@ -59,7 +67,11 @@ def find_files(path: str | Path, tasks: tuple[str, ...] = (), split: str = "dev"
 
 
 def stream_questions(files: TaskFiles) -> Iterator[dict]:
-    """The questions one by one, checked for shape: `id`, `input`, `profile`. Raises UserError."""
+    """Yields the questions one by one, checked for shape: `id`, `input`, `profile`.
+
+    Raises:
+        UserError: The file is malformed.
+    """
     path, seen = files.questions, set()
     for index, question in enumerate(_stream(path, "item", b"[")):
         where = f"{path}: question {index + 1}"
@@ -80,7 +92,11 @@ def stream_questions(files: TaskFiles) -> Iterator[dict]:
 
 
 def read_golds(files: TaskFiles) -> dict[str, str]:
-    """Question id -> gold text, as written. Raises UserError."""
+    """Reads the gold texts by question id, as written.
+
+    Raises:
+        UserError: The file is malformed.
+    """
     golds: dict[str, str] = {}
     for index, gold in enumerate(_stream(files.outputs, "golds.item", b"{")):
         if not isinstance(gold, Mapping) or "id" not in gold or "output" not in gold:

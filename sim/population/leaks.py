@@ -1,5 +1,5 @@
-"""Whether what is trained on gives away a held-out question: the check that every synthetic sample passes through, and
-every item of another person.
+"""The check for leaks: whether training data gives away a held-out question. It reads every synthetic sample and every
+item of another person.
 
 The cloud never sees the held-out queries, but it may have been trained on them (public data), or may quote a history
 item that overlaps one; and other people may have the very text that is scored (co-authors, syndicated articles). The
@@ -30,7 +30,7 @@ _NOT_WORD = re.compile(r"[\W_]+")
 
 
 def normalize(text: str) -> str:
-    """Case, accents' encoding, punctuation and spacing removed: words joined by one space.
+    """Normalizes a text: case, accents' encoding, punctuation and spacing removed; words joined by one space.
 
     A text without any letter or digit (an emoji, "!!") is kept, without spaces at its ends, so that it equals itself
     only.
@@ -40,8 +40,10 @@ def normalize(text: str) -> str:
 
 
 def scored_texts(query: Query) -> tuple[str, ...]:
-    """The normalized texts that score a query and so must be in no training pair: its input and, where the task asks
-    for free text, its gold. Labels and ratings never count. LaMP-1: also the query's own title.
+    """Returns the normalized texts that score a query and so must be in no training pair.
+
+    They are its input and, where the task asks for free text, its gold. Labels and ratings never count. LaMP-1: also
+    the query's own title.
     """
     texts = [query.input]
     if get_task(query.task).kind == "generation":
@@ -86,7 +88,8 @@ class LeakChecker:
                     self._golds[query.task][words[:gold_words]].add(words)
 
     def is_leak(self, task: str, sample_input: str, sample_output: str) -> bool:
-        """Whether the pair (contents alone, without the task's instruction) gives away a held-out query of a task."""
+        """Returns whether a pair (contents alone, without the task's instruction) gives away a task's held-out query.
+        """
         source, target = normalize(sample_input), normalize(sample_output)
         whole, inputs = f"{source} {target}", self._inputs.get(task, _NOTHING)
         if source in inputs or whole in inputs or (task == "LaMP_1" and target in inputs):
@@ -107,9 +110,9 @@ class LeakChecker:
 def unscored(
     items: Sequence[Interaction], queries: Iterable[Query], ngram_words: int = COPIED_WORDS
 ) -> list[Interaction]:
-    """The items of other people that none of these queries is scored on, in their order; see `LeakChecker`.
+    """Returns the items of other people on which none of these queries is scored, in their order; see `LeakChecker`.
 
-    Holds a few thousand queries at a time, so it goes over a fleet of any size in one pass and in little memory.
+    Holds a few thousand queries at a time, so it reads a fleet of any size in one pass and in little memory.
     """
     left, waiting = list(items), iter(queries)
     while left and (some := list(islice(waiting, _QUERIES_HELD))):

@@ -1,7 +1,7 @@
-"""What may be learned from other people: the items of disjoint users, without whatever an evaluated user is scored on.
+"""Training data from other people: the items of disjoint users, without those on which an evaluated user is scored.
 
-Who else has the text that is scored depends on the data: co-authors share papers, news is syndicated, and people of the
-embedded world, whose words are few, sometimes write the same. So every item is held against every query of the seed.
+Which people share a scored text depends on the data: co-authors share papers, news is syndicated, and people of the
+embedded world, whose words are few, sometimes write the same. So every item is compared with every query of the seed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ SCORED = "shared: item holds what a user is scored on"
 def shared_items(
     population: Population, task: str, users: Sequence[User] | None = None
 ) -> tuple[list[Interaction], Counter[str]]:
-    """The items of a task that the `shared` arm may learn from, and how many were left out why.
+    """Returns the items of a task that the `shared` arm may train on, and how many were left out, by reason.
 
     Dated items count only if they are surely of a day before any evaluated query; no item may hold the input of an
     evaluated user's query or, where the task asks for free text, its gold (`sim.population.leaks.unscored`), whatever
-    its date. `users`: `population.shared_users()`, where they are at hand.
+    its date.
+
+    Args:
+        population: The users of the seed.
+        task: The task.
+        users: `population.shared_users()`, if it was read already.
     """
     users = population.shared_users() if users is None else users
     return _free(population, task, [item for user in users for item in known_history(user, task, 0)])

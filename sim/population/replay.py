@@ -1,8 +1,8 @@
-"""Real histories that move through rounds: what happened in an author's calendar happens again, a round at a time.
+"""Replay: real histories that move through rounds, so that an author's calendar happens again, one round at a time.
 
-Test, then train: whatever is shaped like a query is first asked, in the round of its date, and known from a later round
-on. A date that is a month or a year stands for all its days: it is asked on the last of them, and it is history only
-when the last of them is over and every query that is not surely later has been asked.
+Test, then train: an item that is shaped like a query is first asked, in the round of its date, and known from a later
+round on. A date that is a month or a year stands for all its days: it is asked on the last of them, and it is history
+only when the last of them is over and every query that is not surely later has been asked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from untether.sim.core.records import Exclusion, Interaction, Query, User
 from untether.sim.population.dates import first_day, last_day, strictly_earlier
 from untether.sim.population.leaks import normalize
-from untether.sim.population.order import Collected, Key, by_end, told_apart, unique_ids, visible_before
+from untether.sim.population.order import CalendarKey, Collected, by_end, told_apart, unique_ids, visible_before
 from untether.sim.population.tasks import get_task
 
 
@@ -27,13 +27,13 @@ class Replay(NamedTuple):
     round_days: float
 
     def round_of(self, day: int, start: int) -> int:
-        """The round that a day falls into, where round 0 begins on day `start`."""
+        """Returns the round that a day falls into, where round 0 begins on day `start`."""
         return int((day - start) // self.round_days)
 
 
 @dataclass
 class Outlook:
-    """What a first look at a user's questions of a task keeps, no text among it, to say whether they can be replayed.
+    """Facts about a user's questions of a task, without texts, which tell whether they can be replayed.
 
     (Questions that repeat a text are found only when the user is loaded.)
     """
@@ -41,10 +41,10 @@ class Outlook:
     min_history: int
     replay: Replay
     earliest: dict[int, int] = field(default_factory=dict)
-    asked: set[Key] = field(default_factory=set)
+    asked: set[CalendarKey] = field(default_factory=set)
 
-    def see(self, query: Query, key: Key, profile: list[tuple[Interaction, Key]]) -> None:
-        """Takes one question and its profile into account."""
+    def see(self, query: Query, key: CalendarKey, profile: list[tuple[Interaction, CalendarKey]]) -> None:
+        """Adds the facts of one question and its profile."""
         dated = {hash(identity): item_key for identity, _, item_key in told_apart(profile) if item_key}
         self.earliest |= {identity: last_day(item_key) for identity, item_key in dated.items()}
         self.earliest = dict(heapq.nsmallest(self.min_history, self.earliest.items(), key=lambda pair: pair[1]))
@@ -52,7 +52,7 @@ class Outlook:
         self.asked.update([key] if key else [])
 
     def lacks(self) -> str:
-        """Why the user cannot be replayed in this task; empty where nothing is in the way."""
+        """Returns why the user cannot be replayed in this task; empty if it can."""
         if len(self.earliest) < self.min_history:
             return "too little history"
         start = max(self.earliest.values()) + 1
@@ -67,21 +67,23 @@ class _Course:
     """One task of a user: its dated items and questions, in order of time."""
 
     task: str
-    items: list[tuple[Interaction, Key]]
-    questions: list[tuple[Query, Key]]
+    items: list[tuple[Interaction, CalendarKey]]
+    questions: list[tuple[Query, CalendarKey]]
 
     def start(self, min_history: int) -> int | None:
         """The first day that has so many items strictly before it."""
         ends = sorted(last_day(key) for _, key in self.items)
         return ends[min_history - 1] + 1 if len(ends) >= min_history else None
 
-    def asked(self, start: int, most: int, replay: Replay, exclusions: list[Exclusion]) -> list[tuple[Query, Key]]:
-        """The queries, each with its round: a text the first time that it is told, if that is on `start` or later."""
-        labels, told, kept = get_task(self.task).labels, set(), []
+    def asked(
+        self, start: int, most: int, replay: Replay, exclusions: list[Exclusion]
+    ) -> list[tuple[Query, CalendarKey]]:
+        """The queries, each with its round: a text the first time that it is seen, if that is on `start` or later."""
+        labels, seen, kept = get_task(self.task).labels, set(), []
         for query, key, of_file in self._candidates():
             text, reason = normalize(query.input), ""
-            if text in told or first_day(key) < start:
-                reason = "question repeats a text" if text in told else "question from before the first round"
+            if text in seen or first_day(key) < start:
+                reason = "question repeats a text" if text in seen else "question from before the first round"
                 reason = reason if of_file else ""  # an item is history all the same
             elif labels and query.gold not in labels:
                 reason = "gold is no label of the task"
@@ -91,12 +93,12 @@ class _Course:
                 reason = "more queries than population.queries"
             else:
                 kept.append((replace(query, round=round), key))
-            told.add(text)
+            seen.add(text)
             if reason:
                 exclusions.append(Exclusion(reason, f"{self.task} {query.query_id}"))
         return kept
 
-    def _candidates(self) -> list[tuple[Query, Key, bool]]:
+    def _candidates(self) -> list[tuple[Query, CalendarKey, bool]]:
         """(query, key, whether it is a question of the file) of all that could be asked, in the order of asking; where
         an item tells the same on the same day, the file's own question comes first.
         """
@@ -112,10 +114,20 @@ class _Course:
 def assemble_replayed(
     user_id: str, collected: Mapping[str, Collected], min_history: int, most_queries: int, replay: Replay
 ) -> tuple[User, list[Exclusion]]:
-    """A user whose rounds begin on the first day that has `min_history` items of each task strictly before it.
+    """Returns a user whose rounds begin on the first day that has `min_history` items of each task strictly before it.
 
-    At most `most_queries` queries a task are asked, the earliest. A task without enough history or without a query in
-    the rounds is left out, and so are undated items and questions, and items that would come after the last round.
+    A task without enough history or without a query in the rounds is left out, and so are undated items and questions,
+    and items after the last round.
+
+    Args:
+        user_id: The user.
+        collected: The questions read, by task.
+        min_history: Fewest items of a task before the first round.
+        most_queries: Most queries of a task; the earliest are kept.
+        replay: The rounds.
+
+    Returns:
+        The user, and what was left out with the reasons.
     """
     exclusions: list[Exclusion] = []
     courses = {task: _course(task, own, exclusions) for task, own in collected.items()}
@@ -149,7 +161,7 @@ def _course(task: str, own: Collected, exclusions: list[Exclusion]) -> _Course:
 
 
 def _user(
-    user_id: str, courses: Iterable[_Course], queries: list[tuple[Query, Key]], start: int, replay: Replay,
+    user_id: str, courses: Iterable[_Course], queries: list[tuple[Query, CalendarKey]], start: int, replay: Replay,
     exclusions: list[Exclusion],
 ) -> User:  # fmt: skip
     """An item comes when its days are over and all queries that are not surely later, of any task, have been asked."""

@@ -1,4 +1,4 @@
-"""Where users come from: one door for the embedded world, for LaMP files and for what a plug-in brings."""
+"""Sources of users: one interface for the embedded world, for LaMP files and for plug-ins."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from untether.sim.population.lamp import read_lamp
 from untether.sim.population.order import order_of
 from untether.sim.population.replay import Replay
 from untether.sim.population.tasks import get_task
-from untether.sim.population.world import NOW_S, World
-from untether.sim.population.world import TASKS as WORLD_TASKS
+from untether.sim.population.world import NOW_S, WORLD_TASKS, World
 from untether.sim.population.world.truth import truth_rows
 
 
 class Population(Protocol):
     """The users of one seed. Device i is user i; `order` is `time` where dates prove it, else `unknown`.
 
-    A population of one's own derives from it and says at least `order`, how many they are, and each `user`.
+    A user's own population derives from it and defines at least `order`, its length, and `user`.
     """
 
     order: str
@@ -31,29 +30,30 @@ class Population(Protocol):
     def __len__(self) -> int: ...
 
     def user(self, index: int) -> User:
-        """The user of device `index`."""
+        """Returns the user of device `index`."""
         ...
 
     def asked(self, index: int) -> Sequence[tuple[str, int | None]]:
-        """The task and the round of each query of a user, in their order: what planning needs to know."""
+        """Returns the task and the round of each query of a user, in their order, which planning needs."""
         return [(query.task, query.round) for query in self.user(index).queries]
 
     def scored(self, task: str) -> Iterator[Query]:
-        """All queries of a task, of every user and round."""
+        """Yields all queries of a task, of every user and round."""
         return (query for index in range(len(self)) for query in self.user(index).queries if query.task == task)
 
     def shared_users(self) -> Sequence[User]:
-        """Disjoint users, for the `shared` arm."""
+        """Returns disjoint users, for the `shared` arm."""
         return []
 
     def first_query_s(self) -> float | None:
-        """When the first query of any user is asked: what is shared must be older. None where nothing is dated."""
+        """Returns when the first query of any user is asked: shared items must be older. None where nothing is dated.
+        """
         users = (self.user(index) for index in range(len(self)))
         dates = (query.time_s for user in users for query in user.queries if query.time_s is not None)
         return min(dates, default=None)
 
     def exclusions(self) -> Counter[str]:
-        """How often each reason left a user, a question or an item out."""
+        """Returns how many users, questions and items were left out, by reason."""
         return Counter()
 
 
@@ -97,7 +97,7 @@ class FromFiles(Population):
 
 @dataclass
 class FromWorld(Population):
-    """Users of the embedded world, made when they are asked for: a fleet of any size costs no memory."""
+    """Users of the embedded world, made on demand: a fleet of any size takes no memory."""
 
     experiment: Experiment
     seed: int
@@ -117,7 +117,7 @@ class FromWorld(Population):
         return [get_task(task).name for task in self.experiment.population.tasks] or WORLD_TASKS
 
     def truth(self) -> Iterator[list[dict[str, Any]]]:
-        """The rows of `truth.parquet`, a list a round."""
+        """Yields the rows of `truth.parquet`, a list a round."""
         users = {device_id(index): self.world.user_id(index, self._split) for index in range(len(self))}
         return truth_rows(self.world, users, self.tasks, self.experiment.rounds)
 
@@ -157,10 +157,14 @@ class FromWorld(Population):
 
 
 def device_id(index: int) -> str:
-    """The name of device `index`, sortable up to 100,000 devices."""
+    """Returns the name of device `index`, sortable up to 100,000 devices."""
     return f"d{index:05d}"
 
 
 def open_population(experiment: Experiment, seed: int) -> Population:
-    """The users of one seed of an experiment. Raises UserError for missing or malformed files and unknown tasks."""
+    """Returns the users of one seed of an experiment.
+
+    Raises:
+        UserError: A file is missing or malformed, or a task is unknown.
+    """
     return POPULATIONS.bind(experiment.population.source, experiment.settings)(experiment, seed)

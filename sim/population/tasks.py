@@ -1,8 +1,8 @@
-"""What each LaMP task asks, in LaMP's own words: one record a task, and a registry to find it by name.
+"""The LaMP tasks in LaMP's own words: one record a task, in a registry by name.
 
 A history item and a query hold content alone (an article, a review); the instruction around it is the task's, and is
-put on and taken off here and nowhere else. Wording of the queries: the official LaMP files. Wording of retrieved
-history: the per-task prompts of LaMP (Salemi et al., 2023, arXiv 2304.11406, and its public `prompts.py`).
+added and removed only here. Wording of the queries: the official LaMP files. Wording of retrieved history: the per-task
+prompts of LaMP (Salemi et al., 2023, arXiv 2304.11406, and its public `prompts.py`).
 """
 
 from __future__ import annotations
@@ -29,28 +29,32 @@ _OF_A_SET = {"macro_f1": "accuracy", "rmse": "mae"}
 
 
 def of_answers(metrics: Sequence[str]) -> list[str]:
-    """Those of some metrics that a single answer has."""
+    """Returns those of some metrics that a single answer has."""
     return [metric for metric in metrics if metric not in _OF_A_SET]
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether a larger value of a metric is the better one (not so for `mae` and `rmse`)."""
+    """Returns whether a larger value of a metric is better (not so for `mae` and `rmse`)."""
     return METRICS.fact(_OF_A_SET.get(metric, metric), "higher_is_better")
 
 
 def unit(metric: str) -> str:
-    """What a metric's values count: `stars`, or nothing for a share (0 to 1)."""
+    """Returns the unit of a metric's values: `stars`, or nothing for a share (0 to 1)."""
     return METRICS.fact(_OF_A_SET.get(metric, metric), "unit")
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task: what it is called, asked and scored by.
+    """One task: its name, prompts and scoring.
 
-    `kind` is "classification", "rating" or "generation"; `labels` its closed answers or None; `metrics` the official
-    ones, `primary` the one that tests are made on. `instructions` maps a form to a template with one `{content}`: the
-    form "query" is the task's own question, any other an auxiliary pair made from profiles that are not shaped like
-    queries (see `Interaction.form`). `fields` names the profile's input and output fields of `item_form`.
+    Args:
+        kind: "classification", "rating" or "generation".
+        labels: Its closed answers, or None.
+        metrics: The official ones.
+        primary: The one that tests are made on.
+        instructions: Template with one `{content}` by form: "query" is the task's own question, any other form an
+            auxiliary pair made from profiles that are not shaped like queries (see `Interaction.form`).
+        fields: The profile's input and output fields of `item_form`.
     """
 
     name: str
@@ -78,7 +82,7 @@ class Task:
         return tuple(self.instructions)
 
     def prompt(self, content: str, form: str = "query") -> str:
-        """The full prompt text of a content: the form's instruction around it, added only if it is not there yet."""
+        """Returns the full prompt of a content: the form's instruction around it, added only if it is not there yet."""
         template = self._template(form)
         if self._strip(content, form) is not None:
             return content
@@ -86,19 +90,21 @@ class Task:
         return before + content + after
 
     def content(self, question_input: str) -> str:
-        """A question's content without the official instruction; the whole text where it has another wording or none.
+        """Returns a question's content without the official instruction; the whole text where the wording is another.
 
         `prompt(content(q)) == q` for every question in the official wording. Text without it is taken for content, so
-        `prompt` puts the instruction around it. For 2 and 2N a list of labels in another order is stripped too, and
+        `prompt` puts the instruction around it. For 2 and 2N a list of labels in another order is removed too, and
         `prompt` writes it back in the official order.
         """
         stripped = self._strip(question_input, "query")
         return question_input if stripped is None else stripped
 
     def interactions(self, profile_item: Mapping[str, object]) -> tuple[Interaction, ...]:
-        """The training pairs in one official profile item: one, or none where a field is empty (or a tweet too short).
+        """Returns the training pairs of one official profile item: one, or none if a field is empty (or too short).
 
-        Raises KeyError for a missing field and ValueError for a date that does not parse.
+        Raises:
+            KeyError: A field is missing.
+            ValueError: A date does not parse.
         """
         made = self._pair(profile_item)
         if made is None:
@@ -171,7 +177,7 @@ class _Tweet(Task):
 
 
 def clean_rating(value: object) -> str:
-    """A rating as the official outputs write it: "5" for 5, "5" and "5.0"; anything else stripped and unchanged."""
+    """Returns a rating as the official outputs write it: "5" for 5, "5" and "5.0"; anything else only stripped."""
     text = str(value).strip()
     return text.split(".")[0] if re.fullmatch(r"\d+\.0+", text) else text
 
@@ -239,21 +245,31 @@ OFFICIAL = {task.name: task for task in _OFFICIAL}
 
 
 def task_names() -> tuple[str, ...]:
-    """The names of all registered tasks, in order of registration."""
+    """Returns the names of all registered tasks, in order of registration."""
     return tuple(TASKS)
 
 
 def get_task(name: str) -> Task:
-    """The task of that name ("LaMP_4", or with a dash: "LaMP-4"). Raises UserError, listing the known, for another."""
+    """Returns the task of a name ("LaMP_4", or with a dash: "LaMP-4").
+
+    Raises:
+        UserError: There is none; the message lists the known ones.
+    """
     dashed = name.replace("-", "_")
     return TASKS.get(dashed if dashed in TASKS else name)
 
 
 def rag_prompt(task: Task, items: Sequence[Interaction], content: str, max_words: int = 64) -> str:
-    """The query's prompt with history items before it, most relevant first, as the LaMP paper joins them.
+    """Returns the query's prompt with history items before it, most relevant first, as the LaMP paper joins them.
 
-    Of each item at most `max_words` words of input and of output are shown. LaMP-1 adds the authors' other titles to
-    the query's own; every other task puts `item, and item. ` before the query. Without items it is `task.prompt`.
+    LaMP-1 adds the authors' other titles to the query's own; every other task puts `item, and item. ` before the query.
+    Without items it is `task.prompt`.
+
+    Args:
+        task: The task.
+        items: The retrieved items.
+        content: The query's content.
+        max_words: Most words of an item's input and of its output.
     """
     query = task.prompt(content)
     if not items:

@@ -1,9 +1,9 @@
-"""How a chat template is told what to print, so that a prompt is the same on any day and on any machine.
+"""The arguments of chat templates, so that a prompt is the same on any day and on any machine.
 
-A template is a program of the model's maker: it may print today's date, have the model think unless told not to, or
-put in a system turn of its own. What it prints belongs to the experiment: the variables that it is given
-(`model.template_args`, `cloud.template_args`), with thinking off and a fixed date unless they say otherwise, and a
-fingerprint of all that turns a text into token ids and back.
+A template is a program of the model's maker: it may print today's date, have the model think unless told not to, or add
+a system turn of its own. What it prints belongs to the experiment: the variables that it is given
+(`model.template_args`, `cloud.template_args`), with thinking off and a fixed date by default, and a fingerprint of all
+that turns a text into token ids and back.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ _DIRECTIVES = "aAbBcdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"
 
 
 def tell(tokenizer: Any, given: Mapping[str, Any]) -> None:
-    """Makes a tokenizer's template be given these arguments from now on."""
+    """Makes a tokenizer's template get these arguments from now on."""
     tokenizer.template_args = dict(given)
 
 
 def arguments(tokenizer: Any) -> dict[str, Any]:
-    """All that a tokenizer's template is given beside the messages: what was told, and defaults that it asks for."""
+    """Returns all arguments of a tokenizer's template beside the messages: those set by `tell`, and defaults it needs.
+    """
     given, template = dict(getattr(tokenizer, "template_args", None) or {}), template_of(tokenizer)
     for name in SWITCHES:
         if _mentions(template, name):
@@ -43,14 +44,15 @@ def arguments(tokenizer: Any) -> dict[str, Any]:
 
 
 def template_of(tokenizer: Any) -> str:
-    """The template that a plain chat is written with; empty where the tokenizer has none."""
+    """Returns the template of a plain chat; empty where the tokenizer has none."""
     return tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ""
 
 
 def render(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
-    """A chat as the text that the model continues. Where the template refuses a system turn, it goes before the user's.
+    """Returns a chat as the text that the model continues.
 
-    Without a template: the turns, a paragraph each, with nothing behind the last.
+    Where the template refuses a system turn, it goes before the user's. Without a template: the turns, a paragraph
+    each, with nothing after the last.
     """
     given = arguments(tokenizer)
     system, today = given.pop(SYSTEM, ""), given.pop(NOW, DATE)
@@ -59,21 +61,22 @@ def render(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
     template = template_of(tokenizer)
     if not template:
         return "\n\n".join(turn["content"] for turn in turns)
-    told = {
+    options = {
         "chat_template": _fixed(template, today), "tokenize": False, "add_generation_prompt": True, **given,
     }  # fmt: skip
     try:
-        return tokenizer.apply_chat_template(list(turns), **told)
+        return tokenizer.apply_chat_template(list(turns), **options)
     except Exception:  # templates raise their own error where a system turn is not provided for
         if len(turns) < 2 or turns[0]["role"] != "system":
             raise
         merged = {"role": turns[1]["role"], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}
-        return tokenizer.apply_chat_template([merged, *turns[2:]], **told)
+        return tokenizer.apply_chat_template([merged, *turns[2:]], **options)
 
 
 def facts(tokenizer: Any, end_ids: Collection[int] = ()) -> dict[str, Any]:
-    """What `environment.json` says of how prompts are written: the template and its hash, its arguments, the special
-    and the end tokens, and a hash of the tokenizer. The same wherever the model's files lie.
+    """Returns what `environment.json` records about prompts: template, arguments, special and end tokens, and hashes.
+
+    It is the same wherever the model's files lie.
     """
     template = template_of(tokenizer)
     special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
@@ -85,7 +88,8 @@ def facts(tokenizer: Any, end_ids: Collection[int] = ()) -> dict[str, Any]:
 
 
 def fingerprint(tokenizer: Any, end_ids: Collection[int] = ()) -> str:
-    """sha256 of all of `facts`: changes with the template, its arguments, the tokenizer or what ends an answer."""
+    """Returns the sha256 of all of `facts`: changes with the template, its arguments, the tokenizer or the end tokens.
+    """
     return _sha256(json.dumps(facts(tokenizer, end_ids), sort_keys=True, ensure_ascii=True, default=str))
 
 

@@ -1,10 +1,10 @@
-"""What a device says to the cloud and what comes back, as text that both sides can parse.
+"""The protocol between device and cloud, as text that both sides can parse.
 
-A device and a cloud generator share nothing but chat messages, so this module is the whole wire: the two prompts
-(samples for augmentation, an answer for the `cloud` arm), the way back from messages to a `Request` (a generator sees
-only what the request carries: no ids, no dates, no other user), the JSON schema of an answer and its forgiving reader.
+A device and a cloud generator share nothing but chat messages, so this module is the whole wire format: the two prompts
+(samples for augmentation, an answer for the `cloud` arm), the parser of messages into a `Request` (a generator sees
+only what the request carries: no ids, no dates, no other user), the JSON schema of an answer and its tolerant reader.
 
-Every line of the user message that carries a user's text is one JSON object, so no text can break the frame around it.
+Every line of the user message that carries a user's text is one JSON object, so no text can break the format around it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CHARS_PER_TOKEN = 4
 
 
 class TaskLike(Protocol):
-    """What this module needs to know of a task (`sim.population.tasks` has the tasks)."""
+    """What this module needs of a task (`sim.population.tasks` has the tasks)."""
 
     @property
     def name(self) -> str: ...
@@ -68,8 +68,8 @@ class TaskLike(Protocol):
 class Uploaded:
     """One item that a request carries: `chars` of its content that leave the device, `cut` if it was shortened.
 
-    `kind`: `history`, or `question` for the query to answer. `begins`, `ends`: where it stands in the messages, as
-    shares of their characters.
+    `kind`: `history`, or `question` for the query to answer. `begins`, `ends`: its place in the messages, as shares of
+    their characters.
     """
 
     item_id: str
@@ -80,9 +80,7 @@ class Uploaded:
     ends: float = 1.0
 
     def sent(self, copies: float) -> int:
-        """How many of its characters so many copies of the messages carry; of the last one perhaps only a part, from
-        its beginning on.
-        """
+        """Returns how many of its characters so many copies of the messages carry; the last copy may be partial."""
         whole = math.floor(copies + 1e-9)
         part = (copies - whole - self.begins) / (self.ends - self.begins)
         return whole * self.chars + math.floor(min(1.0, max(0.0, part)) * self.chars)
@@ -90,7 +88,7 @@ class Uploaded:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Chat messages for the cloud, and what of the user they carry (for the privacy ledger)."""
+    """Chat messages for the cloud, and the user's items in them (for the privacy ledger)."""
 
     messages: tuple[dict[str, str], ...]
     uploaded: tuple[Uploaded, ...]
@@ -99,7 +97,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a generator may know: exactly what the messages carry.
+    """What a generator sees: exactly what the messages carry.
 
     `kind` is `samples` or `answer`. `items` are in history order (oldest first), with neither ids nor dates of their
     own. `count` is how many pairs are wanted (0 for an answer), `query` the input to answer (empty for samples).
@@ -121,7 +119,7 @@ class Pair(NamedTuple):
 
 
 class ParsedSamples(NamedTuple):
-    """The valid pairs of an answer and, by name, how often something was wrong with it (empty: strict and clean)."""
+    """The valid pairs of an answer and, by name, the number of faults in it (empty: strict and clean)."""
 
     pairs: tuple[Pair, ...]
     problems: dict[str, int]
@@ -140,10 +138,15 @@ def build_samples_request(
     max_chars: int = 8000,
     max_item_chars: int = 2000,
 ) -> Prompt:
-    """Ask for `count` new pairs in the style of `items` (history order, oldest first; the newest are shown first).
+    """Returns a prompt that asks for `count` new pairs in the style of `items`.
 
-    At most `max_items` items and `max_chars` characters of content are shown; an input is cut to what is left of
-    `max_item_chars` beside its output. The newest item is always shown, cut if it must be.
+    Args:
+        task: The task.
+        items: In history order, oldest first; the newest are shown first. The newest is always shown, cut if necessary.
+        count: How many pairs.
+        max_items: Most items that are shown.
+        max_chars: Most characters of content that are shown.
+        max_item_chars: Most characters of an item: an input is cut to what its output leaves of them.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -162,7 +165,15 @@ def build_answer_request(
     max_chars: int = 8000,
     max_item_chars: int = 2000,
 ) -> Prompt:
-    """Ask the cloud model to answer `query` with the history in its prompt. The query counts as uploaded, whole."""
+    """Returns a prompt that asks the cloud model to answer `query`, with the history in it.
+
+    Args:
+        task: The task.
+        items: In history order, oldest first.
+        query: Its content; it counts as uploaded, whole.
+        query_id: Its name in the privacy ledger.
+        max_items, max_chars, max_item_chars: As in `build_samples_request`.
+    """
     shown, uploaded = _choose(items, max_items, max_chars, max_item_chars)
     query = clean(query)
     user = ANSWER_USER.format(query=_dumps({"input": query}), **_frame(task, shown))
@@ -174,7 +185,11 @@ _COUNT = re.compile(r"^Write (\d+) new input-output pairs of this task for this 
 
 
 def parse_request(messages: Sequence[dict[str, Any]]) -> Request:
-    """Read a request back from its chat messages. Raises `NotARequest` for any others."""
+    """Parses chat messages into a request.
+
+    Raises:
+        NotARequest: The messages are others.
+    """
     users = [m for m in messages if m.get("role") == "user"]
     text = _content(users[-1]) if users else ""
     head = _HEAD.match(text)
@@ -202,7 +217,7 @@ def parse_request(messages: Sequence[dict[str, Any]]) -> Request:
 
 
 def response_format(labels: Sequence[str] = ()) -> dict[str, Any]:
-    """The `response_format` of a samples request (OpenAI structured outputs); `labels` restrict the outputs."""
+    """Returns the `response_format` of a samples request (OpenAI structured outputs); `labels` restrict the outputs."""
     output: dict[str, Any] = {"type": "string", "enum": list(labels)} if labels else {"type": "string"}
     pair = {
         "type": "object",
@@ -220,7 +235,7 @@ def response_format(labels: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def format_samples(pairs: Sequence[tuple[str, str]]) -> str:
-    """The answer to a samples request, as a generator writes it."""
+    """Returns the answer to a samples request, as a generator writes it."""
     return json.dumps({"samples": [{"input": a, "output": b} for a, b in pairs]}, ensure_ascii=False)
 
 
@@ -230,11 +245,11 @@ _OPENING = re.compile(r'\{\s*("|\Z)')
 
 
 def parse_samples(text: str) -> ParsedSamples:
-    """Read the pairs of an answer: strictly, or else every valid object found in truncated, fenced or chatty text.
+    """Reads the pairs of an answer: strictly, or else every valid object found in truncated, fenced or chatty text.
 
     A pair needs a non-empty string (or a finite number: `4` and `4.0` read as `"4"`) for both `input` and `output`;
     anything else is counted: `missing_field`, `empty_field`, `wrong_type`, `not_an_object`. A text that is not the
-    asked JSON counts once as `not_strict_json`, one cut short also as `truncated`. Never raises.
+    requested JSON counts once as `not_strict_json`, one cut short also as `truncated`. Never raises.
     """
     pairs: list[Pair] = []
     problems: dict[str, int] = {}
@@ -252,12 +267,12 @@ def parse_samples(text: str) -> ParsedSamples:
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens of a text where no tokenizer is known: one for every four characters begun (common for English text)."""
+    """Estimates the tokens of a text without a tokenizer: one for every four characters begun, as in English text."""
     return -(-len(text) // CHARS_PER_TOKEN)
 
 
 def clean(text: str) -> str:
-    """`text` as valid Unicode: surrogate pairs joined, lone surrogates (which UTF-8 cannot carry) replaced."""
+    """Returns `text` as valid Unicode: surrogate pairs joined, lone surrogates (which UTF-8 cannot carry) replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

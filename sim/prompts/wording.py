@@ -1,4 +1,5 @@
-"""The words of the prompts, in one place with a version and a hash, so that a run can say exactly what was asked."""
+"""The wording of the prompts, in one place with a version and a hash, so that a run can record exactly what was asked.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ FORMS = "Samples marked with another form than the task's own: {form}.\n"
 
 
 class TaskForm(NamedTuple):
-    """How a task is told to a language model: what it is, and what `input` and `output` of a pair look like."""
+    """How a task is described to a language model: what it is, and what `input` and `output` of a pair look like."""
 
     description: str
     pair_form: str
@@ -91,7 +92,7 @@ TASK_FORMS: dict[str, TaskForm] = {
 
 
 def prompt_templates() -> dict[str, object]:
-    """The prompts verbatim with their version and hash, for `environment.json`."""
+    """Returns the prompts verbatim with their version and hash, for `environment.json`."""
     texts: dict[str, object] = {
         "samples_system": SAMPLES_SYSTEM,
         "samples_user": SAMPLES_USER,

@@ -1,11 +1,11 @@
-"""The run directory: a contract that other tools read.
+"""The run directory: a contract with other tools, which read it.
 
 A round is *staged* as Parquet parts, one a table and shard, and *committed* by one atomic file
-(`state/commits/seed-S-round-R.json`) that names the parts which count. What no commit names never happened, so a
-killed run goes on from its last commit. When the run ends, the parts become the tables of the contract.
+(`state/commits/seed-S-round-R.json`) that names the parts which count. What no commit names is ignored, so a killed run
+resumes from its last commit. When the run ends, the parts become the tables of the contract.
 
-Within a round, a *receipt* says which parts a finished shard wrote and what it replied, so that the shard is not run
-again when the round is; a receipt makes nothing count.
+Within a round, a *receipt* records which parts a finished shard wrote and its reply, so that the shard is not run again
+when the round is; a receipt makes no part count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCHEMA_VERSION = "3"
 
 
 def versions() -> dict[str, str]:
-    """What a run directory must share with the program that goes on with it."""
+    """Returns the versions that a run directory and the program that resumes it must share."""
     try:
         program = importlib.metadata.version("untether")
     except importlib.metadata.PackageNotFoundError:
@@ -83,14 +83,18 @@ _ORDER = ("device_id", "arm", "task", "request_id", "attempt", "sample_id", "que
 
 
 class RunDirectory:
-    """One run on disk. Cheap to make; workers and the coordinator each hold their own on the same path."""
+    """One run on disk. Cheap to construct; workers and the coordinator each hold their own on the same path."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
     @classmethod
     def create(cls, path: str | Path, experiment: Experiment) -> RunDirectory:
-        """A new run directory holding the resolved experiment. A path that holds another run is refused."""
+        """Creates a run directory that holds the resolved experiment.
+
+        Raises:
+            UserError: The path holds another run.
+        """
         run = cls(path)
         if (run.path / "experiment.toml").exists():
             raise UserError(f"{run.path} already holds a run. Give another --out, or go on with --resume {run.path}")
@@ -104,16 +108,23 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
-        """An existing run directory; UserError where there is none."""
+        """Opens an existing run directory.
+
+        Raises:
+            UserError: There is none.
+        """
         run = cls(path)
         if not (run.path / "experiment.toml").is_file():
             raise UserError(f"{run.path}: not a run directory (no experiment.toml in it)")
         return run
 
     def check_resumable(self, experiment: Experiment | None = None) -> None:
-        """Raises UserError, naming what differs, where this run is of another version or of another experiment.
+        """Checks that this run can be resumed.
 
-        Fields of `[engine]` may differ, and where answers are kept: they change the speed, never the numbers.
+        Fields of `[engine]` and the place of kept answers may differ: they change the speed, never the numbers.
+
+        Raises:
+            UserError: It is of another version or of another experiment; the message names the difference.
         """
         made, here = self.read_json("state/versions.json") or {}, versions()
         differing = [f"{name} {made.get(name, 'unknown')} there, {here[name]} here" for name in here
@@ -132,13 +143,13 @@ class RunDirectory:
             )
 
     def take_over(self, experiment: Experiment) -> None:
-        """Writes down the experiment of whoever goes on; what may differ is for `check_resumable` to say."""
+        """Writes the experiment of a resuming run; `check_resumable` decides which fields may differ."""
         if experiment != self.experiment:
             write_atomically(self.path / "experiment.toml", experiment.to_toml())
 
     @property
     def finished(self) -> bool:
-        """Whether tables and report are written: nothing is left to do."""
+        """Whether tables and report are written."""
         return (self.path / "state" / "finished.json").exists()
 
     @property
@@ -149,9 +160,18 @@ class RunDirectory:
     # --- staging and committing -------------------------------------------------------------------------------
 
     def write_part(self, table: str, seed: int, round: int, part: str, rows: Sequence[Mapping[str, Any]]) -> str:
-        """Stages rows of one table; `part` names the shard. Returns the part's path relative to the run directory.
+        """Stages rows of one table.
 
         Writing the same part again replaces it, so that a shard may be retried. Missing columns become null.
+
+        Args:
+            table: Name of the table.
+            seed, round: Of the rows.
+            part: Names the shard.
+            rows: The rows.
+
+        Returns:
+            The part's path relative to the run directory.
         """
         schema = (TABLES | STAGED)[table]
         columns = {
@@ -166,17 +186,17 @@ class RunDirectory:
         return relative
 
     def read_parts(self, parts: Iterable[str]) -> pd.DataFrame:
-        """The rows of staged or committed parts as one frame."""
+        """Returns the rows of staged or committed parts as one frame."""
         frames = [pq.read_table(self.path / part).to_pandas() for part in parts]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     def read_rows(self, parts: Iterable[str], devices: Collection[str] | None = None) -> list[dict[str, Any]]:
-        """The rows of staged or committed parts, of all devices or of some."""
+        """Returns the rows of staged or committed parts, of all devices or of some."""
         only = None if devices is None else [("device_id", "in", list(devices))]
         return [row for part in sorted(parts) for row in pq.read_table(self.path / part, filters=only).to_pylist()]
 
     def replace_rows(self, parts: Sequence[str], devices: Collection[int], by: Sequence[str]) -> list[str]:
-        """Staged parts without the rows of some devices, and the parts `by` that hold those instead."""
+        """Returns staged parts without the rows of some devices, and the parts `by` that hold those instead."""
         gone, kept = pa.array([device_id(device) for device in devices]), []
         for part in parts:
             table = pq.read_table(self.path / part)
@@ -188,28 +208,32 @@ class RunDirectory:
         return [*kept, *by]
 
     def read_table(self, parts: Iterable[str], devices: Collection[str] | None = None) -> pa.Table | None:
-        """As `read_rows`, by column; None where there is no part."""
+        """Returns the rows as `read_rows` does, by column; None where there is no part."""
         only = None if devices is None else [("device_id", "in", list(devices))]
         tables = [pq.read_table(self.path / part, filters=only) for part in sorted(parts)]
         return pa.concat_tables(tables) if tables else None
 
     @staticmethod
     def parts(seed: int, round: int, names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        """The paths of staged parts, relative to the run directory, of their names by table."""
+        """Returns the paths of staged parts, relative to the run directory, from their names by table."""
         folder = f"state/parts/seed-{seed}/round-{round}"
         return {table: [f"{folder}/{table}/{name}.parquet" for name in found] for table, found in names.items()}
 
     @staticmethod
     def named(paths: Iterable[str]) -> tuple[Part, ...]:
-        """What parts are called in messages, which carry no path."""
+        """Returns the names of parts for messages, which carry no path."""
         found = (Path(path) for path in paths)
         return tuple(Part(int(p.parts[-3].removeprefix("round-")), p.name.removesuffix(".parquet")) for p in found)
 
     def samples(
         self, seed: int, round: int, parts: Mapping[str, Sequence[str]], this_round: bool = False
     ) -> tuple[Part, ...]:
-        """What holds the samples that devices may train on in `round`, itself staged as `parts`: those of earlier
-        rounds too, where the experiment's devices go back to them (not with `this_round`).
+        """Returns the parts with the samples that devices may train on in `round`.
+
+        Args:
+            seed, round: The round.
+            parts: Those of the round itself, still staged.
+            this_round: Whether to leave out those of earlier rounds, which are included where devices use them again.
         """
         experiment, staged = self.experiment, parts.get("samples", [])
         if this_round or experiment.drift.samples == "refresh" and experiment.network.fallback != "stale_samples":
@@ -221,8 +245,13 @@ class RunDirectory:
         self, seed: int, round: int, parts: Mapping[str, Sequence[str]], facts: Mapping[str, Any],
         carried: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Makes a staged round count: one atomic file. `parts` by table; `facts` is small JSON kept with it; `carried`
-        is what the next round begins from.
+        """Commits a staged round by one atomic file.
+
+        Args:
+            seed, round: The round.
+            parts: Names of parts by table.
+            facts: Small JSON kept with it.
+            carried: The state that the next round starts from.
         """
         if carried is not None:
             write_atomically(self._carried_path(seed, round), json.dumps(carried))
@@ -231,12 +260,12 @@ class RunDirectory:
         self._carried_path(seed, round - 1).unlink(missing_ok=True)
 
     def committed(self, seed: int, round: int) -> dict[str, Any] | None:
-        """The commit of a round, or None."""
+        """Returns the commit of a round, or None."""
         path = self._commit_path(seed, round)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def carried(self, seed: int, round: int) -> dict[str, Any] | None:
-        """What the round after `round` begins from; None before the first."""
+        """Returns the state that the round after `round` starts from; None before the first."""
         path = self._carried_path(seed, round)
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -251,7 +280,7 @@ class RunDirectory:
         write_atomically(self._receipt_path(seed, round, name), json.dumps(dict(reply)))
 
     def read_receipt(self, seed: int, round: int, name: str) -> dict[str, Any] | None:
-        """The reply of a shard that was finished before, if all its parts are there."""
+        """Returns the reply of a shard that was finished before, if all its parts exist."""
         try:
             reply = json.loads(self._receipt_path(seed, round, name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -267,7 +296,9 @@ class RunDirectory:
     def merge(self, experiment: Experiment, truth: Mapping[tuple[str, str, str], str] | None = None) -> None:
         """Turns the committed parts into the tables of the contract, a round at a time (bounded memory).
 
-        `truth` says by (task, input, output) what each sample of the embedded world's generator really was.
+        Args:
+            experiment: The run's experiment.
+            truth: How the embedded world's generator made each sample, by (task, input, output).
         """
         for table, schema in TABLES.items():
             target = self.path / f"{table}.parquet"
@@ -294,7 +325,7 @@ class RunDirectory:
                 writer.write_table(pa.Table.from_pylist(list(rows), schema=TRUTH))
 
     def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """A finished table, or some of its columns, as a pandas frame. Texts are most of what a large fleet's take.
+        """Returns a finished table, or some of its columns, as a pandas frame. Texts are most of a large fleet's table.
 
         A column that an earlier version of the program did not write is null.
         """
@@ -315,7 +346,7 @@ class RunDirectory:
         write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """Reads a JSON file of the run directory; None where it does not exist."""
+        """Returns a JSON file of the run directory; None where it does not exist."""
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -325,7 +356,7 @@ class RunDirectory:
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:
-    """The fields in which two experiments differ, as `field: value there, value here`."""
+    """Returns the fields in which two experiments differ, as `field: value there, value here`."""
     return list(_differing("", old.model_dump(), new.model_dump()))
 
 

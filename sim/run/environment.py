@@ -1,4 +1,4 @@
-"""What a number came out of: versions, machine, commit, prompts, models. Written into `environment.json`."""
+"""The provenance of a run's numbers, for `environment.json`: versions, machine, commit, prompts, models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def describe(experiment: Experiment) -> dict[str, Any]:
-    """Package versions, hardware, commit, start time, and the prompts verbatim."""
+    """Returns package versions, hardware, commit, start time, and the prompts verbatim."""
     versions = {}
     for name in PACKAGES:
         try:

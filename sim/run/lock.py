@@ -1,6 +1,6 @@
-"""One coordinator a run directory: two at once would each commit what the other staged.
+"""The lock of a run directory: two coordinators at once would each commit what the other staged.
 
-The lock is the operating system's own on an open file, so it ends with the process that holds it, however that ends.
+It is the operating system's own lock on an open file, so it ends with the process that holds it, however that ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ except ImportError:  # Windows has no flock; there, nothing guards a run directo
 
 
 class RunLock:
-    """Holds `state/lock` of a run directory; a context manager. UserError where another process holds it."""
+    """Holds `state/lock` of a run directory; a context manager.
+
+    Raises:
+        UserError: Another process holds it.
+    """
 
     def __init__(self, run: Path):
         self.path = run / "state" / "lock"

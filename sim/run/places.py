@@ -1,6 +1,6 @@
-"""Where the runs of this machine keep what is their devices': a message names a run, never a folder.
+"""Finds the directory of a run by its id: a message names a run, never a folder.
 
-Whoever coordinates a run announces it, and the hosts of the same machine, in processes of their own, look it up.
+The coordinator of a run announces it, and the hosts of the same machine, in processes of their own, look it up.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from untether.sim.run.directory import RunDirectory
 
 
 def run_id(run: RunDirectory) -> str:
-    """What a run is called in messages."""
+    """Returns the id of a run in messages."""
     return hashlib.blake2b(str(run.path.resolve()).encode(), digest_size=8).hexdigest()
 
 
 @contextlib.contextmanager
 def announced(run: RunDirectory) -> Iterator[str]:
-    """Makes a run's directory known to this machine's hosts while it goes on. Gives the run's id."""
+    """Makes a run's directory known to this machine's hosts while the context is open, and yields the run's id."""
     note = _folder() / run_id(run)
     note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     note.write_text(str(run.path.resolve()), encoding="utf-8")
@@ -34,7 +34,11 @@ def announced(run: RunDirectory) -> Iterator[str]:
 
 
 def find_run(name: str) -> RunDirectory:
-    """The directory of an announced run. Raises UserError where this machine does not know it."""
+    """Returns the directory of an announced run.
+
+    Raises:
+        UserError: It was not announced on this machine.
+    """
     try:
         return RunDirectory.open((_folder() / name).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from untether.sim.run.directory import RunDirectory
 
 
 class SharedAdapters:
-    """Arrays `task/PEFT's key`, in `adapters/seed-S/shared.safetensors`."""
+    """Arrays named `task/PEFT's key`, in `adapters/seed-S/shared.safetensors`."""
 
     def __init__(self, run: RunDirectory, seed: int):
         self.path = run.path / "adapters" / f"seed-{seed}" / "shared.safetensors"
@@ -29,17 +29,17 @@ class SharedAdapters:
         return self.path.exists()
 
     def write(self, arrays: Mapping[str, np.ndarray], left_out: Mapping[str, int]) -> None:
-        """Keeps them, and how many items of other users they were not trained on, by reason."""
+        """Keeps the adapters, and how many items of other users were left out of their training, by reason."""
         whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         with written(self.path, SafetensorError) as temporary:
             save_file(whole, temporary, metadata={"left_out": json.dumps(dict(left_out))})
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The adapters; none before they were trained."""
+        """Returns the adapters; none before they were trained."""
         return load_file(self.path) if self.there else {}
 
     def left_out(self) -> dict[str, int]:
-        """As `write` was told."""
+        """Returns how many items were left out, as given to `write`."""
         if not self.there:
             return {}
         with safe_open(self.path, framework="numpy") as file:

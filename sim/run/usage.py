@@ -1,4 +1,4 @@
-"""What a simulation takes of this machine: seconds, processor time and memory, over all of its processes."""
+"""The resources that a simulation takes of this machine: seconds, processor time and memory, over all its processes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ process, during which it can map no memory."""
 
 
 class Usage:
-    """Watches this process and all that came of it (Flower, Ray, workers) while the `with` lasts.
+    """Watches this process and all its descendants (Flower, Ray, workers) within the `with` block.
 
-    Memory is the sum of what each process has for itself plus its share of what is shared (PSS; where the system does
-    not tell, RSS), at the moments when the sum of all that is resident had grown. Processor time misses what a process
-    did after the last look before its death. Nodes of a cluster that was joined are not seen.
+    Memory is the sum of each process's own and its share of what is shared (PSS; RSS where the system does not report
+    it), at the moments when the sum of all resident memory had grown. Processor time misses what a process did between
+    the last sample and its death. Nodes of a cluster that was joined are not seen.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Usage:
         self._thread.join()
 
     def facts(self) -> dict[str, Any]:
-        """`wall_s`, `cpu_s`, `peak_memory_bytes`, so far."""
+        """Returns `wall_s`, `cpu_s`, `peak_memory_bytes`, so far."""
         self._look()
         cpu_s = sum(last - first for first, last in self._cpu_s.values())
         wall_s = self._clock.now_s() - self._begun_s

@@ -1,4 +1,4 @@
-"""What a study's folder says: `table.csv`, figures and `findings.md`. Every analysis writes through these."""
+"""Writers for the files of a study's folder: `table.csv`, figures and `findings.md`. Every analysis uses them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_table(out: Path, frame: pd.DataFrame) -> None:
 
 
 def save_figure(out: Path, name: str, figure: Figure, caption: str = "") -> None:
-    """Writes `figures/NAME.svg` and `.pdf`, closes the figure. Draw within `sim.report.figures.style()`.
+    """Writes `figures/NAME.svg` and `.pdf`, and closes the figure. Draw within `sim.report.figures.style()`.
 
     The report shows every SVG there, in the order of their names, with its caption (kept as the SVG's title).
     """
@@ -27,7 +27,14 @@ def save_figure(out: Path, name: str, figure: Figure, caption: str = "") -> None
 
 
 def write_findings(study: Study, out: Path, sentences: Iterable[str], notes: Iterable[str] = ()) -> None:
-    """Writes `findings.md`: the question, a bullet a sentence, each note as a paragraph. Text may hold `code`."""
+    """Writes `findings.md`.
+
+    Args:
+        study: Its question comes first.
+        out: The study's folder.
+        sentences: A bullet each; text may hold `code`.
+        notes: A paragraph each.
+    """
     lines = [f"# {study.spec.question}", "", *(f"- {sentence}" for sentence in sentences)]
     lines += [line for note in notes for line in ("", note)]
     write_atomically(out / "findings.md", "\n".join(lines) + "\n")

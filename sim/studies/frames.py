@@ -1,4 +1,4 @@
-"""The finished cells as frames, and means over users with their intervals: what an analysis reads."""
+"""The finished cells as frames, and means over users with their intervals: the input of every analysis."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ USER = ["seed", "user_id", "cluster"]
 
 
 def each_cell(study: Study, runs: Runs) -> Iterator[tuple[Cell, RunDirectory]]:
-    """The cells with their runs, in the study's order. `cell.values` has the values by axis, `cell.words` as text."""
+    """Yields the cells with their runs, in the study's order. `cell.values` has the values by axis, `cell.words` texts.
+    """
     for cell in study.cells:
         yield cell, runs[cell.name]
 
 
 def labelled(cell: Cell, frame: pd.DataFrame) -> pd.DataFrame:
-    """A frame with the cell's name and its values, as words, in front of its columns."""
+    """Returns a frame with the cell's name and its values, as words, in front of its columns."""
     front = pd.DataFrame({"cell": cell.name, **cell.words}, index=frame.index)
     return pd.concat([front, frame], axis=1)
 
 
 def summaries(study: Study, runs: Runs) -> pd.DataFrame:
-    """The rows of every cell's `summary.json`, labelled."""
+    """Returns the rows of every cell's `summary.json`, labelled."""
     return _stack(labelled(cell, pd.DataFrame(run.read_json("summary.json")["rows"]))
                   for cell, run in each_cell(study, runs))  # fmt: skip
 
 
 def tables(study: Study, runs: Runs, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """One table of every cell, such as `predictions`, labelled; `columns` keeps what is needed of a large one."""
+    """Returns one table of every cell, such as `predictions`, labelled; `columns` keeps only some of a large one."""
     return _stack(labelled(cell, run.read(name)[list(columns)] if columns else run.read(name))
                   for cell, run in each_cell(study, runs))  # fmt: skip
 
 
 def user_scores(predictions: pd.DataFrame, by: Sequence[str] = ("arm", "task")) -> pd.DataFrame:
-    """Answers averaged to users: the columns `by`, `USER` and `score` (the task's own, more may be worse).
+    """Returns answers averaged to users: the columns `by`, `USER` and `score` (the task's own, more may be worse).
 
     With `round` or a column of one's own in `by`, a row is a user's mean there.
     """
@@ -55,11 +56,12 @@ def user_scores(predictions: pd.DataFrame, by: Sequence[str] = ("arm", "task")) 
 def mean_interval(
     values: Sequence[float] | pd.Series, bounds: tuple[float, float] = ANY
 ) -> tuple[float, float, float]:
-    """(mean, low, high) of one value a user: 95% over clusters of users; no interval (nan) for fewer than two.
+    """Returns (mean, low, high) of one value a user: 95% over clusters of users; no interval (nan) for fewer than two.
 
-    A series whose index has the level `cluster`, as with `frame.set_index(USER)`, says which users are alike; otherwise
-    each value is a cluster. `bounds`: `SHARE` and `AMOUNT` of `sim.evaluation.resampling` keep the interval within
-    them.
+    Args:
+        values: A series whose index has the level `cluster`, as with `frame.set_index(USER)`, says which users are
+            alike; otherwise each value is a cluster.
+        bounds: `SHARE` and `AMOUNT` of `sim.evaluation.resampling` keep the interval within them.
     """
     users = np.asarray(values, dtype=float)
     named = isinstance(values, pd.Series) and "cluster" in values.index.names
@@ -71,9 +73,9 @@ def mean_interval(
 
 
 def paired_interval(scores: pd.Series, reference: pd.Series) -> tuple[float, float, float, int]:
-    """(mean, low, high, users) of `scores - reference`, both one value a user with the user as index, on shared users.
+    """Returns (mean, low, high, users) of `scores - reference` on shared users.
 
-    Set the index first, as in `frame.set_index(USER)["score"]`.
+    Both have one value a user, with the user as index, as in `frame.set_index(USER)["score"]`.
     """
     apart = (scores - reference).dropna()
     return *mean_interval(apart), len(apart)

@@ -23,7 +23,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def analyse(study: Study, out: Path, runs: Runs) -> None:
-    """The analysis `gain`: writes `table.csv`, `figures/<name>.svg` and `.pdf`, and `findings.md`."""
+    """Writes `table.csv`, `figures/<name>.svg` and `.pdf`, and `findings.md`."""
     points = gains(study, summaries(study, runs))
     if points.empty:
         pairs = ", ".join(f"{arm} - {reference}" for arm, reference in study.spec.figure.contrasts)
@@ -35,7 +35,7 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
 
 
 def gains(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
-    """The contrasts of the figure on each task's primary metric, a row a cell: `gain` is turned so that more is better.
+    """Returns the contrasts of the figure on each task's primary metric, a row a cell; in `gain`, more is better.
 
     Columns: cell, the axes, task, metric, arm, reference, gain, low, high, n_users.
     """
@@ -54,7 +54,7 @@ def gains(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def lines(study: Study, points: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
-    """What one line of the figure joins: (arm, reference, where on the other axes, points along the figure's axis)."""
+    """Yields the lines of the figure: (arm, reference, place on the other axes, points along the figure's axis)."""
     others = [axis for axis in study.axes if axis != _x(study)]
     for arm, reference in study.spec.figure.contrasts:
         own = points[(points["arm"] == arm) & (points["reference"] == reference)]
@@ -65,8 +65,9 @@ def lines(study: Study, points: pd.DataFrame) -> Iterator[tuple[str, str, str, p
 
 
 def draw(study: Study, points: pd.DataFrame) -> Figure:
-    """Small multiples: a panel a task, gain with its 95% interval against the figure's axis, a line a contrast (and
-    place on the other axes).
+    """Draws small multiples: a panel a task, gain with its 95% interval against the figure's axis.
+
+    There is a line a contrast (and place on the other axes).
     """
     x_axis, tasks = _x(study), sorted(points["task"].unique())
     order = list(dict.fromkeys(points[x_axis]))
@@ -105,7 +106,8 @@ def draw(study: Study, points: pd.DataFrame) -> Figure:
 
 
 def findings(study: Study, points: pd.DataFrame) -> list[str]:
-    """A sentence a contrast and task (and place on the other axes): the gain at both ends, where it is clear of 0."""
+    """Returns a sentence a contrast and task (and place on the other axes): the gain at both ends, with its interval.
+    """
     sentences, x, label = [], _x(study), _label(study)
     for task in sorted(points["task"].unique()):
         for arm, reference, place, own in lines(study, points[points["task"] == task]):

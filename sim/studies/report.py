@@ -1,4 +1,4 @@
-"""A study's page: its findings, figures and table in one HTML file that needs nothing else."""
+"""A study's page: its findings, figures and table in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from untether.sim.studies.study import Study
 
 
 def write_study_report(study: Study, out: Path, runs: Runs, command: str = "") -> Path:
-    """Writes `report.html` from what the analysis left in `out`; a table or a figure that is missing is left out."""
+    """Writes `report.html` from the analysis's files in `out`; a table or a figure that is missing is left out."""
     findings, notes = _findings((out / "findings.md").read_text(encoding="utf-8"))
     table = out / "table.csv"
     page = template("sim/studies/study.html.jinja").render(

@@ -1,7 +1,7 @@
-"""The one runner of all studies.
+"""The runner of all studies.
 
-Each cell is an ordinary run directory under `cells/`, so a study goes on where it stopped and a finished cell is not
-run again. Cells share what they make, under `cache/`: answers of the cloud and of devices, embeddings and adapters.
+Each cell is an ordinary run directory under `cells/`, so a study resumes where it stopped and a finished cell is not
+run again. Cells share results under `cache/`: answers of the cloud and of devices, embeddings and adapters.
 """
 
 from __future__ import annotations
@@ -26,9 +26,17 @@ def run_study(
 ) -> Path:
     """Runs the cells that are not finished yet, then writes table, figures, findings and `report.html`.
 
-    `run_cells` runs run directories to their end, all but the finished ones (`sim.launch.runtime.launch`). `command`
-    is what was asked for, for the report. Returns `out`. Raises UserError where a cell is invalid, or where `out`
-    holds a cell of that name with another experiment.
+    Args:
+        study: The study.
+        out: Its folder.
+        run_cells: Runs unfinished run directories to their end (`sim.launch.runtime.launch`).
+        command: The command that was given, for the report.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: A cell is invalid, or `out` holds a cell of that name with another experiment.
     """
     runs = {cell.name: RunDirectory(out / "cells" / cell.name) for cell in study.cells}
     experiments = {cell.name: _sharing(cell.experiment, out.resolve() / "cache") for cell in study.cells}

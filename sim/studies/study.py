@@ -1,4 +1,4 @@
-"""What a study is: a TOML file with a base experiment, the axes along which it varies, and how it is analysed."""
+"""A study: a TOML file with a base experiment, the axes along which it varies, and its analysis."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ class FigureSpec(Section):
 
 
 class StudyFile(Section):
-    """A study as its TOML file has it. Cells are all combinations of the points of all axes, grid and variants, but not
-    those of which `moot` says that they would only repeat another one.
+    """A study as its TOML file has it. Cells are all combinations of the points of all axes, grid and variants.
+
+    Those of which `moot` says that they would only repeat another one are left out.
     """
 
     name: str = Field(description="a name for folders and titles")
@@ -94,7 +95,7 @@ class Study:
     cells: tuple[Cell, ...]
 
     def places(self, cell: Cell) -> list[dict[str, Any]]:
-        """What a cell stands for, as values by axis: its own place, and all along the axes that are moot there."""
+        """Returns the places of a cell, as values by axis: its own, and all along the axes that are moot there."""
         free = [
             axis for axis, where in self.spec.moot.items()
             if any(cell.values[other] in values for other, values in where.items())
@@ -103,7 +104,7 @@ class Study:
         return [{**cell.values, **dict(zip(free, chosen, strict=True))} for chosen in combinations]
 
     def values(self, axis: str) -> list[Any]:
-        """The values along an axis, in its order."""
+        """Returns the values along an axis, in its order."""
         found: list[Any] = []
         for cell in self.cells:
             if cell.values[axis] not in found:
@@ -114,10 +115,16 @@ class Study:
     def read(
         cls, name_or_path: str, overrides: Mapping[str, str] | None = None, grid: Mapping[str, str] | None = None
     ) -> Study:
-        """A study by name (those that come with the package) or from a TOML file.
+        """Reads a study by name (those that come with the package) or from a TOML file.
 
-        `overrides` change the base. `grid` changes axes: `{"cloud.samples": "0,8"}` gives a field other values, and
-        `{"policy": "weekly,never"}` picks variants. Raises UserError for an unknown name, key, field, axis or value.
+        Args:
+            name_or_path: The study.
+            overrides: Changes to the base.
+            grid: Changes to axes: `{"cloud.samples": "0,8"}` gives a field other values, and `{"policy":
+                "weekly,never"}` picks variants.
+
+        Raises:
+            UserError: A name, key, field, axis or value is unknown.
         """
         path = Path(name_or_path) if name_or_path.endswith(".toml") else FOLDER / f"{name_or_path}.toml"
         if not path.is_file():
@@ -242,7 +249,7 @@ def _values(text: str) -> list[Any]:
 
 
 def word(value: Any) -> str:
-    """A value as it stands in names and tables: [8, 8] is `8`, [4, 8] is `4-8`."""
+    """Returns a value as it is written in names and tables: [8, 8] is `8`, [4, 8] is `4-8`."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         items = [word(item) for item in value]
         return items[0] if len(set(items)) == 1 else "-".join(items)

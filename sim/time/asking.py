@@ -1,8 +1,8 @@
-"""Asking the cloud in virtual time: each device's requests over its link, to a cloud that others use too.
+"""Requests to the cloud in virtual time: each device's over its own link, to a cloud that others use too.
 
-Only what meets others is an event: a request that reaches the cloud. Everything on the link is computed in closed form,
-and so is what becomes of a request at a cloud that serves in the order of arrival. A round is therefore one pass over
-the arrivals, in their order.
+Only a request's arrival at the cloud, where it meets others, is an event. Everything on the link is computed in closed
+form, and so is the course of a request at a cloud that serves in the order of arrival. A round is therefore one pass
+over the arrivals, in their order.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from untether.sim.time.network.link import HANDSHAKES, Link
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What a request moves and costs. `outcome` is what the answer turned out to be (`ok`, `refused`, ...); `bodies`:
-    how often its message is in `bytes_up` (once more for each answer that was drawn again).
+    """What a request transfers and costs.
+
+    `outcome` is that of the answer (`ok`, `refused`, ...); `bodies`: how often its message is in `bytes_up` (once more
+    for each answer that was drawn again).
     """
 
     bytes_up: int
@@ -36,7 +38,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request that a device wants to make. Lanes never meet: each has a cloud of its own (an arm's share of it).
+    """A request that a device wants to make. Each lane has a cloud of its own (an arm's share of it).
 
     `at_s`: not before this moment (None: when the device asks in this round).
     """
@@ -50,7 +52,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class VirtualAttempt:
-    """One try. Bytes are those that left their sender; tokens those the cloud spent.
+    """One attempt. Bytes are those that left their sender; tokens those the cloud spent.
 
     `queued_s`: how long it waited for a place (None: it was not admitted); `arrived_s`: since when; `place_s`: when it
     began and ended there (None: it had none). `radio_s`: how long its radio worked.
@@ -77,9 +79,9 @@ class VirtualAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """What became of a request in the end. `failed_s`: when it first turned out that it would not go at once.
+    """The final state of a request. `failed_s`: when it first turned out that it would not succeed at once.
 
-    `answered`: the cloud's answer reached the device, whatever it was worth (`outcome`).
+    `answered`: whether the cloud's answer reached the device, of whatever `outcome`.
     """
 
     request_id: str
@@ -94,7 +96,7 @@ class Final:
 
 @dataclass
 class Asked:
-    """What a round of asking came to; attempts in the order in which they ended."""
+    """The result of a round's requests; attempts in the order in which they ended."""
 
     attempts: list[VirtualAttempt] = field(default_factory=list)
     finals: dict[str, Final] = field(default_factory=dict)
@@ -104,7 +106,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes by what became of them: sent = received + wasted + in_flight."""
+    """Bytes by their fate: sent = received + wasted + in_flight."""
 
     sent: float
     received: float
@@ -113,8 +115,10 @@ class Traffic:
 
 
 def traffic(attempts: Sequence[VirtualAttempt], at_s: float) -> Traffic:
-    """The bytes of the attempts begun by `at_s`: received if their request was served, wasted if the attempt failed (an
-    upload whose answer never came is of no use), in flight if it is still under way.
+    """Returns the bytes of the attempts that began by `at_s`.
+
+    They are received if their request was served, wasted if the attempt failed (an upload whose answer never came is of
+    no use), in flight if it is still under way.
     """
     sums = {"received": 0.0, "wasted": 0.0, "in_flight": 0.0}
     for attempt in attempts:
@@ -138,7 +142,7 @@ class Rules:
     device_id: Callable[[int], str]
 
     def unit(self, device: int, *words: object) -> float:
-        """A uniform draw from (seed, device, round, words)."""
+        """Returns a uniform draw from (seed, device, round, words)."""
         return derive(self.seed, self.device_id(device), self.round, *words) / 2**63
 
 
@@ -147,11 +151,18 @@ def ask_all(
     spent: Mapping[int, float] | None = None, sizes: Mapping[str, Size] | None = None,
     as_planned: Mapping[str, Sequence[VirtualAttempt]] | None = None,
 ) -> Asked:  # fmt: skip
-    """Simulates one lane of one round. The order of `asks` matters only within a device: it asks one after another.
+    """Simulates one lane of one round.
 
-    `sizes` are those that differ from what the requests themselves say. Requests `as_planned` failed in an earlier
-    simulation of the same round, in these attempts, and are not made again: each keeps its device busy, takes of the
-    cloud and costs what it did there, neither more nor less, and has neither attempts nor an end in the result.
+    Args:
+        asks: The requests; their order matters only within a device, which asks one after another.
+        link_of: The link of a device.
+        rules: Of the round.
+        cloud_state: What the round before left to the cloud.
+        spent: Money spent so far, by device (against `cloud.capacity.budget`).
+        sizes: Those that differ from what the requests themselves say.
+        as_planned: Attempts of requests that failed in an earlier simulation of the same round and are not made again:
+            each keeps its device busy, and takes of the cloud and costs what it did there; it has neither attempts nor
+            an end in the result.
     """
     cloud, asked = VirtualCloud(rules.capacity, cloud_state), Asked(spent=dict(spent or {}))
     by_device: dict[int, list[Ask]] = defaultdict(list)
@@ -283,11 +294,11 @@ class _Asker:
 
         verdict = cloud.admit(arrives_s, size.tokens_in + size.tokens_out)
         if verdict.outcome != "ok":
-            told_s = arrives_s + link.rtt_s / 2
-            if told_s >= limit_s:
+            response_s = arrives_s + link.rtt_s / 2
+            if response_s >= limit_s:
                 return ended(limit_s)
             found |= {"retry_after_s": verdict.retry_after_s, "detail": verdict.detail}
-            return ended(told_s, verdict.outcome)
+            return ended(response_s, verdict.outcome)
         served = cloud.serve(arrives_s, limit_s, size.tokens_in, size.tokens_out)
         found |= {"queued_s": served.queued_s, "arrived_s": arrives_s}
         if not served.begun:

@@ -18,7 +18,7 @@ MILLION = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the cloud says to a request that arrives: `ok`, or an outcome, with the wait it asks for (Retry-After)."""
+    """The cloud's response to an arriving request: `ok`, or an outcome, with the wait it asks for (Retry-After)."""
 
     outcome: str
     retry_after_s: float = 0.0
@@ -29,14 +29,14 @@ ADMITTED = Verdict("ok")
 
 
 class TokenBucket:
-    """So much a minute, saved up for a minute at most; more than a minute's worth passes when the bucket is full."""
+    """A rate limit a minute, accumulated for a minute at most; a larger amount passes when the bucket is full."""
 
     def __init__(self, per_minute: float, level: float | None = None, time_s: float = 0.0):
         self.capacity, self.time_s = per_minute, time_s
         self.level = per_minute if level is None else level
 
     def wait_s(self, now_s: float, amount: float) -> float:
-        """How long until `amount` could be taken; 0: now. Asking changes nothing."""
+        """Returns how long until `amount` could be taken; 0: now. Changes nothing."""
         missing = min(amount, self.capacity) - self._level(now_s)
         return missing * 60 / self.capacity if missing > 1e-9 * self.capacity else 0.0
 
@@ -51,8 +51,8 @@ class TokenBucket:
 class Served:
     """What a request got of the cloud: `queued_s` in the queue, then a place until `end_s`.
 
-    `outcome`: `ok`; `server_error` (an outage cut it short); `gone`, where the asker had left (`begun`: from a place).
-    `tokens_out`: written until then, and to be paid for (by whoever left, too, but not in an outage).
+    `outcome`: `ok`; `server_error` (an outage cut it short); `gone`, where its device had left (`begun`: from a place).
+    `tokens_out`: written until then, and charged for (also when the device left, but not in an outage).
     """
 
     end_s: float
@@ -63,11 +63,10 @@ class Served:
 
 
 class VirtualCloud:
-    """The cloud of one lane. Requests must be brought to it in the order of their arrival.
+    """The cloud of one lane. Requests must arrive in order of time.
 
-    First come, first served, by places that take as long as the tokens ask for: so all that becomes of a request is
-    known when it arrives, for whoever comes later changes nothing. `state` carries it from round to round
-    (see `state_at`).
+    First come, first served, by places that take as long as the tokens require: so the whole course of a request is
+    known when it arrives, since later ones change nothing. `state` carries it from round to round (see `state_at`).
     """
 
     def __init__(self, capacity: CloudCapacity, state: Mapping[str, Any] | None = None):
@@ -85,7 +84,7 @@ class VirtualCloud:
         """A heap: when each that waits leaves the queue, for a place or for good."""
 
     def admit(self, now_s: float, tokens: int) -> Verdict:
-        """What a request of so many tokens meets on arrival. `ok` counts it against the rate limits."""
+        """Returns the response to a request of so many tokens on arrival. `ok` counts it against the rate limits."""
         if not self.open.at(now_s)[0]:
             return Verdict("unreachable", detail="outage of the cloud")
         if self.capacity.queue >= 0 and self._place_s(now_s) > now_s and self.waiting(now_s) >= self.capacity.queue:
@@ -102,13 +101,19 @@ class VirtualCloud:
         return ADMITTED
 
     def waiting(self, now_s: float) -> int:
-        """How many wait in the queue."""
+        """Returns how many requests wait in the queue."""
         while self._leave_s and self._leave_s[0] <= now_s:
             heappop(self._leave_s)
         return len(self._leave_s)
 
     def serve(self, now_s: float, limit_s: float, tokens_in: int, tokens_out: int) -> Served:
-        """Gives an admitted request the first free place; it goes at `limit_s`, whatever it has got by then."""
+        """Gives an admitted request the first free place.
+
+        Args:
+            now_s: When it arrived.
+            limit_s: When its device leaves, in whatever state it is by then.
+            tokens_in, tokens_out: Of the request.
+        """
         begins_s = self._place_s(now_s)
         if begins_s > now_s:
             heappush(self._leave_s, min(begins_s, limit_s))
@@ -124,8 +129,13 @@ class VirtualCloud:
         return Served(end_s, outcome, begins_s - now_s, tokens_out=written)
 
     def repeat(self, now_s: float, tokens: int, place_s: tuple[float, float] | None, left_s: float) -> None:
-        """Takes for a request what it is known to have taken when it arrived: of the rate limits, of the queue until it
-        left that, and of the first free place for what is left of its time at one. Nobody is served.
+        """Takes the capacity that an earlier simulation gave a request: rate limits, queue and place. Serves nothing.
+
+        Args:
+            now_s: When it arrived.
+            tokens: Counted against the rate limits.
+            place_s: When it began and ended at a place; it takes the first free one for the rest of that time.
+            left_s: When it left the queue.
         """
         for name, bucket in self.buckets.items():
             bucket.take(now_s, {"requests": 1, "tokens": tokens}[name])
@@ -147,12 +157,12 @@ class VirtualCloud:
         return min(tokens_out, max(0, math.floor(writing_s * rate))) if rate else 0
 
     def service_s(self, tokens_in: int, tokens_out: int) -> float:
-        """Seconds at a place: reading the prompt, then writing."""
+        """Returns the seconds at a place: reading the prompt, then writing."""
         rates = ((tokens_in, self.capacity.prompt_tokens_per_s), (tokens_out, self.capacity.output_tokens_per_s))
         return sum(tokens / rate for tokens, rate in rates if rate)
 
     def state_at(self, time_s: float) -> dict[str, Any]:
-        """What the next round must know (JSON): the buckets, the places taken and the queue beyond `time_s`."""
+        """Returns the state for the next round (JSON): the buckets, the taken places and the queue beyond `time_s`."""
         state: dict[str, Any] = {name: [bucket.level, bucket.time_s] for name, bucket in self.buckets.items()}
         places, queue = (sorted(until for until in heap if until > time_s) for heap in (self._free_s, self._leave_s))
         return {**state, "places": places, "queue": queue}
@@ -165,11 +175,11 @@ class VirtualCloud:
 
 
 def price(capacity: CloudCapacity, tokens_in: float, tokens_out: float) -> float:
-    """What these tokens cost."""
+    """Returns the price of these tokens."""
     return (tokens_in * capacity.price_in + tokens_out * capacity.price_out) / MILLION
 
 
 def outages(capacity: CloudCapacity) -> Spells:
-    """When the cloud is open."""
+    """Returns the spells in which the cloud is available."""
     spans = sorted((span.start_s, span.end_s) for span in map(Span.parse, capacity.outages))
     return Windows(merged(spans), inside_up=False) if spans else ALWAYS

@@ -1,4 +1,6 @@
-"""The machines: a catalogue of real devices with a source for each figure, profiles of one's own, and who has which."""
+"""Device hardware: a catalogue of real devices with a source for each figure, users' own profiles, and their
+assignment.
+"""
 
 from __future__ import annotations
 
@@ -61,19 +63,21 @@ MAY_BE_ZERO = frozenset({"battery_wh", "charge_w", "radio_w", "idle_w"})
 
 @cache
 def built_in() -> dict[str, Profile]:
-    """The catalogue that comes with the project."""
+    """Returns the catalogue that comes with the project."""
     text = files(__package__).joinpath("hardware.toml").read_text(encoding="utf-8")
     return _parse(text, "sim/time/hardware.toml", True)
 
 
 def profiles() -> dict[str, Any]:
-    """What is registered from the start: measuring takes the engine, which is not at home here."""
+    """Returns the profiles registered from the start; that of this machine is measured by another package."""
     return {**built_in(), THIS_MACHINE: "untether.sim.launch.this_machine:measure"}
 
 
 def catalogue(path: str = "") -> dict[str, Profile]:
-    """The profiles that are built in or came with a plug-in, and those of a TOML file. Raises UserError naming file,
-    profile, figure and rule.
+    """Returns the profiles that are built in or come from plug-ins, and those of a TOML file.
+
+    Raises:
+        UserError: The message names file, profile, figure and rule.
     """
     known = {name: _registered(name) for name in PROFILES if name != THIS_MACHINE}
     if not path:
@@ -95,9 +99,16 @@ def _registered(name: str) -> Profile:
 
 
 class Fleet:
-    """Which device has which profile, drawn from (seed, device): names, each perhaps with a weight (`name:3`).
+    """The profile of each device, drawn from (seed, device).
 
-    Raises UserError for a name that neither catalogue has, and for a weight that is no positive number.
+    Args:
+        names: Names of profiles, each perhaps with a weight (`name:3`).
+        path: A catalogue of one's own; empty: none.
+        seed: The seed.
+        this_machine: The measured profile of this machine.
+
+    Raises:
+        UserError: Neither catalogue has a name, or a weight is no positive number.
     """
 
     def __init__(self, names: Sequence[str], path: str, seed: int, this_machine: Profile | None = None):
@@ -120,7 +131,7 @@ class Fleet:
             self.profiles.append(known[name])
 
     def of(self, device_id: str) -> Profile:
-        """The device's profile."""
+        """Returns the device's profile."""
         drawn = derive(self.seed, device_id, "profile") / 2**63 * sum(self.weights)
         for profile, weight in zip(self.profiles, self.weights, strict=True):
             drawn -= weight

@@ -1,7 +1,7 @@
-"""When a device asks the cloud and trains again: the policies of `drift.policy` and their detectors.
+"""The policies of `drift.policy` and their detectors: when a device asks the cloud and trains again.
 
-A policy decides for one device at the start of a round, from what that device can know: when it last did, what it has
-spent, whether it has a link, how wrong its answers were. The first time is every policy's: in round `device mod
+A policy decides for one device at the start of a round, from what that device can know: its last training, its
+spending, its link, how wrong its answers were. The first time is the same under every policy: in round `device mod
 drift.stagger`, or as soon after as the policy allows. A time that brought no samples does not count: the device is due
 again in the next round.
 """
@@ -22,7 +22,7 @@ from untether.sim.experiment.virtual_sections import Drift
 
 @dataclass(slots=True)
 class Memory:
-    """What a device remembers for its policy: its last round, cloud tokens spent, and errors (0 to 1) since."""
+    """A device's state for its policy: its last round, cloud tokens spent, and errors (0 to 1) since."""
 
     since: int | None = None
     tokens: int = 0
@@ -31,8 +31,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class PolicyCase:
-    """A decision to take. `expected_tokens`: what asking would cost; `online`: has it a link when it would ask?
-    `settings` are the experiment's tables for plug-ins.
+    """A decision to make.
+
+    `expected_tokens`: what asking would cost; `online`: has it a link when it would ask? `settings` are the
+    experiment's tables for plug-ins.
     """
 
     drift: Drift
@@ -56,27 +58,27 @@ Detector = Callable[[Sequence[float], Drift], int | None]
 
 
 def every(case: PolicyCase) -> bool:
-    """Every `drift.every` rounds."""
+    """Decides for every `drift.every` rounds."""
     return case.rested
 
 
 def never(case: PolicyCase) -> bool:
-    """Once."""
+    """Decides for once only."""
     return case.memory.since is None
 
 
 def when_online(case: PolicyCase) -> bool:
-    """Every `drift.every` rounds, but only with a link: no training on what there is in rounds without one."""
+    """Decides for every `drift.every` rounds, but only with a link: without one, nothing is trained."""
     return case.rested and case.online()
 
 
 def budget(case: PolicyCase) -> bool:
-    """Every `drift.every` rounds, while what that costs is left of `drift.tokens`."""
+    """Decides for every `drift.every` rounds, while the cost of that is left of `drift.tokens`."""
     return case.rested and case.memory.tokens + case.expected_tokens <= case.drift.tokens
 
 
 def on_drift(case: PolicyCase) -> bool:
-    """When the detector finds that the device's answers have become worse."""
+    """Decides for the rounds in which the detector finds that the device's answers have become worse."""
     return case.memory.since is None or alarm(case.drift, case.memory.errors, case.settings) is not None
 
 
@@ -97,14 +99,24 @@ PRIOR = 4
 def alarm(
     drift: Drift, errors: Sequence[float], settings: Mapping[str, Mapping[str, Any]] | None = None
 ) -> int | None:
-    """Where the detector of `drift.detector` finds that errors have risen. Raises UserError for an unknown one."""
+    """Returns where the detector of `drift.detector` finds that errors have risen, or None.
+
+    Args:
+        drift: The experiment's section.
+        errors: 0 to 1, in order.
+        settings: The experiment's tables for plug-ins.
+
+    Raises:
+        UserError: The detector is unknown.
+    """
     detector: Detector = DETECTORS.bind(drift.detector, settings or {})
     return detector(errors, drift)
 
 
 def adwin(errors: Sequence[float], drift: Drift) -> int | None:
-    """ADWIN (Bifet and Gavalda, SDM 2007): its `delta` bounds the chance of a false alarm. It finds changes both ways;
-    only a rise counts.
+    """Detects a rise by ADWIN (Bifet and Gavalda, SDM 2007): its `delta` bounds the chance of a false alarm.
+
+    It finds changes both ways; only a rise counts.
     """
     detector = ADWIN(delta=drift.false_alarms, clock=1, min_window_length=5, grace_period=10)
     before = 0.0
@@ -117,9 +129,10 @@ def adwin(errors: Sequence[float], drift: Drift) -> int | None:
 
 
 def page_hinkley(errors: Sequence[float], drift: Drift) -> int | None:
-    """Page-Hinkley (Page, Biometrika 1954), as sensitive as the stream's own variance allows: a walk that falls by
-    `TOLERANCE` a step, with that variance, rises by `threshold` with a chance of at most
-    exp(-2 TOLERANCE threshold / variance) from each of `LONGEST` starts (Lundberg's bound for a Gaussian walk).
+    """Detects a rise by Page-Hinkley (Page, Biometrika 1954), as sensitive as the stream's own variance allows.
+
+    A walk that falls by `TOLERANCE` a step, with that variance, rises by `threshold` with a chance of at most exp(-2
+    TOLERANCE threshold / variance) from each of `LONGEST` starts (Lundberg's bound for a Gaussian walk).
     """
     if len(errors) < FIRST:
         return None
@@ -137,8 +150,12 @@ def page_hinkley(errors: Sequence[float], drift: Drift) -> int | None:
 
 
 class Policies:
-    """The policy of a seed's fleet, and what its devices remember. `state` is what an earlier one's `state()` said;
-    `settings` are the experiment's tables for plug-ins.
+    """The policy of a seed's fleet, with the states of its devices.
+
+    Args:
+        drift: The experiment's section.
+        state: What an earlier one's `state()` returned.
+        settings: The experiment's tables for plug-ins.
     """
 
     def __init__(
@@ -150,24 +167,25 @@ class Policies:
         self._memories = {int(device): Memory(*kept) for device, kept in (state or {}).items()}
 
     def due(self, round: int, device: int, expected_tokens: int, online: Callable[[], bool]) -> bool:
-        """Whether the device asks and trains in this round."""
+        """Returns whether the device asks and trains in this round."""
         memory = self._memories.get(device) or Memory()
         if memory.since is None and round < device % self.drift.stagger:
             return False
         return self._decide(PolicyCase(self.drift, round, memory, expected_tokens, online, self.settings))
 
     def served(self, round: int, device: int, tokens: int, done: bool) -> None:
-        """What became of a device that was due: cloud tokens spent, and whether samples came (or none were asked)."""
+        """Records the result of a device that was due: tokens spent, and whether samples came (or none were asked for).
+        """
         memory = self._memories.setdefault(device, Memory())
         memory.tokens += tokens
         if done:
             memory.since, memory.errors = round, []
 
     def observe(self, device: int, errors: Iterable[float]) -> None:
-        """How wrong a device's answers were in a round, in order (0: right, 1: as wrong as can be)."""
+        """Records how wrong a device's answers were in a round, in order (0: right, 1: entirely wrong)."""
         if POLICIES.fact(self.drift.policy, "watches"):
             self._memories.setdefault(device, Memory()).errors.extend(errors)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs (JSON)."""
+        """Returns the state that a resumed run needs (JSON)."""
         return {str(device): [m.since, m.tokens, m.errors] for device, m in self._memories.items()}

@@ -1,4 +1,4 @@
-"""When a device may train, and how long that takes it: permission, battery and heat, all in closed form."""
+"""When a device may train, and how long that takes: permission, battery and heat, all in closed form."""
 
 from __future__ import annotations
 
@@ -71,8 +71,19 @@ class Readiness:
         cls, hardware: Hardware, profile: Profile, seed: int, device_id: str, trace: StateTrace | None = None,
         phase_s: float = 0.0,
     ) -> Readiness:  # fmt: skip
-        """From the experiment. A state trace says when the device charges and lies idle; else habits are drawn from
-        (seed, device). Raises UserError if `train_when` is `trace` and there is no state trace.
+        """Returns the readiness of a device of an experiment.
+
+        A state trace says when the device charges and is idle; without one, habits are drawn from (seed, device).
+
+        Args:
+            hardware: The experiment's section.
+            profile: The device's hardware.
+            seed, device_id: What habits are drawn from.
+            trace: The device's state trace, if any.
+            phase_s: Where in the trace it begins.
+
+        Raises:
+            UserError: `train_when` is `trace` and there is no state trace.
         """
         when = hardware.train_when
         if when == "always":
@@ -111,7 +122,7 @@ def _habits(profile: Profile, seed: int, device_id: str, used: OnOff) -> tuple[S
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """How a device is at a time: battery (0 to 1), warmth (0 to 1)."""
+    """The physical state of a device: battery (0 to 1), warmth (0 to 1)."""
 
     time_s: float = 0.0
     battery: float = 1.0
@@ -120,7 +131,7 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A piece of work: begun (None: never), ended (inf: never), seconds under load, and how the device is then."""
+    """A piece of work: begun (None: never), ended (inf: never), seconds under load, and the device's state then."""
 
     begun_s: float | None
     end_s: float
@@ -129,7 +140,7 @@ class Done:
 
 
 def rest(body: Body, until_s: float, profile: Profile, readiness: Readiness) -> Body:
-    """The device later, having only been used as usual: it cools, drains and charges."""
+    """Returns the device's state later, after usual use only: it cools, drains and charges."""
     if until_s <= body.time_s:
         return body
     warmth = cooled(body.warmth, until_s - body.time_s, profile.heating_s)
@@ -147,9 +158,9 @@ def rest(body: Body, until_s: float, profile: Profile, readiness: Readiness) -> 
 def work(
     start_s: float, work_s: float, body: Body, profile: Profile, readiness: Readiness, stop_s: float = math.inf
 ) -> Done:
-    """Works off `work_s` seconds (of a cool device) from `start_s` on, whenever it may: pausing, cooling, going on.
+    """Does `work_s` seconds of work (of a cool device) from `start_s` on, whenever allowed: pausing, cooling, resuming.
 
-    Given up at `stop_s` (end_s is inf then, and the load so far counts).
+    It is given up at `stop_s` (end_s is inf then, and the load so far counts).
     """
     horizon_s = min(start_s + FOREVER_S, stop_s)
     now_s, begun_s, load_s = start_s, None, 0.0

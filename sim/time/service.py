@@ -1,5 +1,5 @@
-"""How a fleet was served, from the rows of `events`: waiting, throughput, refusals, cost, waste, and how long devices
-waited for their first personalized adapter.
+"""The service that a fleet got, from the rows of `events`: waiting, throughput, refusals, cost, waste, and the time
+until devices had their first personalized adapter.
 
 Every function takes the table as a frame (see docs/run-directory.md), whole or cut to a seed, a kind or some rounds,
 and changes nothing.
@@ -28,12 +28,12 @@ UNDELIVERED = (*UNASKED, "dropped", "timeout", "rate_limited", "server_error", "
 
 
 def attempts(events: pd.DataFrame) -> pd.DataFrame:
-    """The rows in which a device really tried to reach the cloud."""
+    """Returns the rows of real attempts to reach the cloud."""
     return events[events.kind.isin(REQUESTS) & ~events.outcome.isin(UNASKED)]
 
 
 def waiting_s(events: pd.DataFrame, quantiles: Sequence[float] = (0.5, 0.95, 0.99)) -> dict[float, float]:
-    """Quantiles of the seconds that admitted requests waited for a place at the cloud; NaN where none was admitted.
+    """Returns quantiles of the seconds that admitted requests waited for a place at the cloud; NaN without any.
 
     Those that left the queue for good count with the time they stayed in it.
     """
@@ -42,7 +42,8 @@ def waiting_s(events: pd.DataFrame, quantiles: Sequence[float] = (0.5, 0.95, 0.9
 
 
 def throughput_per_s(events: pd.DataFrame, bin_s: float = 3600.0) -> tuple[float, float]:
-    """Answers a second that reached their devices, a seed: (over all bins in which somebody asked, in the busiest)."""
+    """Returns the answers a second that reached their devices, a seed: (over all bins with a request, in the busiest).
+    """
     tried = attempts(events)
     ended = (tried.time_s + tried.duration_s)[~tried.outcome.isin(UNDELIVERED)]
     if ended.empty:
@@ -54,7 +55,7 @@ def throughput_per_s(events: pd.DataFrame, bin_s: float = 3600.0) -> tuple[float
 
 
 def share_rate_limited(events: pd.DataFrame) -> tuple[float, float]:
-    """(share of attempts that the cloud turned away as over its rate, share of requests that met this at all)."""
+    """Returns (share of attempts rejected as over the cloud's rate, share of requests with such an attempt)."""
     tried = attempts(events)
     if tried.empty:
         return 0.0, 0.0
@@ -73,7 +74,7 @@ class Cost:
 
 
 def cost(events: pd.DataFrame, capacity: CloudCapacity) -> Cost:
-    """What the cloud was paid for, at the experiment's prices."""
+    """Returns the cloud's tokens and their price, by the experiment's prices."""
     tried = attempts(events)
     tokens_in, tokens_out = int(tried.tokens_in.sum()), int(tried.tokens_out.sum())
     return Cost(tokens_in, tokens_out, price(capacity, tokens_in, tokens_out))
@@ -86,8 +87,9 @@ Z_95 = 1.959964
 
 
 def wasted(events: pd.DataFrame, arm: str) -> pd.DataFrame:
-    """Bytes and energy a device, in all (`bytes`, `energy_j`) and of what came to nothing (`bytes_wasted`,
-    `energy_wasted_j`): attempts to get samples, and trainings of `arm`, that did not end `ok`.
+    """Returns bytes and energy a device, in all (`bytes`, `energy_j`) and wasted (`bytes_wasted`, `energy_wasted_j`).
+
+    Wasted are attempts to get samples, and trainings of `arm`, that did not end `ok`.
     """
     rows = events[(events["kind"] == "augment") | ((events["kind"] == "train") & (events["arm"] == arm))]
     failed = rows["outcome"] != "ok"
@@ -100,15 +102,24 @@ def wasted(events: pd.DataFrame, arm: str) -> pd.DataFrame:
 
 
 def trainings(events: pd.DataFrame, arm: str) -> pd.DataFrame:
-    """One arm's trained adapters, a row each: seed, device_id, round, `on` (real, samples, stale_samples), `live_s`."""
+    """Returns one arm's trained adapters, a row each: seed, device_id, round, `on` (a kind of data), `live_s`.
+
+    `on` is real, samples or stale_samples.
+    """
     rows = events[(events["kind"] == "train") & (events["arm"] == arm) & (events["outcome"] == "ok")]
     on = rows["detail"].astype("string").str.extract(r"^on (\w+)")[0]
     return rows[[*DEVICE, "round"]].assign(on=on, live_s=rows["time_s"] + rows["duration_s"]).reset_index(drop=True)
 
 
 def first_live(made: pd.DataFrame, devices: pd.DataFrame, end_s: float) -> pd.DataFrame:
-    """When each device (rows of seed and device_id) had the first of the adapters `made`: `time_s`, and `seen`, false
-    where that was not before `end_s` (`time_s` is then `end_s`: censored).
+    """Returns when each device had the first of the adapters `made`: `time_s`, and `seen`.
+
+    `seen` is false where that was not before `end_s` (`time_s` is then `end_s`: censored).
+
+    Args:
+        made: As `trainings` returns them.
+        devices: Rows of seed and device_id.
+        end_s: The end of observation.
     """
     first = made.groupby(DEVICE)["live_s"].min().rename("time_s").reset_index()
     found = devices[DEVICE].drop_duplicates().merge(first, how="left", on=DEVICE)
@@ -117,10 +128,15 @@ def first_live(made: pd.DataFrame, devices: pd.DataFrame, end_s: float) -> pd.Da
 
 
 def survival(times_s: Sequence[float], seen: Sequence[bool]) -> pd.DataFrame:
-    """Kaplan and Meier (JASA 1958): a row an event time, with the share that is still without (`share`) right after it
-    and the 95% interval `low`, `high` on the log-log scale from Greenwood's variance. Begins with time 0, share 1.
+    """Returns the survival curve of Kaplan and Meier (JASA 1958).
 
-    `seen` false: censored then. Where an event and a censoring meet, the event comes first.
+    A row an event time, with the share that is still without (`share`) right after it and the 95% interval `low`,
+    `high` on the log-log scale from Greenwood's variance. Begins with time 0, share 1. Where an event and a censoring
+    meet, the event comes first.
+
+    Args:
+        times_s: Of the event, or of the censoring.
+        seen: Whether it is an event.
     """
     times, happened = np.asarray(times_s, dtype=float), np.asarray(seen, dtype=bool)
     rows, share, variance = [(0.0, 1.0, 1.0, 1.0)], 1.0, 0.0
@@ -137,6 +153,6 @@ def survival(times_s: Sequence[float], seen: Sequence[bool]) -> pd.DataFrame:
 
 
 def reached_s(curve: pd.DataFrame, share: float) -> float:
-    """When that share has it, by a curve of `survival`; inf where that never comes."""
+    """Returns when that share has it, by a curve of `survival`; inf where that never comes."""
     there = curve[1 - curve["share"] >= share - 1e-12]
     return float(there["time_s"].iloc[0]) if len(there) else math.inf

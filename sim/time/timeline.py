@@ -1,12 +1,12 @@
-"""Who can do what and when: each round in virtual time, from links, hardware and the cloud's capacity.
+"""The timeline: each round in virtual time, from links, hardware and the cloud's capacity.
 
-`plan` says, from expected sizes, whose request gets through: exactly those are asked for real. `deliver` then lets the
-same requests run with the sizes they really had, and says when each answer comes; `train`, when the adapters that are
-made of them go live. `advance` makes a schedule the past. Nothing here learns or waits.
+`plan` says, from expected sizes, which requests get through: exactly those are made for real. `deliver` then simulates
+the same requests with their real sizes, and says when each answer arrives; `train`, when the adapters made of them go
+live. `advance` makes a schedule the past. Nothing here learns or waits.
 
-Every arm lives in a world of its own (its battery, its warmth, its share of the cloud) with the same luck: links,
-habits and jitter come from (seed, device, round, purpose). Adding an arm or a device with an unlimited cloud changes no
-other's row; the order of devices never does.
+Every arm is simulated by itself (its battery, its warmth, its share of the cloud) with common random numbers: links,
+habits and jitter follow from (seed, device, round, purpose). Adding an arm or a device with an unlimited cloud changes
+no other's row; the order of devices never does.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from typing import Any
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.seeding import derive
 from untether.sim.experiment import Experiment
+from untether.sim.prompts.protocol import CHARS_PER_TOKEN
 from untether.sim.time.asking import Ask, Asked, Final, Rules, Size, VirtualAttempt, ask_all
 from untether.sim.time.cost import CostModel, model_shape
 from untether.sim.time.hardware import THIS_MACHINE, Fleet, Profile
 from untether.sim.time.network import Link, Links, StateTrace
 from untether.sim.time.readiness import Body, Readiness, rest, work
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, TrainedVersion, Work
-
-CHARS_PER_TOKEN = 4
 
 
 @contextmanager
@@ -49,7 +48,7 @@ def _uncollected() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is expected of a round. `granted`: the requests to make for real; every other one is final as it stands."""
+    """The expected course of a round. `granted`: the requests to make for real; every other one is final as planned."""
 
     round: int
     start_s: float
@@ -70,9 +69,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What became of a round's requests: every attempt, and one final outcome a request.
+    """The result of a round's requests: every attempt, and one final outcome a request.
 
-    `received`: the requests whose answer reached its device (an answer that was asked for and did not is wasted).
+    `received`: the requests whose answer reached its device (an answer that was requested and did not arrive is
+    wasted).
     """
 
     plan: Plan
@@ -87,7 +87,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Schedule(Delivery):
-    """A whole round: what became of its requests, and every version of every adapter."""
+    """A whole round: the result of its requests, and every version of every adapter."""
 
     versions: tuple[TrainedVersion, ...] = ()
 
@@ -95,8 +95,14 @@ class Schedule(Delivery):
 class Timeline:
     """The virtual time of one seed of an experiment.
 
-    `device_id` names devices in draws and rows. `state` is what an earlier timeline's `state()` said: a resumed run
-    goes on from it. Raises UserError for unknown profiles and models, and traces that cannot be read.
+    Args:
+        experiment: The experiment.
+        seed: The seed.
+        device_id: The name of a device in draws and rows, by its number.
+        state: What an earlier timeline's `state()` returned: a resumed run continues from it.
+
+    Raises:
+        UserError: A profile or model is unknown, or a trace cannot be read.
     """
 
     def __init__(
@@ -117,17 +123,17 @@ class Timeline:
     # --- the devices ------------------------------------------------------------------------------------------
 
     def link(self, device: int) -> Link:
-        """The device's link."""
+        """Returns the device's link."""
         return self.links.of(device, self.device_id(device))
 
     def profile(self, device: int) -> Profile:
-        """The device's hardware."""
+        """Returns the device's hardware."""
         if device not in self._profiles:
             self._profiles[device] = self.fleet.of(self.device_id(device))
         return self._profiles[device]
 
     def readiness(self, device: int) -> Readiness:
-        """When the device may train."""
+        """Returns when the device may train."""
         if device not in self._readiness:
             name = self.device_id(device)
             trace = self.links.trace_of(name)
@@ -139,7 +145,7 @@ class Timeline:
         return self._readiness[device]
 
     def cost(self, device: int, arm: str) -> CostModel:
-        """What the nominal model costs on this device, with this arm's adapter."""
+        """Returns the costs of the nominal model on this device, with this arm's adapter."""
         profile = self.profile(device)
         if (profile.name, arm) not in self._costs:
             lora, _ = self.experiment.for_arm(arm)
@@ -150,7 +156,7 @@ class Timeline:
     # --- the round --------------------------------------------------------------------------------------------
 
     def expected(self, lane: str = "augment") -> Size:
-        """The size to expect of a request: the mean of those that came back, else a guess from the experiment."""
+        """Returns the expected size of a request: the mean of those that returned, else one from the experiment."""
         if lane in self._state.sizes:
             return Size(*(round(value) for value in self._state.sizes[lane][1:]))
         cloud = self.experiment.cloud
@@ -160,7 +166,7 @@ class Timeline:
 
     @_uncollected()
     def plan(self, round: int, asks: Sequence[Ask]) -> Plan:
-        """Who is up and whose request gets through, if all have the sizes they are expected to have."""
+        """Plans a round: which requests get through, if all have the sizes they are expected to have."""
         start_s, end_s = round * DAY_S, (round + 1) * DAY_S
         self.links.forget(start_s)
         for readiness in self._readiness.values():
@@ -171,15 +177,15 @@ class Timeline:
         return Plan(round, start_s, end_s, tuple(asks), attempts, finals)
 
     def schedule(self, plan: Plan, sizes: Mapping[str, Size], works: Iterable[Work] = ()) -> Schedule:
-        """`deliver`, then `train`."""
+        """Applies `deliver`, then `train`."""
         return self.train(self.deliver(plan, sizes), works)
 
     @_uncollected()
     def deliver(self, plan: Plan, sizes: Mapping[str, Size]) -> Delivery:
-        """When each request ends, from the real sizes of the granted ones.
+        """Returns when each request ends, from the real sizes of the granted ones.
 
         A granted request without a size was never answered: its outcome is `crashed`. Requests that were not granted
-        are over as planned: they are not made again, but keep the places at the cloud that they took.
+        end as planned: they are not made again, but keep the places at the cloud that they took.
         """
         granted = plan.granted
         unknown = set(sizes) - granted
@@ -204,22 +210,22 @@ class Timeline:
 
     @_uncollected()
     def train(self, delivery: Delivery, works: Iterable[Work] = ()) -> Schedule:
-        """When each adapter is trained, from what was delivered and the steps that each takes."""
+        """Returns when each adapter is trained, from what was delivered and the steps that each takes."""
         plan, finals = delivery.plan, delivery.finals
         state = delivery.state.copy()
         versions = tuple(version for each in works for version in self._train(plan, each, finals, state))
         return Schedule(plan, delivery.attempts, finals, state, versions)
 
     def advance(self, schedule: Schedule) -> None:
-        """Makes a schedule the past: the next round begins from it."""
+        """Makes a schedule the past: the next round starts from it."""
         self._state = schedule.state
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs (JSON)."""
+        """Returns the state that a resumed run needs (JSON)."""
         return {**self._state.dump(), **self.measured()}
 
     def measured(self) -> dict[str, Any]:
-        """The profile of this machine, if devices have it (JSON): measured once, and the same for whoever asks."""
+        """Returns the measured profile of this machine (JSON), if devices have it: measured once, for all processes."""
         found = [profile for profile in self.fleet.profiles if profile.name == THIS_MACHINE]
         return {"this_machine": {**asdict(found[0]), "sources": dict(found[0].sources)}} if found else {}
 
@@ -247,9 +253,9 @@ class Timeline:
     def _train(self, plan: Plan, each: Work, finals: Mapping[str, Final], state: State) -> list[TrainedVersion]:
         """The versions of one adapter in one round: perhaps one on what there is, then one with the samples."""
         asked = [finals[name] for name in each.needs]
-        came_s = max((final.end_s for final in asked if final.answered), default=None)
+        received_s = max((final.end_s for final in asked if final.answered), default=None)
         failed_s = min((final.failed_s for final in asked if final.failed_s is not None), default=None)
-        if came_s is None and failed_s is None:  # crashed
+        if received_s is None and failed_s is None:  # crashed
             failed_s = max((final.end_s for final in asked), default=None)
         versions: list[TrainedVersion] = []
         fallback = self.experiment.network.fallback
@@ -259,15 +265,15 @@ class Timeline:
         elif failed_s is not None and fallback != "wait" and each.fallback_steps:
             had = fallback == "stale_samples" and each.device in self._state.had_samples
             on = STALE if had else REAL
-            stop_s = math.inf if came_s is None else came_s
+            stop_s = math.inf if received_s is None else received_s
             if failed_s < stop_s:
                 versions.append(
                     self._version(
                         plan, each, state, on, failed_s, each.fallback_steps, each.fallback_tokens, stop_s
                     )
                 )
-        if asked and came_s is not None and each.steps:
-            versions.append(self._version(plan, each, state, SAMPLES, came_s, each.steps, each.tokens))
+        if asked and received_s is not None and each.steps:
+            versions.append(self._version(plan, each, state, SAMPLES, received_s, each.steps, each.tokens))
         return [version for version in versions if version is not None]
 
     def _version(
@@ -303,15 +309,16 @@ class Timeline:
     # --- answering --------------------------------------------------------------------------------------------
 
     def query_time_s(self, round: int, device: int, number: int) -> float:
-        """When query `number` of a round is asked: its end or, through the day, between 7 and 23 o'clock."""
+        """Returns when query `number` of a round is asked: its end or, through the day, between 7 and 23 o'clock."""
         if self.experiment.hardware.queries == "round_end":
             return (round + 1) * DAY_S
         drawn = derive(self.seed, self.device_id(device), round, "query", number) / 2**63
         return round * DAY_S + (7 + 16 * drawn) * 3600
 
     def answering(self, schedule: Schedule, device: int, arm: str, time_s: float) -> TrainedVersion | None:
-        """The adapter that answers at `time_s` (None: the frozen base). With queries at the round's end, the newest one
-        that the round's work leads to, whenever that ends.
+        """Returns the adapter that answers at `time_s`; None: the frozen base.
+
+        With queries at the round's end, it is the newest one that the round's work leads to, whenever that ends.
         """
         known = schedule.state.live.get((device, arm), [])
         if self.experiment.hardware.queries == "day":
@@ -319,13 +326,13 @@ class Timeline:
         return max(known, key=lambda version: version.live_s, default=None)
 
     def answer_s(self, device: int, arm: str, prompt_tokens: int, new_tokens: int) -> float:
-        """Seconds that the (cool) device takes to answer."""
+        """Returns the seconds that the (cool) device takes to answer."""
         return self.cost(device, arm).decoding_s(prompt_tokens, new_tokens)
 
     # --- rows -------------------------------------------------------------------------------------------------
 
     def event_rows(self, schedule: Schedule) -> list[dict[str, Any]]:
-        """The rows of `events`: one an attempt (a request's last one bears its final outcome), one a version."""
+        """Returns the rows of `events`: one an attempt (a request's last one has its final outcome), one a version."""
         rows = []
         for attempt in schedule.attempts:
             final = schedule.finals[attempt.request_id]

@@ -1,4 +1,4 @@
-"""What the timeline is told to train, what comes of it, and what one round leaves to the next."""
+"""The types of the timeline: the work to do, its result, and the state that one round leaves to the next."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ REAL, SAMPLES, STALE = "real", "samples", "stale_samples"
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """An adapter to train in a round. `needs`: the requests whose samples it waits for (none: it needs none).
+    """An adapter to train in a round.
 
-    `steps` and `tokens` (prompts included) with all data; `fallback_steps`, `fallback_tokens` with what it has while no
-    samples come (0: nothing to train on). `row_tokens`: the longest example. `from_s`: not before this moment.
+    Args:
+        needs: The requests whose samples it waits for; none: it waits for nothing.
+        steps, tokens: With all data; tokens include prompts.
+        fallback_steps, fallback_tokens: With what it has until samples come; 0: nothing to train on.
+        row_tokens: The longest example.
+        from_s: Not before this moment.
     """
 
     device: int
@@ -36,8 +40,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class TrainedVersion:
-    """A trained adapter. `live_s`: from when it answers. `outcome`: `ok`, `out_of_memory`, `never_ready` or
-    `superseded` (given up when samples came); only `ok` ones go live.
+    """A trained adapter. `live_s`: from when it answers.
+
+    `outcome`: `ok`, `out_of_memory`, `never_ready` or `superseded` (given up when samples came); only `ok` ones go
+    live.
     """
 
     device: int
@@ -58,7 +64,7 @@ class TrainedVersion:
 
 @dataclass
 class State:
-    """What one round leaves to the next."""
+    """The state that one round leaves to the next."""
 
     clouds: dict[str, dict[str, Any]] = field(default_factory=dict)
     spent: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -72,7 +78,7 @@ class State:
         self, round: int, start_s: float, asks: Sequence[Ask], lanes: Mapping[str, Asked], sizes: Mapping[str, Size],
         finals: Mapping[str, Final],
     ) -> State:  # fmt: skip
-        """A copy that knows what the round asked and got, and has forgotten what the round cannot need."""
+        """Returns a copy that includes the round's requests and results, without what the next round cannot need."""
         new = State(
             {**self.clouds, **{lane: asked.cloud_state for lane, asked in lanes.items()}},
             {**self.spent, **{lane: asked.spent for lane, asked in lanes.items() if asked.spent}},
@@ -88,7 +94,7 @@ class State:
         return new
 
     def copy(self) -> State:
-        """Another one, whose bodies and live adapters may change."""
+        """Returns a copy whose bodies and live adapters may change."""
         live = defaultdict(list, {key: list(versions) for key, versions in self.live.items()})
         return replace(self, bodies=dict(self.bodies), live=live)
 
@@ -100,7 +106,7 @@ class State:
         self.sizes[lane] = [count + 1, *means]
 
     def dump(self) -> dict[str, Any]:
-        """As JSON."""
+        """Returns the state as JSON."""
         return {
             "clouds": self.clouds, "sizes": self.sizes,
             "spent": {lane: {str(k): v for k, v in spent.items()} for lane, spent in self.spent.items()},
@@ -111,6 +117,7 @@ class State:
 
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> State:
+        """Returns the state that `dump` wrote."""
         measured = data.get("this_machine")
         return cls(
             dict(data.get("clouds", {})),

@@ -47,9 +47,9 @@ class FlexLoRA(SharedLora):
     def combined(self, shared: Arrays, sums: Arrays) -> dict[str, np.ndarray]:
         parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         for first, _ in self._steps():
-            A, B = (side_of(sums, f"{STACK}lora{first}", side) for side in "AB")
-            for target in A:
-                parts.setdefault(target, []).append((A[target], B[target].T / sums[f"{WEIGHT}{first}"]))
+            As, Bs = (side_of(sums, f"{STACK}lora{first}", side) for side in "AB")
+            for target in As:
+                parts.setdefault(target, []).append((As[target], Bs[target].T / sums[f"{WEIGHT}{first}"]))
         most, factors = max(self.experiment.ranks), {}
         for target, pairs in parts.items():
             A, B = np.concatenate([A for A, _ in pairs]), np.concatenate([B for _, B in pairs], axis=1)

@@ -71,7 +71,7 @@ def test_a_run_that_was_not_announced_is_not_found(monkeypatch, tmp_path):
     monkeypatch.setattr("untether.sim.run.places._folder", lambda: tmp_path / "nobody")
     message = Message(RecordDict({"run": ConfigRecord({"id": "abc"})}), dst_node_id=1, message_type="train")
     context = Context(run_id=1, node_id=1, node_config={"partition-id": 0}, state=RecordDict(), run_config={})
-    said = host.carry_out(message, context).content["error"]
+    said = host.reply_to(message, context).content["error"]
     assert said["error"] == "UserError" and "does not know the run abc" in said["message"]
 
 

@@ -12,7 +12,7 @@ from untether.server.generator.world import NotOfThisWorld, WorldGenerator, read
 from untether.sim.core.errors import UserError
 from untether.sim.core.records import Interaction
 from untether.sim.population.tasks import get_task
-from untether.sim.population.world import TASKS, World, world_task
+from untether.sim.population.world import WORLD_TASKS, World, world_task
 from untether.sim.prompts.protocol import Request, build_answer_request, build_samples_request, parse_samples
 
 SOUND = {
@@ -34,7 +34,7 @@ def over_the_wire(task: str, count: int, seed: int = 0) -> GenerationRequest:
     return GenerationRequest(prompt.messages, seed, max_tokens=8192)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", WORLD_TASKS)
 def test_a_sound_generator_writes_query_shaped_pairs_closer_to_the_user_than_to_others(task):
     generator, world, mine = WorldGenerator(**SOUND), World(11), world_task(task)
     own = other = total = 0
@@ -94,7 +94,7 @@ def test_truth_stays_here_and_joins_with_what_was_sent(tmp_path):
     assert set(json.loads(path.read_text().splitlines()[0])) == {"task", "input", "output", "truth"}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", WORLD_TASKS)
 def test_it_answers_queries_better_than_a_stranger_would(task):
     generator, world, mine = WorldGenerator(**SOUND), World(11), world_task(task)
     cloud = stranger = 0

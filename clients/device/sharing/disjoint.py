@@ -23,10 +23,13 @@ from untether.sim.rounds.messages import Reply, Share
 
 
 def train_shared(worker: Worker, order: Share, inputs: Inputs) -> Outcome:
-    """Trains one adapter a task on the histories of `population.shared_users` users: of every `order.parts` tasks the
-    one numbered `order.part`. They are shared: as arrays `task/PEFT's key`, they go with the reply.
+    """Trains one adapter a task on the histories of `population.shared_users` users.
 
-    What they may learn from, and what was left out, is for `sim.population.others` to say.
+    Of every `order.parts` tasks, the one numbered `order.part` is trained. `sim.population.others` decides which items
+    may be used.
+
+    Returns:
+        The reply with the adapters as arrays named `task/PEFT's key`: they are shared, so they travel with it.
     """
     population = worker.population(order.seed)
     users = population.shared_users()
@@ -54,7 +57,8 @@ def train_shared(worker: Worker, order: Share, inputs: Inputs) -> Outcome:
 
 
 def shared_adapters(worker: Worker, arrays: Mapping[str, np.ndarray]) -> dict[Owner, list[LiveAdapter]]:
-    """The shared adapters by (SHARED, task), as `train_shared` shares them (none where there are no other users)."""
+    """Returns the shared adapters by (SHARED, task), from the arrays of `train_shared`; none if no other users exist.
+    """
     spec = LoraSpec.of(worker.experiment.for_arm(SHARED)[0])
     states: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():

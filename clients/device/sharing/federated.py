@@ -19,7 +19,7 @@ from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.encoding import encode_answer, encode_prompt
 from untether.clients.engine.training import Example, Trainable, TrainJob
 from untether.clients.stores.adapter_cache import train_once
-from untether.clients.stores.adapter_store import State, adapter_version, as_arrays, as_tensors
+from untether.clients.stores.adapter_store import AdapterArrays, adapter_version, as_arrays, as_tensors
 from untether.sim.core.errors import UserError
 from untether.sim.core.learning import LoraSpec, TrainSettings
 from untether.sim.core.seeding import derive
@@ -146,12 +146,12 @@ class Beginning:
     """Where an adapter's training begins, and what of it is trained (None: all)."""
 
     spec: LoraSpec
-    state: State
+    state: AdapterArrays
     trainable: Trainable | None = None
 
 
 def beginning(
-    worker: Worker, arm: str, factors: Factors, init_seed: int, before: State | None = None
+    worker: Worker, arm: str, factors: Factors, init_seed: int, before: AdapterArrays | None = None
 ) -> Beginning:
     """An arm's adapter that begins as what is shared (`training.start` is `shared`), or on top of it (`on_shared`):
     then the shared ranks come first and stay, and its own are new, or those of `before`.

@@ -136,9 +136,9 @@ class PackedAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         kept = []
         with plain_products():
-            for look, (own_q, own_out), (own_k, own_v) in _looks(packing, shape, groups, (q, out), (k, v)):
-                bars = packing.bars(look, groups, shape[2] // groups, q)
-                scores = torch.baddbmm(bars, own_q, own_k.transpose(1, 2), alpha=scale)
+            for bucket, (own_q, own_out), (own_k, own_v) in _buckets(packing, shape, groups, (q, out), (k, v)):
+                mask = packing.mask(bucket, groups, shape[2] // groups, q)
+                scores = torch.baddbmm(mask, own_q, own_k.transpose(1, 2), alpha=scale)
                 kept.append(torch.softmax(scores, dim=-1))
                 torch.bmm(kept[-1], own_v, out=own_out)
         ctx.save_for_backward(q, k, v, cos, sin, *kept)
@@ -152,7 +152,7 @@ class PackedAttention(torch.autograd.Function):
         queries, keys = packing.queries(shape[2]), packing.keys(groups)
         grad = queries.take(grad)
         of_q, of_k, of_v = (torch.empty_like(x) for x in (q, k, v))
-        pieces = _looks(packing, shape, groups, (q, grad, of_q), (k, v, of_k, of_v))
+        pieces = _buckets(packing, shape, groups, (q, grad, of_q), (k, v, of_k, of_v))
         with plain_products():
             for p, (_, (own_q, own, own_of_q), (own_k, own_v, own_of_k, own_of_v)) in zip(kept, pieces, strict=True):
                 of_p = torch.bmm(own, own_v.transpose(1, 2))
@@ -165,15 +165,15 @@ class PackedAttention(torch.autograd.Function):
         return of_q, _turned(of_k, cos, -sin), of_v, None, None, None, None
 
 
-def _looks(packing: Packing, shape: torch.Size, groups: int, of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]):
-    """Each look with its parts of the tensors, as [texts * groups, a group's slots, width]."""
+def _buckets(packing: Packing, shape: torch.Size, groups: int, of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]):
+    """Each bucket with its parts of the tensors, as [texts * groups, a group's slots, width]."""
     at_query = at_key = 0
     heads = shape[2] // groups
-    for look in packing.looks:
-        each = look.texts * groups
-        queries, keys = each * heads * look.tokens, each * (look.prefix + look.tokens)
+    for bucket in packing.buckets:
+        each = bucket.texts * groups
+        queries, keys = each * heads * bucket.tokens, each * (bucket.prefix + bucket.tokens)
         yield (
-            look,
+            bucket,
             [x[at_query : at_query + queries].view(each, -1, x.shape[-1]) for x in of_queries],
             [x[at_key : at_key + keys].view(each, -1, x.shape[-1]) for x in of_keys],
         )

@@ -1,6 +1,6 @@
-"""Exact float32 products at the rate the processor has.
+"""Exact float32 products at the rate that the processor has.
 
-PyTorch's float32 products on a CPU go to MKL, which on AMD processors runs at less than half the rate of oneDNN, the
+PyTorch's float32 products on a CPU use MKL, which on AMD processors runs at less than half the rate of oneDNN, the
 other library that PyTorch carries: 105 against 240 GFLOP/s on one core of an EPYC with AVX-512, and 60 against 150 for
 the thin batched products of adapters. PyTorch hands float32 products to oneDNN where `fp32_precision` allows bfloat16
 inside. oneDNN uses that permission only where the processor has matrix tiles (AMX): everywhere else the products stay
@@ -19,15 +19,17 @@ import torch
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """While open, float32 products on the CPU take the faster of the exact libraries."""
+    """Makes float32 products on the CPU use the faster of the exact libraries while the context is open."""
     with _products("bf16" if onednn_is_exact() else None):
         yield
 
 
 @contextmanager
 def plain_products() -> Iterator[None]:
-    """While open, products go to MKL again. Many small products of ever new shapes (attention) run there as fast, and
-    oneDNN would compile each shape first, in half a millisecond.
+    """Makes products use MKL again while the context is open.
+
+    Many small products of ever new shapes (attention) run there as fast, and oneDNN would compile each shape first, in
+    half a millisecond.
     """
     with _products("ieee" if onednn_is_exact() else None):
         yield
@@ -44,7 +46,7 @@ def _products(precision: str | None) -> Iterator[None]:
 
 
 def accelerate(module: torch.nn.Module) -> None:
-    """Let a module's forward pass (an encoder's, say) run under `fast_products` from now on."""
+    """Makes a module's forward pass (an encoder's, say) run under `fast_products` from now on."""
     plain = module.forward
 
     def forward(*args, **kwargs):
@@ -56,7 +58,7 @@ def accelerate(module: torch.nn.Module) -> None:
 
 @cache
 def onednn_is_exact() -> bool:
-    """Whether oneDNN is there and keeps float32 products exact on this processor."""
+    """Returns whether oneDNN is there and keeps float32 products exact on this processor."""
     if not torch.backends.mkldnn.is_available() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)():
         return False
     draw = torch.Generator().manual_seed(0)

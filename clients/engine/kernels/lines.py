@@ -1,9 +1,8 @@
-"""Texts that begin alike, to be computed once as far as they do.
+"""Texts with a common prefix, which is computed once for all of them.
 
-All prompts of a task open with the same instruction: from a sixth of a sample's tokens (headlines) to more than half
+All prompts of a task begin with the same instruction: from a sixth of a sample's tokens (headlines) to more than half
 (tags). Under one adapter those tokens have the same activations in every text, and a layer need not see them twice. So
-a batch is cut into lines, texts with a common beginning, and lines are put into rows
-(`clients.engine.kernels.packing`).
+a batch is cut into lines, texts with a common prefix, and lines are put into rows (`clients.engine.kernels.packing`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _LINE_TOKENS = 2
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Texts of a batch, by their places in it and of these lengths, that all begin with the same `prefix` tokens."""
+    """Texts of a batch, by their places in it and their lengths, that all begin with the same `prefix` tokens."""
 
     texts: tuple[int, ...]
     prefix: int
@@ -31,20 +30,25 @@ class Line:
         return sum(self.lengths) - (len(self.lengths) - 1) * self.prefix
 
     def parts(self, most: int) -> list[Line]:
-        """The same texts in lines of at most so many tokens (or one text)."""
+        """Returns the same texts in lines of at most `most` tokens (or one text)."""
         if self.tokens <= most or len(self.texts) == 1:
             return [self]
         return [part for half in self.halves() for part in half.parts(most)]
 
     def halves(self) -> tuple[Line, Line]:
-        """The same texts in two lines."""
+        """Returns the same texts in two lines."""
         middle = len(self.texts) // 2
         first, second = slice(None, middle), slice(middle, None)
         return tuple(Line(self.texts[part], self.prefix, self.lengths[part]) for part in (first, second))
 
 
-class Beginnings:
-    """How texts begin alike, to cut any batch of them into the lines that take the fewest tokens."""
+class Prefixes:
+    """The common prefixes of texts, for cutting any batch of them into the lines that take the fewest tokens.
+
+    Args:
+        texts: Token ids.
+        limits: How much of each text may be shared at most (positions that predict its targets must be its own).
+    """
 
     def __init__(self, texts: Sequence[Sequence[int]], limits: Sequence[int]):
         """limits: how much of each text may be shared at most (what predicts its targets has to be its own)."""
@@ -56,7 +60,7 @@ class Beginnings:
         self._shared = [len(os.path.commonprefix([texts[a], texts[b]])) for a, b in itertools.pairwise(order)]
 
     def lines(self, batch: Sequence[int]) -> list[Line]:
-        """Lines for texts given by index; each text is in one of them."""
+        """Returns lines for texts given by index; each text is in one of them."""
         places = sorted(range(len(batch)), key=lambda place: self._rank[batch[place]])
         indices = [batch[place] for place in places]
         ranks = [self._rank[index] for index in indices]
@@ -81,7 +85,7 @@ class Beginnings:
 
 
 def fill(lines: Sequence[Line], width: int) -> list[list[Line]]:
-    """Lines, in order, in rows of at most so many tokens (or one text); a line that is longer is cut."""
+    """Returns lines, in order, in rows of at most `width` tokens (or one text); a line that is longer is cut."""
     rows: list[list[Line]] = []
     left = 0
     for line in (part for whole in lines for part in whole.parts(width)):

@@ -1,7 +1,7 @@
 """Lines of texts laid out in rows without padding (`clients.engine.kernels.lines`).
 
-Texts follow each other in a row, what a line's texts begin with in common only once. Only attention knows where a text
-begins and ends: it takes queries and keys out of the rows, in groups of like size, and gives the results back.
+Texts follow each other in a row, with a line's common prefix once. Only attention knows where a text begins and ends:
+it gathers queries and keys from the rows, in groups of similar size, and scatters the results back.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _LOOK_PAIRS = {"cpu": 4096, "cuda": 1 << 24}
 
 @dataclass(frozen=True)
 class Index:
-    """Slots filled from places: `take` copies to every slot what is at its place, `give`, its adjoint, adds up at every
-    place what its slots hold. A slot that is mere padding has a place that nobody looks at, and gives it nothing.
+    """Maps slots to places: `take` copies to every slot the value of its place; `give` is its adjoint.
+
+    A slot that is padding has a place that is never read, and adds nothing to it.
     """
 
     source: Tensor
@@ -33,47 +34,49 @@ class Index:
     offsets: Tensor
 
     def take(self, x: Tensor) -> Tensor:
-        """x [places, ...] -> [slots, width], where width is that of a place's share (a head's)."""
+        """Gathers x [places, ...] -> [slots, width], where width is that of a place's share (a head's)."""
         return x.reshape(len(self.offsets) - 1, -1).index_select(0, self.source)
 
     def give(self, x: Tensor) -> Tensor:
-        """x [slots, width] -> [places, width]"""
+        """Scatters x [slots, width] -> [places, width] by addition."""
         return torch.embedding_bag(x, self.slots, self.offsets, False, 0, False, None, True)[0]
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """Texts whose attention is computed together: each has `tokens` queries, which see `prefix` keys before them and,
-    of `tokens` keys of their own, those that are not later. bars [texts, prefix]: which of the former are padding.
+class Bucket:
+    """Texts whose attention is computed together.
+
+    Each has `tokens` queries, which see `prefix` keys before them and, of `tokens` keys of their own, those that are
+    not later. bars [texts, prefix]: which of the former are padding.
     """
 
     texts: int
     prefix: int
     tokens: int
-    bars: np.ndarray | None
+    padding: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How texts lie in rows [rows, width]: each token's position in its text, and where attention finds whom.
+    """The layout of texts in rows [rows, width]: each token's position in its text, and the groups of attention.
 
-    split: a text's queries are its own tokens, and the beginning of a line is a text itself; else a text's queries are
-    all its tokens, beginning included (and those that another text of the line answers for are idle).
+    split: a text's queries are its own tokens, and the common prefix of a line is a text itself; else a text's queries
+    are all its tokens, prefix included (and those that another text of the line computes are idle).
     """
 
     positions: Tensor
-    looks: tuple[Look, ...]
+    buckets: tuple[Bucket, ...]
     split: bool
     _queries: _Slots
     _keys: _Slots
     _made: dict = field(default_factory=dict)
 
     def queries(self, heads: int) -> Index:
-        """From tokens times heads to the queries: look after look, in each [texts, heads, tokens]."""
+        """Returns the index from tokens times heads to the queries: by bucket, each [texts, heads, tokens]."""
         return self._index("queries", self._queries, heads)
 
     def keys(self, heads: int) -> Index:
-        """The same for the keys: look after look, in each [texts, heads, prefix + tokens]."""
+        """Returns the index from tokens times heads to the keys: by bucket, each [texts, heads, prefix + tokens]."""
         return self._index("keys", self._keys, heads)
 
     def _index(self, kind: str, slots: _Slots, heads: int) -> Index:
@@ -81,18 +84,19 @@ class Packing:
             self._made[kind, heads] = slots.index(self.positions.numel(), heads, self.positions.device)
         return self._made[kind, heads]
 
-    def bars(self, look: Look, groups: int, heads: int, like: Tensor) -> Tensor:
-        """[texts * groups, heads * tokens, prefix + tokens]: 0 where a query may look, -inf elsewhere."""
-        key = "bars", id(look), groups, heads
+    def mask(self, bucket: Bucket, groups: int, heads: int, like: Tensor) -> Tensor:
+        """Returns a bucket's attention mask [texts * groups, heads * tokens, prefix + tokens]: 0 or, if hidden, -inf.
+        """
+        key = "mask", id(bucket), groups, heads
         if key not in self._made:
-            size = (look.tokens, look.prefix + look.tokens)
-            bars = torch.full(size, float("-inf"), dtype=like.dtype, device=like.device).triu_(look.prefix + 1)
-            bars = bars.repeat(heads, 1).expand(look.texts, groups, -1, -1)
-            if look.bars is not None:
-                barred = torch.zeros(look.texts, 1, 1, size[1], dtype=torch.bool, device=like.device)
-                barred[..., : look.prefix] = torch.from_numpy(look.bars).to(like.device)[:, None, None]
-                bars = bars.masked_fill(barred, float("-inf"))
-            self._made[key] = bars.flatten(0, 1)
+            size = (bucket.tokens, bucket.prefix + bucket.tokens)
+            mask = torch.full(size, float("-inf"), dtype=like.dtype, device=like.device).triu_(bucket.prefix + 1)
+            mask = mask.repeat(heads, 1).expand(bucket.texts, groups, -1, -1)
+            if bucket.padding is not None:
+                padding = torch.zeros(bucket.texts, 1, 1, size[1], dtype=torch.bool, device=like.device)
+                padding[..., : bucket.prefix] = torch.from_numpy(bucket.padding).to(like.device)[:, None, None]
+                mask = mask.masked_fill(padding, float("-inf"))
+            self._made[key] = mask.flatten(0, 1)
         return self._made[key]
 
 
@@ -107,7 +111,7 @@ class _Slots:
 
     @classmethod
     def joined(cls, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> _Slots:
-        """parts: (place, real) of each look, [texts, slots]."""
+        """parts: (place, real) of each bucket, [texts, slots]."""
         begin, starts, sizes = 0, [], []
         for place, _ in parts:
             texts, size = place.shape
@@ -145,7 +149,11 @@ class _Entry(NamedTuple):
 
 
 def pad(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """A text a row, padded on the right: input ids [texts, width], and where each text's tokens went (flattened)."""
+    """Puts each text into a row of its own, padded on the right.
+
+    Returns:
+        Input ids [texts, width], and the flattened places of each text's tokens.
+    """
     ids = np.zeros((len(texts), max(map(len, texts))), dtype=np.int64)
     for row, text in zip(ids, texts, strict=True):
         row[: len(text)] = text
@@ -155,10 +163,18 @@ def pad(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
 def pack(
     rows: Sequence[Sequence[Line]], texts: Sequence[Sequence[np.ndarray]], device: torch.device, split: bool
 ) -> tuple[np.ndarray, list[np.ndarray], Packing]:
-    """Rows of lines as input ids [rows, width]; where each text's tokens went (flattened places, a text after the
-    other); and the packing. texts: the token ids of each row's texts, line after line.
+    """Puts lines into rows.
+
+    Args:
+        rows: The lines of each row.
+        texts: The token ids of each row's texts, line after line.
+        device: Where the packing's tensors go.
+        split: See `Packing`.
+
+    Returns:
+        Input ids [rows, width]; the flattened places of each text's tokens, text after text; and the packing.
     """
-    # The last place of every row stays empty: there look the slots that are mere padding.
+    # The last place of every row stays empty: slots that are padding read it.
     width = max(sum(line.tokens for line in lines) for lines in rows) + 1
     width = -(-width // _ROUND_WIDTH) * _ROUND_WIDTH
     ids = np.zeros((len(rows), width), dtype=np.int64)
@@ -181,7 +197,7 @@ def pack(
                 places.append(place + row * width)
                 entries.append(_Entry(row * width + begin, prefix, row * width + at, own, number == 0))
                 at += own
-    looks, queries, keys = [], [], []
+    buckets, queries, keys = [], [], []
     for group in _groups(entries, split, _LOOK_PAIRS.get(device.type, 4096)):
         begin, prefix, at, own, first = (np.array(column)[:, None] for column in zip(*group, strict=True))
         empty = (at // width + 1) * width - 1
@@ -192,17 +208,17 @@ def pack(
             column = np.arange(ahead) - (ahead - prefix)
             before = column >= 0, begin + column
             key = tuple(np.concatenate(pair, 1) for pair in zip(before, query, strict=True))
-            bars = None if before[0].all() else ~before[0]
+            padding = None if before[0].all() else ~before[0]
         else:
-            ahead, most, bars = 0, (prefix + own).max(), None
+            ahead, most, padding = 0, (prefix + own).max(), None
             column = np.arange(most)
             key = column < prefix + own, np.where(column < prefix, begin + column, at + column - prefix)
             query = key[0] & (first | (column >= prefix)), key[1]
-        looks.append(Look(len(group), int(ahead), int(most), bars))
+        buckets.append(Bucket(len(group), int(ahead), int(most), padding))
         queries.append((np.where(*query, empty), query[0]))
         keys.append((np.where(*key, empty), key[0]))
     where = torch.from_numpy(positions).to(device)
-    return ids, places, Packing(where, tuple(looks), split, _Slots.joined(queries), _Slots.joined(keys))
+    return ids, places, Packing(where, tuple(buckets), split, _Slots.joined(queries), _Slots.joined(keys))
 
 
 def _groups(entries: Sequence[_Entry], split: bool, overhead: int) -> list[list[_Entry]]:

@@ -1,6 +1,6 @@
 """The embedded world: users whose preferences are known, so that an effect, a filter or a drift has a ground truth.
 
-Real data never tells what its users really prefer. Here everything about a user follows from (split, seed, index) and
+Real data never shows what its users really prefer. Here everything about a user follows from (split, seed, index) and
 the time. Texts are plain English; tasks have LaMP's shapes (LaMP-1, 2, 3, 4, 5 and 7).
 """
 
@@ -13,11 +13,12 @@ from functools import cached_property
 from random import Random
 from typing import NamedTuple
 
+from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
 from untether.sim.core.records import Interaction, Query, User
 from untether.sim.experiment.virtual_sections import Drift
 from untether.sim.population.world.base import Item, Scene, WorldTask
-from untether.sim.population.world.drift import DAY_S, progress
+from untether.sim.population.world.drift import progress
 from untether.sim.population.world.persona import (
     ARCHETYPES,
     Taste,
@@ -34,25 +35,29 @@ from untether.sim.population.world.tasks.plots import Plots
 from untether.sim.population.world.tasks.posts import Posts
 from untether.sim.population.world.tasks.reviews import Reviews
 
-__all__ = ["NOW_S", "SPLITS", "TASKS", "Persona", "World", "world_task"]
+__all__ = ["NOW_S", "SPLITS", "WORLD_TASKS", "Persona", "World", "world_task"]
 
 NOW_S = 1_735_689_600.0  # 2025-01-01: histories end here, queries begin
 ITEM_HOUR, QUERY_HOUR = 9, 18  # of the day
 SPLITS = tuple(ARCHETYPES)
 _BY_NAME: dict[str, WorldTask] = {t.name: t for t in (Citations(), Plots(), Reviews(), News(), Papers(), Posts())}
-TASKS = tuple(_BY_NAME)
+WORLD_TASKS = tuple(_BY_NAME)
 _USER_ID = re.compile(r"world-(\w+)-s(\d+)-(\d+)")
 
 
 def world_task(name: str) -> WorldTask:
-    """The world's side of a task. Raises UserError, listing the known ones, for a task that it does not have."""
+    """Returns the world's implementation of a task.
+
+    Raises:
+        UserError: The world does not have it; the message lists the tasks it has.
+    """
     if name not in _BY_NAME:
-        raise UserError(f"the world has no task {name!r}: it has {', '.join(TASKS)}")
+        raise UserError(f"the world has no task {name!r}: it has {', '.join(WORLD_TASKS)}")
     return _BY_NAME[name]
 
 
 class Persona(NamedTuple):
-    """Who a user is in one task at one time: `taste`, and how far they drifted from `archetype` to `target`."""
+    """A user's preferences in one task at one time: `taste`, and the drift from `archetype` to `target`."""
 
     taste: Taste
     archetype: int
@@ -62,7 +67,7 @@ class Persona(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """The users of one run: `seed` draws disjoint ones. `drift` is the schedule by which they change."""
+    """The users of one run. Different `seed`s draw disjoint users; `drift` is the schedule by which they change."""
 
     seed: int = 0
     drift: Drift = Drift()
@@ -70,21 +75,21 @@ class World:
     query_days: float = 30.0
 
     def user_id(self, index: int, split: str = "evaluation") -> str:
-        """The id of a user; it carries split, seed and index, so the persona can be found from it."""
+        """Returns the id of a user; it holds split, seed and index, so the persona can be found from it."""
         if split not in ARCHETYPES:
             raise UserError(f"the world has no split {split!r}: it has {', '.join(SPLITS)}")
         return f"world-{split}-s{self.seed}-{index:05d}"
 
     def persona(self, user_id: str, task: str, time_s: float = NOW_S) -> Persona:
-        """The persona of any user of the world (of any seed) in a task at a time."""
+        """Returns the persona of any user of the world (of any seed) in a task at a time."""
         return self._changing(user_id, task).at(time_s)
 
     def cluster(self, user_id: str) -> str:
-        """What makes a user like others: the archetype they start from, in all tasks."""
-        return f"archetype-{self._changing(user_id, TASKS[0]).archetype}"
+        """Returns what makes a user like others: the archetype they start from, in all tasks."""
+        return f"archetype-{self._changing(user_id, WORLD_TASKS[0]).archetype}"
 
     def progress(self, user_id: str, task: str, time_s: float) -> float:
-        """How far any user of the world has gone from the old persona (0) towards the new one (1) at a time."""
+        """Returns how far any user of the world has changed from the old persona (0) to the new one (1) at a time."""
         return self._changing(user_id, task).progress(time_s)
 
     def _changing(self, user_id: str, task: str) -> _Changing:
@@ -97,20 +102,29 @@ class World:
         self,
         index: int,
         split: str = "evaluation",
-        tasks: Sequence[str] = TASKS,
+        tasks: Sequence[str] = WORLD_TASKS,
         history: tuple[int, int] = (4, 8),
         queries: int = 10,
         *,
         rounds: int = 0,
         arrivals: float = 0.0,
     ) -> User:
-        """A user with `history` items (least, most) and `queries` queries a task.
+        """Returns a user with a history and queries. No text occurs twice.
 
-        Histories end at `NOW_S`; queries follow on distinct days where `query_days` allows. No text occurs twice.
+        Histories end at `NOW_S`; queries follow on distinct days where `query_days` allows.
 
-        With `rounds`, the user lives on for so many days: `arrivals` items a day on average come at 9:00, known from
-        the next day's round on, and the queries are asked at 18:00, each in its own day's round. What happens on a day
-        depends on no later day, and at the same density of queries on no number of rounds.
+        With `rounds`, the user lives on for so many days: new items come at 9:00, known from the next day's round on,
+        and the queries are asked at 18:00, each in its own day's round. What happens on a day depends on no later day,
+        and at the same density of queries on no number of rounds.
+
+        Args:
+            index: Number of the user.
+            split: The world's split.
+            tasks: The user's tasks.
+            history: Fewest and most items a task.
+            queries: Queries a task.
+            rounds: Days that the user lives on.
+            arrivals: New items a day on average.
         """
         user_id = self.user_id(index, split)
         items: list[Interaction] = []
@@ -135,7 +149,7 @@ class World:
     def asked(
         self, index: int, split: str, tasks: Sequence[str], queries: int, *, rounds: int = 0, arrivals: float = 0.0
     ) -> list[tuple[str, int | None]]:
-        """The task and the round of each query of `user`, in their order, without a word of them being written."""
+        """Returns the task and the round of each query of `user`, in their order, without writing any of them."""
         user_id = self.user_id(index, split)
         found = [
             (day, name) for name in tasks for day in sorted(self._days(user_id, name, queries, rounds, arrivals)[1])
@@ -207,16 +221,16 @@ class _Story:
 
     def __init__(self, who: _Changing, user_id: str) -> None:
         self._who, self._user_id = who, user_id
-        self._told: set[str] = set()
+        self._used: set[str] = set()
 
     def interaction(self, number: int, time_s: float, round: int) -> Interaction:
         task = self._who.task
         taste = self._who.at(time_s).taste
         rng = stream("item", self._user_id, task.name, number)
         item = task.item(rng, taste)
-        while not self._told.isdisjoint(_texts(item)):
+        while not self._used.isdisjoint(_texts(item)):
             item = task.item(rng, taste)
-        self._told.update(_texts(item))
+        self._used.update(_texts(item))
         item_id = f"{self._user_id}-{task.name}-{number}"
         return Interaction(item_id, task.name, item.input, item.output, time_s, item.form, round)
 
@@ -225,13 +239,13 @@ class _Story:
         taste = self._who.at(time_s).taste
         rng = stream("query", self._user_id, task.name, number)
         scene: Scene = task.scene(rng, taste)
-        while scene.text in self._told or scene.text + task.answer(scene, taste) in self._told:
+        while scene.text in self._used or scene.text + task.answer(scene, taste) in self._used:
             scene = task.scene(rng, taste)
-        self._told.add(scene.text)
+        self._used.add(scene.text)
         query_id = f"{self._user_id}-{task.name}-q{number}"
         return Query(query_id, task.name, scene.text, task.answer(scene, taste), time_s, visible, round)
 
 
 def _texts(item: Item) -> set[str]:
-    """What must not be told again: the pair and, where it is shaped like a query, its input whatever the answer."""
+    """What must not occur again: the pair and, where it is shaped like a query, its input whatever the answer."""
     return {item.input + item.output, *([item.input] if item.form == "query" else [])}

@@ -1,4 +1,4 @@
-"""The words of the world: readable English kept in small TOML files, loaded once and found again in a text."""
+"""The vocabulary of the world: readable English in small TOML files, loaded once and found again in a text."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ T = TypeVar("T")
 
 @cache
 def bank(name: str) -> dict[str, Any]:
-    """The parsed word bank `banks/<name>.toml`."""
+    """Returns the parsed word bank `banks/<name>.toml`."""
     return tomllib.loads((files(__package__) / "banks" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def split(text: str, separator: str = ";") -> tuple[str, ...]:
-    """The items of a bank's string."""
+    """Splits a bank's string into its items."""
     return tuple(item.strip() for item in text.split(separator) if item.strip())
 
 
 def rows(text: str) -> tuple[tuple[str, ...], ...]:
-    """The lines of a bank's block, each split at `|`."""
+    """Splits a bank's block into lines, and each at `|`."""
     return tuple(split(line, "|") for line in text.strip().splitlines())
 
 
 def common(name: str) -> tuple[str, ...]:
-    """A bank that several tasks draw from: first, town, job, trait, day."""
+    """Returns a bank that several tasks draw from: first, town, job, trait, day."""
     return split(bank("common")[name], ",")
 
 
 def pick(rng: Random, items: tuple[T, ...] | list[T]) -> T:
-    """One item, uniformly, from one `random()` call (so that streams stay stable across Python versions)."""
+    """Returns one item, uniformly, from one `random()` call (so that streams stay stable across Python versions)."""
     return items[int(rng.random() * len(items))]
 
 
 def pick_distinct(rng: Random, items: tuple[T, ...] | list[T], count: int) -> list[T]:
-    """`count` different items in random order."""
+    """Returns `count` different items in random order."""
     left = list(items)
     return [left.pop(int(rng.random() * len(left))) for _ in range(count)]
 
 
 def capital(text: str) -> str:
-    """`text` with its first letter in upper case."""
+    """Returns `text` with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
 def article(noun: str) -> str:
-    """`a` or `an`."""
+    """Returns the article of a noun, `a` or `an`."""
     return "an" if noun[0] in "aeiou" or noun.startswith("hon") else "a"
 
 
 class Finder:
-    """Finds known phrases in a text, in order of appearance; what a phrase stands for is its value in `phrases`."""
+    """Finds known phrases in a text, in order of appearance; `phrases` maps each phrase to its value."""
 
     def __init__(self, phrases: dict[str, Any]) -> None:
         self._by_first: dict[str, list[tuple[str, Any]]] = {}
@@ -64,7 +64,7 @@ class Finder:
             found.sort(key=lambda pair: -len(pair[0]))
 
     def find(self, text: str) -> list[Any]:
-        """The values of all phrases in `text`, longest match first at each word."""
+        """Returns the values of all phrases in `text`, longest match first at each word."""
         low = text.lower()
         values = []
         at = 0

@@ -1,4 +1,4 @@
-"""What every task of the world can do: invent a scene, tell it, answer it as a persona would, and read it back."""
+"""The interface of a task of the world: invent a scene, write it, answer it as a persona would, and parse it again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Evidence:
 class WorldTask(Protocol):
     """One task of the world.
 
-    `read` returns None for a text that is not of this world; `reading` says what a text is about, whoever reads it.
+    `read` returns None for a text that is not of this world; `reading` returns what a text is about, for any reader.
     """
 
     name: str
@@ -62,10 +62,10 @@ class QueryShaped:
     """For tasks whose history items look like their queries and whose personas have choices only."""
 
     def item(self, rng: Random, taste: Taste) -> Item:
-        """A dated item's content: a scene and the persona's answer to it."""
+        """Returns a dated item's content: a scene and the persona's answer to it."""
         scene = self.scene(rng, taste)
         return Item(scene.text, self.answer(scene, taste))
 
     def log_likelihood(self, evidence: Iterable[Evidence], weights: np.ndarray) -> np.ndarray:
-        """No weights, so nothing to tell them apart: zeros `[particles]`."""
+        """Returns zeros `[particles]`: there are no weights to distinguish."""
         return np.zeros(len(weights))

@@ -1,7 +1,7 @@
-"""What a reader who knows (some of) the world's archetypes believes about a user after seeing a few items.
+"""Inference about a user: the belief of a reader who knows (some of) the world's archetypes, after seeing a few items.
 
-Choices: a mixture over the known archetypes, each with quirks, updated in closed form. Weights: a cloud of particles
-(archetype plus quirks) weighed by their likelihood. Without known archetypes the priors are flat.
+Choices: a mixture over the known archetypes, each with quirks, updated in closed form. Weights: particles (archetype
+plus quirks) weighted by their likelihood. Without known archetypes the priors are flat.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PARTICLES = 3072
 
 
 def infer(task: WorldTask, evidence: Sequence[Evidence], knowledge: str = "pretraining") -> Taste:
-    """The likeliest choices and the mean weights of the persona behind `evidence`."""
+    """Returns the likeliest choices and the mean weights of the persona behind `evidence`."""
     traits = task.traits
     return Taste(_choices(traits, evidence, knowledge), _weights(task, evidence, knowledge))
 

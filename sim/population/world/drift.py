@@ -1,17 +1,20 @@
-"""How a user changes with time: the experiment's schedule from who they were to who they become."""
+"""How users change with time: the experiment's schedule from the old persona to the new one."""
 
 from __future__ import annotations
 
 from untether.sim.experiment.virtual_sections import Drift
 
-DAY_S = 86_400.0
-
 
 def progress(drift: Drift, days: float, phase: float) -> float:
-    """How far from the old persona (0) to the new one (1) a user of this `phase` in [0, 1) is, `days` after now.
+    """Returns how far a user has changed from the old persona (0) to the new one (1).
 
-    `gradual`: from `drift.day` on, `rate` of the way a day. `abrupt`: all at once on `day`. `recurring`: back and
-    forth, half a `period` in each persona, beginning on `day`. A user's `phase` delays it by up to `jitter_days`.
+    `gradual`: from `drift.day` on, `rate` of the way a day. `abrupt`: at once on `day`. `recurring`: back and forth,
+    half a `period` in each persona, beginning on `day`.
+
+    Args:
+        drift: The experiment's section.
+        days: Days after now.
+        phase: The user's own, in [0, 1): delays the change by up to `jitter_days`.
     """
     since = days - drift.day - phase * drift.jitter_days
     if drift.kind == "none" or since < 0:

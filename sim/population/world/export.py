@@ -1,4 +1,4 @@
-"""Writes users of the world as ordinary LaMP files, and beside them what no real data set has: the truth."""
+"""Writes users of the world as ordinary LaMP files and, unlike any real data set, with their ground truth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from untether.sim.core.errors import UserError
 from untether.sim.core.records import Interaction, User
 from untether.sim.experiment.virtual_sections import Drift
 from untether.sim.population.tasks import get_task
-from untether.sim.population.world import NOW_S, TASKS, World, world_task
+from untether.sim.population.world import NOW_S, WORLD_TASKS, World, world_task
 from untether.sim.population.world.truth import changed_on
 
 SCHEMA_VERSION = "1"
@@ -25,7 +25,7 @@ def write_lamp(
     users: int = 200,
     seed: int = 0,
     *,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = WORLD_TASKS,
     split: str = "evaluation",
     history: tuple[int, int] = (4, 8),
     queries: int = 1,
@@ -33,13 +33,22 @@ def write_lamp(
     arrivals: float = 0.0,
     drift: Drift = Drift(),  # noqa: B008 (frozen)
 ) -> Path:
-    """Write `out/<task>/dev_questions.json` and `dev_outputs.json`, and `out/truth.parquet`. Returns `out`.
+    """Writes `out/<task>/dev_questions.json` and `dev_outputs.json`, and `out/truth.parquet`. Returns `out`.
 
-    Questions carry `user_id` and `date`, profile items `id` and `date` (UTC). The truth has a row a user and task:
+    Questions have `user_id` and `date`, profile items `id` and `date` (UTC). The truth has a row a user and task:
     archetype, target and progress of the drift at the end of the history, and the persona's traits as JSON. With
     `rounds`, users live on for so many days (see `World.user`), and `changed_on` is the first day on which a query
     meets a changed persona, null where none does.
-    Raises UserError where `users` or `queries` is not positive or a task or split is unknown.
+
+    Args:
+        out: The folder.
+        users: How many.
+        seed: Of the world.
+        tasks, split, history, queries, rounds, arrivals: As in `World.user`.
+        drift: How users change.
+
+    Raises:
+        UserError: `users` or `queries` is not positive, or a task or split is unknown.
     """
     out = Path(out)
     if users < 1 or queries < 1:

@@ -1,8 +1,8 @@
-"""Who a user of the world is: an archetype shared with others, plus quirks of their own.
+"""The personas of the world's users: an archetype shared with others, plus quirks of their own.
 
 A persona has, for every task, *choices* (one value on each of several independent dimensions, such as the verb a user
 prefers for "opened") and *weights* (real numbers, such as how much each theme of a film matters). Archetypes are
-relatives: each belongs to one school a task, so whoever knows many archetypes can guess the unseen part of a new one.
+related: each belongs to one school a task, so the unseen part of a new one can be inferred from many known ones.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Taste:
 
 
 def stream(*words: object) -> Random:
-    """A fast scalar random stream that follows from its words alone."""
+    """Returns a fast scalar random stream that follows from its words alone."""
     return Random(derive(WORLD, *words))
 
 
 def pick_archetype(rng: Random, split: str) -> int:
-    """An archetype of `split`, uniformly."""
+    """Returns an archetype of `split`, uniformly."""
     return ARCHETYPES[split][int(rng.random() * len(ARCHETYPES[split]))]
 
 
@@ -77,7 +77,7 @@ def _loadings(traits: Traits) -> tuple[tuple[float, ...], ...]:
 
 @cache
 def archetype(traits: Traits, index: int) -> Taste:
-    """The taste of archetype `index` in the task of `traits`."""
+    """Returns the taste of archetype `index` in the task of `traits`."""
     rng = stream("archetype", traits.task, index)
     school = _school(traits, int(rng.random() * SCHOOLS))
     choices = []
@@ -93,7 +93,7 @@ def archetype(traits: Traits, index: int) -> Taste:
 
 
 def with_quirks(traits: Traits, taste: Taste, rng: Random) -> Taste:
-    """`taste` as one person has it: some choices replaced, every weight moved a little."""
+    """Returns `taste` as one person has it: some choices replaced, every weight moved a little."""
     choices = []
     for usual, (_, _, count) in zip(taste.choices, traits.choices, strict=True):
         other = int(rng.random() * count)
@@ -103,7 +103,13 @@ def with_quirks(traits: Traits, taste: Taste, rng: Random) -> Taste:
 
 
 def blend(before: Taste, after: Taste, share: float, thresholds: Random) -> Taste:
-    """A persona on its way from `before` to `after`: weights move in proportion, choices flip one after another."""
+    """Returns a persona between `before` and `after`: weights move in proportion, choices change one after another.
+
+    Args:
+        before, after: The two personas.
+        share: How far it has changed, 0 to 1.
+        thresholds: Draws the order in which choices change.
+    """
     if share <= 0:
         return before
     choices = [b if thresholds.random() < share else a for a, b in zip(before.choices, after.choices, strict=True)]

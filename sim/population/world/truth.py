@@ -1,6 +1,7 @@
-"""What is true of a user of the world at a time: how far they have changed, and what they would have said before.
+"""The ground truth about the world's users: how far they have changed at a time, and how they would have answered
+before.
 
-The old persona's answer tells an adapter that has forgotten from one that never knew.
+The old persona's answer distinguishes an adapter that has forgotten from one that never knew.
 """
 
 from __future__ import annotations
@@ -8,24 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from untether.sim.core.clock import DAY_S
 from untether.sim.population.world import NOW_S, QUERY_HOUR, World, world_task
-from untether.sim.population.world.drift import DAY_S
 
 
 class Answers(NamedTuple):
-    """What a user answers to one text: `before` any change, and at the time asked about."""
+    """A user's answers to one text: `before` any change, and at the time asked about."""
 
     before: str
     now: str
 
 
 def query_time_s(round: int) -> float:
-    """When the queries of a round are asked, on the world's calendar."""
+    """Returns when the queries of a round are asked, on the world's calendar."""
     return NOW_S + DAY_S * round + 3600 * QUERY_HOUR
 
 
 def answers(world: World, user_id: str, task: str, text: str, time_s: float) -> Answers | None:
-    """Both personas' answers to a query's text (without instruction); None where the text is not of this world."""
+    """Returns both personas' answers to a query's text (without instruction); None where the text is not of this world.
+    """
     teller = world_task(task)
     scene = teller.read(text)
     if scene is None:
@@ -35,14 +37,21 @@ def answers(world: World, user_id: str, task: str, text: str, time_s: float) -> 
 
 
 def changed_on(world: World, user_id: str, task: str, rounds: int) -> int | None:
-    """The first of so many rounds whose queries meet a persona that is not the old one; None where none does."""
+    """Returns the first of `rounds` rounds whose queries meet a changed persona, or None."""
     return next((r for r in range(rounds) if world.progress(user_id, task, query_time_s(r)) > 0), None)
 
 
 def truth_rows(
     world: World, devices: Mapping[str, str], tasks: Sequence[str], rounds: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of `truth.parquet` of one seed, a list a round; `devices` maps device id to user id."""
+    """Yields the rows of `truth.parquet` of one seed, a list a round.
+
+    Args:
+        world: The world.
+        devices: User id by device id.
+        tasks: The users' tasks.
+        rounds: How many.
+    """
     changed = {(user, task): changed_on(world, user, task, rounds) for user in devices.values() for task in tasks}
     for round in range(rounds):
         yield [

@@ -1,7 +1,7 @@
 """The analysis `connectivity`: what devices keep of the cloud's help when they lose the cloud.
 
-Reads the tables `predictions` and `events` of every cell. Quality is `collaborative` over `local`, paired by user: what
-the cloud is worth to a device that has its own data anyway. Every interval is over users (devices).
+Reads the tables `predictions` and `events` of every cell. Quality is `collaborative` over `local`, paired by user: the
+value of the cloud to a device that has its own data anyway. Every interval is over users (devices).
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ COSTS = ("bytes_wasted", "energy_j", "energy_wasted_j")
 
 
 def analyse(study: Study, out: Path, runs: Runs) -> None:
-    """Writes `table.csv`, four figures and `findings.md`. Raises UserError where an axis or an arm is missing."""
+    """Writes `table.csv`, four figures and `findings.md`.
+
+    Raises:
+        UserError: An axis or an arm is missing.
+    """
     missing = [f"axis {axis}" for axis in AXES if axis not in study.axes]
     missing += [f"arm {arm}" for arm in (ARM, REFERENCE, FLOOR) if arm not in study.cells[0].experiment.arms]
     if missing or len(study.axes) > len(AXES):
@@ -73,32 +77,41 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
 def measure(
     experiment: Experiment, predictions: pd.DataFrame, events: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """One cell: a row a user and task (`by_user`), a row a task for the table, and the curve of devices without an
-    adapter made with samples (`sim.time.service.survival`).
+    """Measures one cell.
+
+    Returns:
+        A row a user and task (`by_user`), a row a task for the table, and the curve of devices without an adapter made
+            with samples (`sim.time.service.survival`).
     """
     made = trainings(events, ARM)
     answers = label_answers(predictions, made, most_rounds(experiment))
     first = first_live(made[made["on"] != REAL], answers, experiment.rounds * DAY_S)
     curve, users = survival(first["time_s"], first["seen"]), by_user(answers)
     last, queued_s = curve.iloc[-1], waiting_s(events[events["kind"] == "augment"], (0.5, 0.95))
-    told = {
+    costs = {
         "half_have_samples_d": reached_s(curve, 0.5) / DAY_S, "without_samples": last["share"],
         "without_samples_low": last["low"], "without_samples_high": last["high"],
         "queued_p50_s": queued_s[0.5], "queued_p95_s": queued_s[0.95],
     }
     devices = wasted(events, ARM).merge(answers[[*DEVICE, "cluster"]].drop_duplicates(), on=DEVICE)
-    return users, pd.DataFrame([row | told for row in _rows(users, devices)]), curve
+    return users, pd.DataFrame([row | costs for row in _rows(users, devices)]), curve
 
 
 def most_rounds(experiment: Experiment) -> float:
-    """After so many rounds the policy would have asked again: an older adapter is overdue. inf: never."""
+    """Returns the rounds after which the policy would have asked again: an older adapter is overdue. inf: never."""
     regular = experiment.drift.policy in ("every", "when_online", "budget")
     return float(experiment.drift.every) if regular else np.inf
 
 
 def label_answers(predictions: pd.DataFrame, made: pd.DataFrame, most: float) -> pd.DataFrame:
-    """The answers with the `kind` of what answered (KINDS; of arm collaborative only) and `age_d`, the days since that
-    adapter went live. `made` as `sim.time.service.trainings` has it; `most` as `most_rounds` says.
+    """Returns the answers with the `kind` of what answered (KINDS; of arm collaborative only) and `age_d`.
+
+    `age_d` is the days since that adapter went live.
+
+    Args:
+        predictions: The table.
+        made: As `sim.time.service.trainings` returns it.
+        most: As `most_rounds` returns it.
     """
     rows = clustered(predictions)
     rows["age_d"] = (rows["answered_time_s"] - rows["adapter_time_s"]) / DAY_S
@@ -116,8 +129,10 @@ def label_answers(predictions: pd.DataFrame, made: pd.DataFrame, most: float) ->
 
 
 def by_user(answers: pd.DataFrame) -> pd.DataFrame:
-    """A row a user and task: `score` of the three arms (their names), `gain` over local (more is better), the share of
-    questions answered by each kind, and `age_d` of the adapters that answered.
+    """Returns a row a user and task, with the columns of quality and of the answering adapters.
+
+    `score` of the three arms (their names), `gain` over local (more is better), the share of questions answered by each
+    kind, and `age_d` of the adapters that answered.
     """
     key = ["task", *USER]
     scores = answers.pivot_table(index=key, columns="arm", values="score")[[ARM, REFERENCE, FLOOR]]
@@ -131,7 +146,7 @@ def by_user(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def places(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
-    """Labelled rows once for every place that their cell stands for, with the values in the place of the words."""
+    """Returns labelled rows once for every place that their cell stands for, with the values in place of the words."""
     spots = pd.DataFrame([{"cell": cell.name, **spot} for cell in study.cells for spot in study.places(cell)])
     return frame.drop(columns=list(AXES)).merge(spots, on="cell")
 
@@ -158,7 +173,7 @@ def _rows(users: pd.DataFrame, devices: pd.DataFrame) -> Iterator[dict[str, Any]
 
 
 def findings(study: Study, users: pd.DataFrame, points: pd.DataFrame) -> list[str]:
-    """What was found, from the rows of `by_user` and of the table at all places of the study."""
+    """Returns the sentences, from the rows of `by_user` and of the table at all places of the study."""
     gaps, fallbacks = study.values(GAP), study.values(FALLBACK)
     steps = sorted(study.values(AVAILABILITY), reverse=True)
     broken = [step for step in steps if 0 < step < 1]

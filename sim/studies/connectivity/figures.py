@@ -1,4 +1,4 @@
-"""The figures of the study `connectivity`, and the words that they share with its table: axes, kinds, spans of time.
+"""The figures of the study `connectivity`, and the words that they share with its table: axes, kinds, durations.
 
 Lengths of gaps have a colour and a marker each; availability runs from left to right, from always to never.
 """
@@ -29,7 +29,7 @@ _X_LABEL = "availability of the link"
 
 
 def span(seconds: float) -> str:
-    """A span of time in its natural unit: `10 min`, `6 h`, `3 d`."""
+    """Returns a duration in its natural unit: `10 min`, `6 h`, `3 d`."""
     for unit, size in (("d", DAY_S), ("h", HOUR_S), ("min", 60.0)):
         if seconds >= size:
             return f"{seconds / size:g} {unit}"
@@ -37,7 +37,7 @@ def span(seconds: float) -> str:
 
 
 def draw_gain(study: Study, points: pd.DataFrame) -> Figure:
-    """A row a task, a panel a fallback, a line a length of the gaps: gain of `collaborative` over `local`."""
+    """Draws a row a task, a panel a fallback, a line a length of the gaps: gain of `collaborative` over `local`."""
     tasks, fallbacks = sorted(points["task"].unique()), study.values(FALLBACK)
     with style():
         figure, axes = _panels(len(tasks), len(fallbacks), width=2.2, height=1.95)
@@ -58,7 +58,7 @@ def draw_gain(study: Study, points: pd.DataFrame) -> Figure:
 
 
 def draw_survival(study: Study, curves: pd.DataFrame) -> Figure:
-    """A panel an availability between always and never, a line a length of the gaps, with the fallback named first."""
+    """Draws a panel an availability between always and never, a line a length of the gaps, for the first fallback."""
     steps = [step for step in study.values(AVAILABILITY) if 0 < step < 1] or study.values(AVAILABILITY)
     curves = curves[curves[FALLBACK] == study.values(FALLBACK)[0]]
     end_d = study.cells[0].experiment.rounds
@@ -86,7 +86,7 @@ def draw_survival(study: Study, curves: pd.DataFrame) -> Figure:
 
 
 def draw_answerers(study: Study, points: pd.DataFrame) -> Figure:
-    """A row a fallback, a panel a length of the gaps: the share of questions answered by each kind, stacked."""
+    """Draws a row a fallback, a panel a length of the gaps: the share of questions answered by each kind, stacked."""
     gaps, fallbacks, steps = (study.values(axis) for axis in (GAP, FALLBACK, AVAILABILITY))
     shares = points.groupby([FALLBACK, GAP, AVAILABILITY])[list(KINDS)].mean()
     with style():
@@ -111,8 +111,9 @@ def draw_answerers(study: Study, points: pd.DataFrame) -> Figure:
 
 
 def draw_costs(study: Study, points: pd.DataFrame) -> Figure:
-    """Above, a panel a fallback: the age of the adapters that answered. Below, with the fallback named first: bytes
-    wasted, energy spent, waits in the cloud's queue.
+    """Draws the age of the adapters that answered, a panel a fallback, and below it the costs of the first fallback.
+
+    The costs are bytes wasted, energy spent, and waits in the cloud's queue.
     """
     fallbacks = study.values(FALLBACK)
     places = points.groupby([FALLBACK, AVAILABILITY, GAP]).first().reset_index()  # whatever the task

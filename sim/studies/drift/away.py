@@ -1,4 +1,4 @@
-"""The analysis `away`: what an absence from the cloud costs, by its length and by how fast the user changes."""
+"""The analysis `away`: the cost of an absence from the cloud, by its length and by how fast the user changes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ COLUMNS = ["rate", "away", "days", "value", "low", "high", "n_users"]
 
 
 def analyse(study: Study, out: Path, runs: Runs) -> None:
-    """The analysis `away`: writes `table.csv`, a heat map and `findings.md`. The cells without an outage are what the
-    others are compared with, at the same rate of change.
+    """Writes `table.csv`, a heat map and `findings.md`.
+
+    Cells are compared with those without an outage at the same rate of change.
     """
     table, days = losses(study, runs)
     write_table(out, table)
@@ -40,18 +41,18 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
 
 
 def losses(study: Study, runs: Runs) -> tuple[pd.DataFrame, str]:
-    """(a row a cell with an absence, the days that were judged): mean loss on the same queries, 95% over users."""
-    told = {cell.name: read_answers(run) for cell, run in each_cell(study, runs)}
+    """Returns a row a cell with an absence (mean loss on the same queries, 95% over users), and the judged days."""
+    answers = {cell.name: read_answers(run) for cell, run in each_cell(study, runs)}
     lasted = {cell.name: away_days(cell.experiment) for cell in study.cells}
     starts = [cell.experiment.rounds - lasted[cell.name] for cell in study.cells if lasted[cell.name]]
-    online = {_rate(cell.experiment): told[cell.name] for cell in study.cells if not lasted[cell.name]}
+    online = {_rate(cell.experiment): answers[cell.name] for cell in study.cells if not lasted[cell.name]}
     if not starts or not online:
         raise UserError(f"{study.spec.name}: needs cells with a network outage and cells without. Choose with --grid")
     rows = []
     for cell in study.cells:
         rate = _rate(cell.experiment)
         if lasted[cell.name] and rate in online:
-            both = paired(online[rate], told[cell.name])
+            both = paired(online[rate], answers[cell.name])
             found = overall(both[both["round"] >= max(starts)], "apart")
             rows.append((rate, cell.words.get("away", cell.name), lasted[cell.name], *found))
     table = pd.DataFrame(rows, columns=COLUMNS).sort_values(["rate", "days"], ignore_index=True)
@@ -59,7 +60,7 @@ def losses(study: Study, runs: Runs) -> tuple[pd.DataFrame, str]:
 
 
 def away_days(experiment: Experiment) -> int:
-    """Days from the beginning of the (one) outage to the end of the run, which it lasts to; 0: no outage."""
+    """Returns the days from the beginning of the (one) outage to the end of the run, when it ends; 0: no outage."""
     if not experiment.network.outages:
         return 0
     spans = [Span.parse(text) for text in experiment.network.outages]
@@ -72,7 +73,7 @@ def away_days(experiment: Experiment) -> int:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """The heat map: a row a rate of change, a column an absence; loss with its interval in each cell."""
+    """Draws the heat map: a row a rate of change, a column an absence; loss with its interval in each cell."""
     columns = table.sort_values("days")["away"].unique()
     shape = table.pivot(index="rate", columns="away", values="value")[columns]
     most = max(0.01, float(np.nanmax(np.abs(shape.to_numpy()))))
@@ -95,16 +96,16 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def findings(table: pd.DataFrame, days: str, margin: float) -> list[str]:
-    """A sentence a rate: the loss of each absence, and the longest one that is shown to cost less than the margin."""
+    """Returns a sentence a rate: the loss of each absence, and the longest shown to cost less than the margin."""
     sentences = [f"Judged on {days}, on the same queries, against devices that never lost their link."]
     for rate, own in table.groupby("rate"):
-        told = ", ".join(f"{row.away} {row.value:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in own.itertuples())
+        shown = ", ".join(f"{row.away} {row.value:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in own.itertuples())
         hurt, fine = own.loc[own["low"] > 0, "days"], own.loc[own["high"] < margin, "days"]
         loss = f"a loss is shown from {hurt.min()} days on" if len(hurt) else "no absence is shown to cost anything"
         within = f"up to {fine.max()} days cost less than {margin:g}" if len(fine) else (
             f"no absence is shown to cost less than {margin:g}"
         )  # fmt: skip
-        sentences.append(f"Users who go {rate:.0%} of the way to another persona a day: {told}; {loss}; {within}.")
+        sentences.append(f"Users who go {rate:.0%} of the way to another persona a day: {shown}; {loss}; {within}.")
     return sentences
 
 

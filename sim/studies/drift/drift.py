@@ -1,4 +1,4 @@
-"""The analysis `drift`: how long adapters stay good while users change, and what asking again is worth."""
+"""The analysis `drift`: how long adapters stay good while users change, and the value of asking again."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ DAYS = 3
 
 @dataclass(frozen=True)
 class DriftCase:
-    """A finished cell: how its users change, its policy, and what its run says."""
+    """A finished cell: how its users change, its policy, and the results of its run."""
 
     change: str
     policy: str
@@ -78,7 +78,7 @@ class DriftCase:
 
 
 def analyse(study: Study, out: Path, runs: Runs) -> None:
-    """The analysis `drift`: writes `table.csv`, figures and `findings.md` (see docs/drift.md for the measures)."""
+    """Writes `table.csv`, figures and `findings.md` (see docs/drift.md for the measures)."""
     cases = [_case(cell.words, cell.name, run) for cell, run in each_cell(study, runs)]
     for case in cases:
         if studied(case.experiment) is None or FLOOR not in case.experiment.arms:
@@ -99,7 +99,7 @@ def _case(words: dict[str, str], name: str, run: RunDirectory) -> DriftCase:
 
 
 def measure(cases: Iterable[DriftCase]) -> Iterator[tuple]:
-    """All rows of the table: those of each case alone, and those of cases against each other."""
+    """Yields all rows of the table: those of each case alone, and those of cases against each other."""
     by_change: dict[str, list[DriftCase]] = {}
     for case in cases:
         by_change.setdefault(case.change, []).append(case)

@@ -18,8 +18,9 @@ Drawn = tuple[Figure, str]
 
 
 def draw(table: pd.DataFrame) -> dict[str, Drawn]:
-    """The figures that the table has numbers for, by name: what age costs, what is left of the gain, scores by day,
-    what is remembered, what is paid.
+    """Draws the figures that the table has numbers for, by name.
+
+    They show the loss with age, the remaining gain, scores by day, what is remembered, and the costs.
     """
     with style():
         made = {

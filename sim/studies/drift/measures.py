@@ -1,8 +1,8 @@
-"""The measures of the study `drift`, on frames: what an adapter's age costs its user, and what a policy costs.
+"""The measures of the study `drift`, on frames: the loss of quality with an adapter's age, and the costs of a policy.
 
 A frame of answers has a row an answer: `KEYS`, `arm`, `good` (the task's score, turned so that more is better), `age`
 (days since the answering adapter was trained; NaN: no adapter), `since` (days since the user changed; NaN: never does)
-and `users` (`changed`, `unchanged`, or `real` where nobody knows). A column or level `cluster` says which users are
+and `users` (`changed`, `unchanged`, or `real` where it is unknown). A column or level `cluster` says which users are
 alike; without one each user is a cluster. A user who changes stays in the cluster of the archetype they start from.
 """
 
@@ -36,7 +36,7 @@ COSTS = ("refreshes", "bytes", "tokens", "energy_j", "minutes")
 
 
 def studied(experiment: Experiment) -> str | None:
-    """The arm that the study is about: `collaborative`, else the first that is trained."""
+    """Returns the arm that the study is about: `collaborative`, else the first that is trained."""
     arms = trained(experiment.arms)
     return METHOD if METHOD in arms else next(iter(arms), None)
 
@@ -45,32 +45,34 @@ def studied(experiment: Experiment) -> str | None:
 
 
 def read_answers(run: RunDirectory) -> pd.DataFrame:
-    """The answers of a run, of the base model and of the arm that its devices watch. With the columns `input` and
-    `prediction`.
-    """
+    """Returns the answers of a run, by the base model and by the watched arm, with columns `input` and `prediction`."""
     experiment = run.experiment
-    told = clustered(run.read("predictions"))
-    told = told[told["arm"].isin([FLOOR, studied(experiment)])]
-    told = told[[*KEYS, "cluster", "arm", "input", "prediction", "score", "answered_by"]]
-    told["good"] = told["score"] * told["task"].map(lambda task: 1.0 if get_task(task).higher_is_better else -1.0)
-    told = with_age(told, read_trained(run))
+    answers = clustered(run.read("predictions"))
+    answers = answers[answers["arm"].isin([FLOOR, studied(experiment)])]
+    answers = answers[[*KEYS, "cluster", "arm", "input", "prediction", "score", "answered_by"]]
+    sign = answers["task"].map(lambda task: 1.0 if get_task(task).higher_is_better else -1.0)
+    answers["good"] = answers["score"] * sign
+    answers = with_age(answers, read_trained(run))
     known = read_changes(run)
     if known.empty:
-        return told.assign(since=np.nan, users=REAL if experiment.population.source == "lamp" else "unchanged")
-    told = told.merge(known, on=[*USER, "task"], how="left")
-    told["since"] = told["round"] - told["changed_on"]
-    return told.assign(users=np.where(told["changed_on"].isna(), "unchanged", "changed"))
+        return answers.assign(since=np.nan, users=REAL if experiment.population.source == "lamp" else "unchanged")
+    answers = answers.merge(known, on=[*USER, "task"], how="left")
+    answers["since"] = answers["round"] - answers["changed_on"]
+    return answers.assign(users=np.where(answers["changed_on"].isna(), "unchanged", "changed"))
 
 
 def read_trained(run: RunDirectory) -> pd.DataFrame:
-    """When the watched arm's adapters were trained: `USER` and `round`, once a round."""
+    """Returns when the watched arm's adapters were trained: `USER` and `round`, once a round."""
     events = run.read("events")
     done = (events["kind"] == "train") & (events["outcome"] == "ok") & (events["arm"] == studied(run.experiment))
     return events.loc[done, [*USER, "round"]].drop_duplicates().sort_values("round", ignore_index=True)
 
 
 def read_changes(run: RunDirectory) -> pd.DataFrame:
-    """When users changed, from the world's truth: `USER`, `task`, `changed_on` (round; NaN: never). Empty: no truth."""
+    """Returns when users changed, from the world's truth; empty without one.
+
+    Columns: `USER`, `task`, `changed_on` (round; NaN: never).
+    """
     if not (run.path / "truth.parquet").exists():
         return pd.DataFrame(columns=[*USER, "task", "changed_on"])
     truth = run.read("truth").rename(columns={"changed_on_round": "changed_on"})
@@ -78,7 +80,7 @@ def read_changes(run: RunDirectory) -> pd.DataFrame:
 
 
 def read_costs(run: RunDirectory) -> pd.DataFrame:
-    """What the whole run cost each device: `COSTS`, by `USER`. Only what the watched arm needed."""
+    """Returns the costs of the whole run by device: `COSTS`, by `USER`. Only those of the watched arm."""
     events, arm = run.read("events"), studied(run.experiment)
     of = clusters(run.read("predictions"))
     found = costs(events[(events["kind"] == "augment") | (events["arm"] == arm)], of.index)
@@ -86,12 +88,12 @@ def read_costs(run: RunDirectory) -> pd.DataFrame:
 
 
 def clusters(predictions: pd.DataFrame) -> pd.Series:
-    """The cluster of each user, by `USER`."""
+    """Returns the cluster of each user, by `USER`."""
     return clustered(predictions).groupby(USER)["cluster"].first()
 
 
 def costs(events: pd.DataFrame, users: pd.MultiIndex) -> pd.DataFrame:
-    """`COSTS` by user, from rows of `events`; users without a row cost nothing."""
+    """Returns `COSTS` by user, from rows of `events`; users without a row cost nothing."""
     asked, trained = events["kind"] == "augment", events["kind"] == "train"
     rows = events[USER].assign(
         refreshes=(trained & (events["outcome"] == "ok")).astype(float),
@@ -103,23 +105,26 @@ def costs(events: pd.DataFrame, users: pd.MultiIndex) -> pd.DataFrame:
     return rows.groupby(USER)[list(COSTS)].sum().reindex(users.sort_values(), fill_value=0.0)
 
 
-def read_two_golds(run: RunDirectory, told: pd.DataFrame) -> pd.DataFrame:
-    """The answers by adapters of users who change, scored on what the user of before would have said (`before`) and on
-    what they say now (`now`), both turned so that more is better. The world only.
+def read_two_golds(run: RunDirectory, answers: pd.DataFrame) -> pd.DataFrame:
+    """Returns the answers by adapters of users who change, scored on their old and their new preferences. World only.
+
+    `before` is the score on what the user of before would have answered, `now` on what they answer now, both turned so
+    that more is better.
     """
-    told = told[(told["users"] == "changed") & told["age"].notna()]
+    answers = answers[(answers["users"] == "changed") & answers["age"].notna()]
     worlds = {seed: FromWorld(run.experiment, seed).world for seed in run.experiment.seeds}
     dated = run.read("predictions")[[*KEYS, "user_id", "query_time_s"]].drop_duplicates(KEYS)
-    told = told.merge(dated, on=KEYS)
+    answers = answers.merge(dated, on=KEYS)
     both = [
-        both_answers(worlds[row.seed], row.user_id, row.task, row.input, row.query_time_s) for row in told.itertuples()
+        both_answers(worlds[row.seed], row.user_id, row.task, row.input, row.query_time_s)
+        for row in answers.itertuples()
     ]
     for name in ("before", "now"):
-        told[name] = [
-            np.nan if said is None else _good(row.task, row.prediction, getattr(said, name))
-            for row, said in zip(told.itertuples(), both, strict=True)
+        answers[name] = [
+            np.nan if texts is None else _good(row.task, row.prediction, getattr(texts, name))
+            for row, texts in zip(answers.itertuples(), both, strict=True)
         ]
-    return told.dropna(subset=["before", "now"])
+    return answers.dropna(subset=["before", "now"])
 
 
 def _good(task: str, prediction: str, gold: str) -> float:
@@ -130,42 +135,51 @@ def _good(task: str, prediction: str, gold: str) -> float:
 # --- measures ------------------------------------------------------------------------------------------------------
 
 
-def with_age(told: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
-    """Answers with `age`: days from the last round in which their device trained; NaN where no adapter answered."""
+def with_age(answers: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
+    """Returns answers with `age`: days from the last round in which their device trained; NaN without an adapter."""
     born = trained.assign(born=trained["round"].astype(float)).sort_values("round")
-    joined = pd.merge_asof(told.sort_values("round", kind="stable"), born, on="round", by=USER)
+    joined = pd.merge_asof(answers.sort_values("round", kind="stable"), born, on="round", by=USER)
     joined["age"] = (joined["round"] - joined["born"]).where(joined["answered_by"] == "adapter")
     return joined.drop(columns="born")
 
 
 def paired(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """The adapters' answers to the same queries in two cells: `apart` is `one`'s good minus `other`'s; the rest of the
-    columns are `other`'s.
+    """Returns the adapters' answers to the same queries in two cells.
+
+    `apart` is `one`'s good minus `other`'s; the rest of the columns are `other`'s.
     """
     one = one.loc[one["age"].notna(), [*KEYS, "good"]].rename(columns={"good": "reference"})
     both = other[other["age"].notna()].merge(one, on=KEYS)
     return both.assign(apart=both["reference"] - both["good"])
 
 
-def gain_over_frozen(told: pd.DataFrame) -> pd.DataFrame:
-    """The adapters' answers with `gain`: how much better they are than the base model's to the same query."""
-    base = told.loc[told["arm"] == FLOOR, [*KEYS, "good"]].rename(columns={"good": "base"})
-    mine = told[told["age"].notna()].merge(base, on=KEYS)
+def gain_over_frozen(answers: pd.DataFrame) -> pd.DataFrame:
+    """Returns the adapters' answers with `gain`: how much better they are than the base model's to the same query."""
+    base = answers.loc[answers["arm"] == FLOOR, [*KEYS, "good"]].rename(columns={"good": "base"})
+    mine = answers[answers["age"].notna()].merge(base, on=KEYS)
     return mine.assign(gain=mine["good"] - mine["base"])
 
 
-def reach(told: pd.DataFrame) -> int:
-    """The greatest age that the adapters of all users come to: beyond it, a mean would be of other users. Real users
-    ask when they did, some on one day only: half of them are enough.
+def reach(answers: pd.DataFrame) -> int:
+    """Returns the greatest age that the adapters of all users reach: beyond it, a mean would be of other users.
+
+    Real users ask when they did, some on one day only: half of them are enough.
     """
-    oldest = told.groupby(USER)["age"].max().dropna()
-    share = 0.5 if (told["users"] == REAL).any() else 0.0
+    oldest = answers.groupby(USER)["age"].max().dropna()
+    share = 0.5 if (answers["users"] == REAL).any() else 0.0
     return int(oldest.quantile(share, interpolation="higher")) if len(oldest) else 0
 
 
 def along(frame: pd.DataFrame, at: str, value: str, width: int = 1) -> pd.DataFrame:
-    """`value` along `at`: columns `from`, `to` (whole days), `value, low, high, n_users`. Mean over users' own means,
-    with its 95% interval over users; `width` days are taken together (the last ones may be fewer).
+    """Returns `value` along `at`: columns `from`, `to` (whole days), `value, low, high, n_users`.
+
+    It is the mean over users' own means, with its 95% interval over users.
+
+    Args:
+        frame: Rows with `at` and `value`.
+        at: The column of days.
+        value: The column to average.
+        width: Days that are taken together (the last ones may be fewer).
     """
     start = (frame[at] // width * width).astype(int)
     own = frame.assign(start=start).groupby(["start", *_who(frame)])[value].mean()
@@ -179,7 +193,7 @@ def along(frame: pd.DataFrame, at: str, value: str, width: int = 1) -> pd.DataFr
 def overall(
     frame: pd.DataFrame, value: str, bounds: tuple[float, float] = ANY
 ) -> tuple[float, float, float, int]:
-    """(mean, low, high, users) of `value`: over users' own means, with its 95% interval over users.
+    """Returns (mean, low, high, users) of `value`: over users' own means, with its 95% interval over users.
 
     `bounds` as in `sim.studies.frames.mean_interval`.
     """
@@ -194,7 +208,7 @@ def _who(frame: pd.DataFrame) -> list[str]:
 def half_life(
     gains: pd.DataFrame, upto: int, resamples: int = 2000, value: str = "gain"
 ) -> tuple[float, float, float]:
-    """(days, low, high) until `value` has fallen to half of what it is at age 0; infinite: not reached by `upto`.
+    """Returns (days, low, high) until `value` has fallen to half of its value at age 0; infinite: not by `upto`.
 
     The curve by age is the mean over users, made non-increasing by least squares (pool adjacent violators), with
     straight lines between days. The 95% interval is of clusters drawn with replacement, its tails widened for their
@@ -237,7 +251,7 @@ def _halved(curve: np.ndarray, weights: np.ndarray) -> float:
 
 
 def falling(values: Sequence[float], weights: Sequence[float]) -> np.ndarray:
-    """The non-increasing sequence nearest to `values` by weighted least squares."""
+    """Returns the non-increasing sequence nearest to `values` by weighted least squares."""
     blocks: list[list[float]] = []
     for value, weight in zip(values, weights, strict=True):
         blocks.append([value, weight, 1])
@@ -250,7 +264,7 @@ def falling(values: Sequence[float], weights: Sequence[float]) -> np.ndarray:
 
 
 def detections(trained: pd.DataFrame, changed_on: pd.Series, rounds: int) -> pd.DataFrame:
-    """What a detector did, a row a user of `changed_on` (by `USER`, NaN: never changes).
+    """Returns the performance of a detector, a row a user of `changed_on` (by `USER`, NaN: never changes).
 
     `false`: refreshes after the first time and before the change. `quiet`: days on which it could have raised them.
     `delay`: days from the change, or from the first time if that is later, to the first refresh (NaN: none).
@@ -269,13 +283,13 @@ def detections(trained: pd.DataFrame, changed_on: pd.Series, rounds: int) -> pd.
 
 
 def front(cost: Sequence[float], good: Sequence[float]) -> list[bool]:
-    """Which of several are on the Pareto front: no other one costs no more, is no worse, and differs."""
+    """Returns which points are on the Pareto front: no other one costs no more, is no worse, and differs."""
     pairs = list(zip(cost, good, strict=True))
     return [not any(c <= own and g >= mine and (c, g) != (own, mine) for c, g in pairs) for own, mine in pairs]
 
 
 def fresh_for(stale: Experiment, candidate: Experiment) -> bool:
-    """Whether a cell refreshes what another one leaves as it is: as long a history, no samples of earlier times."""
+    """Returns whether a cell refreshes what another one keeps: as long a history, no samples of earlier times."""
     drift = candidate.drift
     same = candidate.population == stale.population and candidate.training == stale.training
     return same and drift.policy == "every" and drift.samples == "refresh" and stale.drift.policy == "never"

@@ -1,4 +1,4 @@
-"""The findings of the study `drift`: sentences made of its table's numbers. What was not found is said as such."""
+"""The findings of the study `drift`: sentences made of its table's numbers, also of those that show nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REAL = (
 
 
 def sentences(table: pd.DataFrame, experiment: Experiment) -> tuple[list[str], list[str]]:
-    """(findings, notes) from the study's table; `experiment` is one of its cells."""
+    """Returns (findings, notes) from the study's table; `experiment` is one of its cells."""
     found = [
         sentence
         for change, own in table.groupby("change", sort=False)
@@ -35,19 +35,19 @@ def sentences(table: pd.DataFrame, experiment: Experiment) -> tuple[list[str], l
     return found, [WORLD if experiment.population.source == "world" else REAL]
 
 
-def _most_telling(rows: pd.DataFrame, names: list[str]) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
-    """The groups of rows, of users who do not change the first alone: they tell what age does by itself."""
-    told = False
+def _informative(rows: pd.DataFrame, names: list[str]) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """The groups of rows, of users who do not change the first alone: they show the effect of age alone."""
+    shown = False
     for place, group in rows.groupby(names, sort=False):
-        if place[-1] != UNCHANGED or not told:
+        if place[-1] != UNCHANGED or not shown:
             yield place, group
-        told = told or place[-1] == UNCHANGED
+        shown = shown or place[-1] == UNCHANGED
 
 
 def _decay(change: str, own: pd.DataFrame) -> Iterator[str]:
     """Decay at the first and the last age, and from when on it is clear of zero."""
     rows = own[own["measure"] == "decay"]
-    for (fresh, stale, users), line in _most_telling(rows, ["reference", "policy", "users"]):
+    for (fresh, stale, users), line in _informative(rows, ["reference", "policy", "users"]):
         line = line[line["to"] > 0].sort_values("from")
         if line.empty:
             yield f"{change}, {users} users: hardly anybody asked a stale adapter (`{stale}`); its decay is not known."
@@ -63,7 +63,7 @@ def _decay(change: str, own: pd.DataFrame) -> Iterator[str]:
 
 def _half_life(change: str, own: pd.DataFrame) -> Iterator[str]:
     rows = own[own["measure"] == "half-life"]
-    for row in (row for _, some in _most_telling(rows, ["policy", "users"]) for row in some.itertuples()):
+    for row in (row for _, some in _informative(rows, ["policy", "users"]) for row in some.itertuples()):
         head = f"{change}, {row.users} users: half of the gain of `{row.policy}` over the base model is gone "
         if np.isnan(row.value):
             what = "is not shown to have a gain over the base model that could halve"
@@ -81,8 +81,8 @@ def _regret(change: str, own: pd.DataFrame) -> Iterator[str]:
     for (users, best), line in rows.groupby(["users", "reference"], sort=False):
         if users == UNCHANGED and rows["users"].nunique() > 1:
             continue  # the table has them
-        told = ", ".join(f"`{row.policy}` {_value(row)}" for row in line.itertuples())
-        yield f"{change}, {users} users: regret against `{best}`, score an answer: {told}."
+        regrets = ", ".join(f"`{row.policy}` {_value(row)}" for row in line.itertuples())
+        yield f"{change}, {users} users: regret against `{best}`, score an answer: {regrets}."
 
 
 def _front(change: str, own: pd.DataFrame) -> Iterator[str]:

@@ -17,7 +17,7 @@ _COLOURS, _MARKERS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY), ("o", "s", "
 
 
 def draw_simulation(cells: pd.DataFrame) -> Figure:
-    """Seconds, processor seconds and memory against the size of the fleet, with the fitted power."""
+    """Draws seconds, processor seconds and memory against the size of the fleet, with the fitted power."""
     cold = cells[cells["cold"]].sort_values("devices")
     panels = (("wall_s", "seconds"), ("cpu_s", "processor seconds"), ("peak_memory_gib", "peak memory (GiB)"))
     with style():
@@ -39,9 +39,7 @@ def draw_simulation(cells: pd.DataFrame) -> Figure:
 
 
 def draw_service(cells: pd.DataFrame) -> Figure:
-    """Above, waits in the cloud's queue; below, hours until shares of the devices have a personalized adapter; a line a
-    cloud.
-    """
+    """Draws waits in the cloud's queue and, below, the hours until shares of the devices have an adapter."""
     above = (("queued_p50_s", "median wait (s)"), ("queued_p95_s", "95th percentile (s)"),
              ("queued_p99_s", "99th percentile (s)"))  # fmt: skip
     below = (("h_to_50", "half of the devices (h)"), ("h_to_90", "90% (h)"), ("h_to_99", "99% (h)"))
@@ -72,7 +70,7 @@ def draw_service(cells: pd.DataFrame) -> Figure:
 
 
 def draw_quality(quality: pd.DataFrame) -> Figure:
-    """A panel a task: gain over the frozen base by the length of the history, a line an arm."""
+    """Draws a panel a task: gain over the frozen base by the length of the history, a line an arm."""
     tasks = sorted(quality["task"].unique())
     with style():
         figure, axes = plt.subplots(1, len(tasks), figsize=(0.7 + 2.9 * len(tasks), 2.4), squeeze=False)

@@ -12,7 +12,7 @@ from untether.sim.report.summary import metric_name
 
 
 def exponent(cells: pd.DataFrame, name: str) -> tuple[float, float]:
-    """(exponent, factor) of `name = factor x devices ^ exponent`, by least squares on logarithms, over cold cells."""
+    """Fits `name = factor x devices ^ exponent` by least squares on logarithms, over cold cells: (exponent, factor)."""
     own = cells[cells["cold"] & cells[name].notna() & (cells[name] > 0)]
     if own["devices"].nunique() < 2:
         return np.nan, np.nan
@@ -21,12 +21,12 @@ def exponent(cells: pd.DataFrame, name: str) -> tuple[float, float]:
 
 
 def findings(cells: pd.DataFrame, quality: pd.DataFrame) -> list[str]:
-    """What the simulation takes, what the cloud gives, and for whom it pays."""
+    """Returns the findings: what the simulation takes, the cloud's service, and which users gain."""
     return [*_simulation(cells), *_service(cells), *_quality(quality)]
 
 
 def notes(cells: pd.DataFrame) -> list[str]:
-    """What the numbers are, and are not."""
+    """Returns the notes on what the numbers mean."""
     return [
         "Seconds and memory of the simulation are this machine's (`environment.json` in each cell), read from the "
         "first cell of each size, all processes together. Waiting, throughput and money are in virtual time, from the "
@@ -80,7 +80,7 @@ def _quality(quality: pd.DataFrame) -> Iterator[str]:
 
 
 def items(row: pd.Series) -> str:
-    """The lengths of history that a row is about: `3 to 4`, `16`."""
+    """Returns the lengths of history that a row is about: `3 to 4`, `16`."""
     return str(row.least) if row.least == row.most else f"{row.least} to {row.most}"
 
 

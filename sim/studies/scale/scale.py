@@ -1,4 +1,4 @@
-"""The analysis `scale`: what a growing fleet takes of this machine, and what it gets of one cloud that all share.
+"""The analysis `scale`: the resources that a growing fleet takes of this machine, and the service it gets of one cloud.
 
 Axes: `fleet` (variants that set `population.users`) and `cloud` (variants of its capacity). The first cell of each size
 makes all its adapters itself, so the simulation's own time and memory are read from it alone.
@@ -54,8 +54,10 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
 
 
 def measure(study: Study, runs: Runs) -> pd.DataFrame:
-    """A row a cell: the simulation (`wall_s`, `cpu_s`, `peak_memory_gib`; only where it made its adapters itself, which
-    `cold` says) and the service (queue quantiles, throughput, refusals, tokens, money, time to an adapter).
+    """Returns a row a cell: figures of the simulation and of the service.
+
+    Simulation: `wall_s`, `cpu_s`, `peak_memory_gib`; only where it made its adapters itself (`cold`). Service: queue
+    quantiles, throughput, refusals, tokens, money, time to an adapter.
     """
     rows, seen = [], set()
     for cell, run in each_cell(study, runs):
@@ -71,7 +73,7 @@ def measure(study: Study, runs: Runs) -> pd.DataFrame:
 
 
 def service(run: RunDirectory, experiment: Experiment) -> dict[str, float]:
-    """What the fleet got of its cloud, in virtual time. Times to an adapter are inf where it never came."""
+    """Returns the service that the fleet got of its cloud, in virtual time. Times to an adapter are inf without one."""
     events = run.read("events")
     asked = events[events["kind"] == "augment"]
     waited = waiting_s(asked)
@@ -92,8 +94,10 @@ def service(run: RunDirectory, experiment: Experiment) -> dict[str, float]:
 
 
 def by_history(study: Study, runs: Runs) -> pd.DataFrame:
-    """Gain of `local` and `collaborative` over `frozen`, by the length of the user's history, in the largest fleet with
-    the first cloud: columns arm, task, least, most, gain, low, high, users. More is better, whatever the metric.
+    """Returns the gain of `local` and `collaborative` over `frozen`, by the length of the user's history.
+
+    It is that of the largest fleet with the first cloud: columns arm, task, least, most, gain, low, high, users. More
+    is better, whatever the metric.
     """
     largest = max(study.cells, key=lambda cell: cell.experiment.population.users).experiment.population.users
     cell, run = next((c, r) for c, r in each_cell(study, runs) if c.experiment.population.users == largest)

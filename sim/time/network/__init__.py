@@ -1,4 +1,4 @@
-"""Links between devices and the cloud: when they are up, how fast they are, and what becomes of a transfer."""
+"""Links between devices and the cloud: when they are up, how fast they are, and the result of a transfer."""
 
 from untether.sim.time.network.bandwidth import Bandwidth, Constant, Log, LoopedLog
 from untether.sim.time.network.link import Link, Transfer

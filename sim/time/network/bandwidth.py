@@ -20,17 +20,17 @@ class Bandwidth(Protocol):
     """Bits a second over time."""
 
     def bits(self, start_s: float, end_s: float) -> float:
-        """What passes within [start_s, end_s]."""
+        """Returns the bits that pass within [start_s, end_s]."""
         ...
 
     def done(self, start_s: float, bits: float) -> float:
-        """When `bits` that began at `start_s` have passed (inf: never)."""
+        """Returns the time at which `bits` that began at `start_s` have passed (inf: never)."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Always the same."""
+    """A constant bandwidth."""
 
     bits_per_s: float
 
@@ -43,10 +43,15 @@ class Constant:
 
 @dataclass(frozen=True)
 class Log:
-    """One bandwidth log. `times_s` and `bits` are its knots, both from 0 and never falling, and no bit passes in no
-    time; `latency_s` its mean round-trip time (None: the log does not say). `name` is where it came from.
+    """One bandwidth log.
 
-    Raises ValueError for other knots: what passes at one moment would be lost where a transfer begins or ends.
+    Args:
+        times_s, bits: Its knots, both from 0 and never falling; no bit passes in no time.
+        latency_s: Its mean round-trip time; None: not in the log.
+        name: Where it came from.
+
+    Raises:
+        ValueError: The knots are others: what passes at one moment would be lost where a transfer begins or ends.
     """
 
     name: str
@@ -75,14 +80,15 @@ class Log:
         return self.bits[-1] / self.times_s[-1]
 
     def bits_at(self, time_s: float) -> float:
-        """Bits that passed by a time within the log."""
+        """Returns the bits that passed by a time within the log."""
         index = min(bisect_right(self.times_s, time_s), len(self.times_s) - 1) - 1
         return self.bits[index] + (time_s - self.times_s[index]) * self.slopes[index]
 
     def time_of(self, bits: float) -> float:
-        """The first time at which so many bits, within the log's total, have passed.
+        """Returns the first time at which so many bits, within the log's total, have passed.
 
-        What is over a knot by no more than rounding has passed with it: a silence behind the knot is not waited for.
+        Bits that exceed a knot by no more than rounding have passed with it: a silence after the knot is not waited
+        for.
         """
         index = max(bisect_left(self.bits, bits) - 1, 0)
         over = bits - self.bits[index]
@@ -94,7 +100,7 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class LoopedLog:
-    """A log played for ever, scaled, beginning `phase_s` into it."""
+    """A log repeated for ever, scaled, beginning `phase_s` into it."""
 
     log: Log
     phase_s: float = 0.0
@@ -121,7 +127,8 @@ class LoopedLog:
 
 
 def log_of_rates(name: str, durations_s: Sequence[float], rates: Sequence[float], latency_s: float | None) -> Log:
-    """A log of constant pieces: so many bits a second for so long each. A piece that takes no time carries nothing."""
+    """Returns a log of constant pieces: so many bits a second for so long each; one without duration carries nothing.
+    """
     times, bits = [0.0], [0.0]
     for duration, rate in zip(durations_s, rates, strict=True):
         end_s = times[-1] + duration

@@ -15,8 +15,10 @@ HANDSHAKES = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """`sent_bytes` left the sender by `end_s`; `dropped` where the link went down (or the sender gave up) first, and
-    they are lost.
+    """The result of a transfer.
+
+    `sent_bytes` left the sender by `end_s`; if `dropped`, the link went down (or the sender gave up) first, and they
+    are lost.
     """
 
     start_s: float
@@ -27,7 +29,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """When it is up, and how fast each way while it is. The bandwidth goes on passing (unused) while it is down."""
+    """When a link is up, and how fast each way while it is. Its bandwidth log goes on (unused) while it is down."""
 
     spells: Spells
     downlink: Bandwidth
@@ -38,15 +40,15 @@ class Link:
         return self.spells.at(time_s)[0]
 
     def next_up(self, time_s: float, end_s: float) -> float | None:
-        """When it is up first, from `time_s` on and before `end_s`; None if it is not."""
+        """Returns the first time it is up from `time_s` on and before `end_s`, or None."""
         return next_up(self.spells, time_s, end_s)
 
     def up_until(self, time_s: float, end_s: float = math.inf) -> float:
-        """When the spell around `time_s` ends (exact if before `end_s`)."""
+        """Returns the end of the spell around `time_s` (exact if before `end_s`)."""
         return up_until(self.spells, time_s, end_s)
 
     def seconds_up(self, start_s: float, end_s: float) -> float:
-        """How long it is up within [start_s, end_s)."""
+        """Returns how many seconds it is up within [start_s, end_s)."""
         return seconds_up(self.spells, start_s, end_s)
 
     def transfer(
@@ -54,7 +56,7 @@ class Link:
     ) -> Transfer:
         """Sends `size_bytes` from `start_s` on: integrates the bandwidth up to the last bit, or to the link's drop.
 
-        `limit_s`: when it is given up, where the caller knows that the link does not end before.
+        `limit_s`: when the sender gives up, where the caller knows that the link does not end before.
         """
         bandwidth = self.uplink if way == "up" else self.downlink
         done_s = bandwidth.done(start_s, size_bytes * 8)

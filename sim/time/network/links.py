@@ -1,4 +1,4 @@
-"""The links of a fleet, made from an experiment's `network` section: one for each device, whatever the others are."""
+"""The links of a fleet, made from an experiment's `network` section: one a device, independent of all others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ traces and `availability` take their time from whatever it makes.
 
 
 def configured(links: Links, device: int, device_id: str) -> Link:
-    """The link that the fields of `[network]` describe, always up: the kinds `always`, `onoff` and `trace`."""
+    """Returns the link that the fields of `[network]` describe, always up: the kinds `always`, `onoff` and `trace`."""
     network, trace = links.network, links.trace_of(device_id)
     down, up = (Constant(mbps * MEGA * network.scale) for mbps in (network.downlink_mbps, network.uplink_mbps))
     rtt_s = network.rtt_s
@@ -37,9 +37,12 @@ def configured(links: Links, device: int, device_id: str) -> Link:
 
 
 class Links:
-    """Makes each device's link once and keeps it. `device_id` enters every draw, so order and company change nothing.
+    """Makes each device's link once and keeps it. All draws depend on `device_id`, so on no order or other device.
 
-    `settings` are the experiment's tables for plug-ins. Raises UserError where the traces cannot be read.
+    `settings` are the experiment's tables for plug-ins.
+
+    Raises:
+        UserError: The traces cannot be read.
     """
 
     def __init__(self, network: Network, seed: int, settings: Mapping[str, Mapping[str, Any]] | None = None):
@@ -51,26 +54,26 @@ class Links:
         self._drawn: dict[int, OnOff] = {}
 
     def of(self, device: int, device_id: str) -> Link:
-        """The link of one device."""
+        """Returns the link of one device."""
         if device not in self._links:
             self._links[device] = self._make(device, device_id)
         return self._links[device]
 
     def trace_of(self, device_id: str) -> Log | StateTrace | None:
-        """The trace that this device was dealt, if there are any."""
+        """Returns the trace assigned to this device, or None."""
         if not self.traces:
             return None
         return self.traces[derive(self.seed, device_id, "trace") % len(self.traces)]
 
     def phase_s(self, device_id: str, trace: Log | StateTrace) -> float:
-        """Where in its trace the device begins; state traces keep their time of day."""
+        """Returns where in its trace the device begins; state traces keep their time of day."""
         rng = generator(self.seed, device_id, "phase")
         if isinstance(trace, StateTrace):
             return float(rng.integers(round(trace.period_s / 86_400))) * 86_400
         return float(rng.random() * trace.duration_s)
 
     def forget(self, before_s: float) -> None:
-        """Drops the generated spells that ended before."""
+        """Drops the generated spells that ended before a time."""
         for spells in self._drawn.values():
             spells.forget(before_s)
 
@@ -120,7 +123,7 @@ class Links:
 
 
 def merged(windows: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Sorted windows with those that touch or overlap made one."""
+    """Merges sorted windows that touch or overlap."""
     together: list[tuple[float, float]] = []
     for start, end in windows:
         if together and start <= together[-1][1]:

@@ -1,7 +1,7 @@
-"""When something is up: alternating spells, known in closed form, so that nothing is ever stepped through time.
+"""Alternating up and down spells, known in closed form, so that no simulation steps through time.
 
 A link, a charger and an idle phone are all such spells. Whatever the kind, one question is enough: what is the state at
-a time, and until when does it surely stay so? Asked with rising times, the answers cost constant memory.
+a time, and until when does it surely last? With rising times, the answers take constant memory.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Spells(Protocol):
     """Up or down, in turns."""
 
     def at(self, time_s: float) -> tuple[bool, float]:
-        """(up, until): the state at `time_s`, which holds at least until `until` > time_s (inf: for ever)."""
+        """Returns (up, until): the state at `time_s`, which lasts at least until `until` > time_s (inf: for ever)."""
         ...
 
 
 def next_up(spells: Spells, time_s: float, end_s: float) -> float | None:
-    """The first moment from `time_s` on, and before `end_s`, at which they are up; None if there is none."""
+    """Returns the first moment from `time_s` on, and before `end_s`, at which they are up, or None."""
     while time_s < end_s:
         up, until_s = spells.at(time_s)
         if up:
@@ -47,7 +47,7 @@ def next_up(spells: Spells, time_s: float, end_s: float) -> float | None:
 
 
 def up_until(spells: Spells, time_s: float, end_s: float = math.inf) -> float:
-    """The end of the up spell around `time_s` (exact if before `end_s`); `time_s` itself if they are down."""
+    """Returns the end of the up spell around `time_s` (exact if before `end_s`); `time_s` itself if they are down."""
     now_s = time_s
     while now_s < end_s:
         up, until_s = spells.at(now_s)
@@ -58,14 +58,14 @@ def up_until(spells: Spells, time_s: float, end_s: float = math.inf) -> float:
 
 
 def ups(spells: Spells, start_s: float, end_s: float) -> Iterator[tuple[float, float]]:
-    """The up spells within [start_s, end_s), cut to it."""
+    """Yields the up spells within [start_s, end_s), cut to it."""
     while (start := next_up(spells, start_s, end_s)) is not None:
         start_s = min(up_until(spells, start, end_s), end_s)
         yield start, start_s
 
 
 def seconds_up(spells: Spells, start_s: float, end_s: float) -> float:
-    """How long they are up within [start_s, end_s)."""
+    """Returns how many seconds they are up within [start_s, end_s)."""
     return sum(end - start for start, end in ups(spells, start_s, end_s))
 
 
@@ -99,13 +99,13 @@ class Both:
 
 
 def all_of(several: Sequence[Spells]) -> Spells:
-    """`Both`, without the spells that are always up."""
+    """Returns `Both`, without the spells that are always up."""
     several = [spells for spells in several if spells is not ALWAYS]
     return Both(*several) if len(several) > 1 else several[0] if several else ALWAYS
 
 
 class Remembered:
-    """The same spells, which remember the last answer: a device's arms ask the same thing one after another."""
+    """The same spells with a cache of the last answer: a device's arms ask the same question one after another."""
 
     def __init__(self, spells: Spells):
         self.spells = spells
@@ -119,8 +119,9 @@ class Remembered:
 
 
 class Windows:
-    """Up (or, `inside_up=False`, down) within given [start, end) windows, in rising order and apart; looped if a
-    period is given: `time_s + phase_s` is then taken modulo it.
+    """Up (or, `inside_up=False`, down) within given [start, end) windows, in rising order and disjoint.
+
+    They are looped if a period is given: `time_s + phase_s` is then taken modulo it.
     """
 
     def __init__(
@@ -191,13 +192,15 @@ class Daily:
 
 
 def thinned(share: float, rhythm: float) -> tuple[float, float]:
-    """(share of time up before any spell is lost, `OnOff`'s `spared`) such that spells are up for `share` (below 1) of
-    whole days after `rhythm` has taken its own.
+    """Returns (share of time up before any spell is lost, `OnOff`'s `spared`) for a given share after the losses.
 
-    What is lost would be up for `rhythm / 2` of the base, whatever the spells' lengths, so the base is
-    share / (1 - rhythm / 2). Where that leaves less than half of the time down to ordinary gaps (there is no room for
-    so many losses), the base stops there, and spells are spared until the mean fits: first those far from the quiet
-    hour.
+    The losses would be up for `rhythm / 2` of the base, whatever the spells' lengths, so the base is share / (1 -
+    rhythm / 2). Where that leaves less than half of the time down to ordinary gaps (so many losses do not fit), the
+    base stops there, and spells are spared until the mean is right: first those far from the quiet hour.
+
+    Args:
+        share: The wanted share of whole days (below 1).
+        rhythm: As in `OnOff`.
     """
     most = (1 + share) / 2
     base = share / (1 - rhythm / 2)
@@ -219,11 +222,11 @@ def _kept(rhythm: float, cut: float) -> float:
 class OnOff:
     """A renewal process of up and down spells with given means, in its stationary state at time 0.
 
-    `distribution`: exponential, constant or lognormal. `rhythm` loses up spells that start near `quiet_hour`: a share
+    `distribution`: exponential, constant or lognormal. `rhythm` removes up spells that start near `quiet_hour`: a share
     rhythm * (1 + cos(2 pi (hour - quiet_hour) / 24)) / 2 of them, so for spells that are short against a day the share
     of time up is that much lower, hour by hour, and `rhythm / 2` lower over all. With `spared` above 1, so many times
-    as many are kept (all at most; see `thinned`). A spell longer than a mean gap is lost in pieces, equal and no longer
-    than that: else a link that is hardly ever down would be so for days.
+    as many are kept (all at most; see `thinned`). A spell longer than a mean gap is removed in pieces, equal and no
+    longer than that: else a link that is hardly ever down would be so for days.
 
     Drawn in chunks from (seed, device, chunk, purpose). Spells that ended before `forget` are dropped.
     """
@@ -250,7 +253,7 @@ class OnOff:
         return index % 2 == 1, edges[index]
 
     def forget(self, before_s: float) -> None:
-        """Drops what lies before; asking for it again is answered all the same, by drawing from the beginning."""
+        """Drops the spells before a time; questions about them are still answered, by drawing from the beginning."""
         keep = bisect_right(self._edges, before_s) // 2 * 2 - 2
         if keep >= CHUNK:
             self._edges = self._edges[keep:]

@@ -30,8 +30,10 @@ CONNECTED = frozenset({"wifi", "2g", "3g", "4g", "5g"})
 
 @dataclass(frozen=True, slots=True)
 class StateTrace:
-    """What a phone did, from midnight of its first day: windows (start_s, end_s) in which it was connected, on Wi-Fi,
-    charging, and idle (screen off or locked). `period_s` is a whole number of days.
+    """The states of a phone, from midnight of its first day, as windows (start_s, end_s).
+
+    They are those in which it was connected, on Wi-Fi, charging, and idle (screen off or locked). `period_s` is a whole
+    number of days.
     """
 
     name: str
@@ -43,9 +45,10 @@ class StateTrace:
 
 
 def read_traces(path: str | Path) -> list[Log | StateTrace]:
-    """All traces of a file or of a folder (and the folders in it), in the order of their names, of one kind.
+    """Reads all traces of a file or of a folder (and the folders in it), in the order of their names, of one kind.
 
-    Raises UserError for a missing path, a file that is no trace, an empty folder, and logs mixed with state traces.
+    Raises:
+        UserError: The path does not exist, a file is no trace, a folder is empty, or logs are mixed with state traces.
     """
     root = Path(path).expanduser()
     if not root.exists():
@@ -61,7 +64,7 @@ def read_traces(path: str | Path) -> list[Log | StateTrace]:
 
 
 def read_trace(file: Path) -> list[Log | StateTrace]:
-    """The traces of one file: one log, or a state trace for each device in it."""
+    """Reads the traces of one file: one log, or a state trace for each device in it."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -104,11 +107,11 @@ def _json(file: Path, text: str) -> list[Log | StateTrace]:
 def _sabre(file: Path, data: Sequence[dict[str, Any]]) -> Log:
     columns: dict[str, list[float]] = {}
     for name in ("duration_ms", "bandwidth_kbps", "latency_ms"):
-        least, said = (LEAST_MS, "above 0") if name == "duration_ms" else (0.0, "0 or above")
+        least, rule = (LEAST_MS, "above 0") if name == "duration_ms" else (0.0, "0 or above")
         values = [item.get(name) for item in data]
         for number, value in enumerate(values):
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < MOST:
-                raise UserError(f"{file}, item {number}: {name} = {value!r}; it must be a number {said}")
+                raise UserError(f"{file}, item {number}: {name} = {value!r}; it must be a number {rule}")
         columns[name] = values
     durations = [value / 1000 for value in columns["duration_ms"]]
     rates = [value * 1000.0 for value in columns["bandwidth_kbps"]]

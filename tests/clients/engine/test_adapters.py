@@ -30,7 +30,7 @@ def test_exported_adapter_gives_the_same_logits_in_peft(kind, tmp_path):
     assert set(theirs) == set(state)
     assert all(torch.equal(theirs[key], state[key]) for key in state), "bit for bit"
     ids = torch.randint(3, engine.VOCABULARY, (2, 7))
-    with torch.no_grad(), stack.wearing(stack.route([1], [2], 2)):
+    with torch.no_grad(), stack.active(stack.route([1], [2], 2)):
         ours = base.logits_at(torch.arange(14), ids, use_cache=False)
         expected = loaded(input_ids=ids).logits.flatten(0, 1)
     assert torch.allclose(ours, expected, atol=1e-4)

@@ -25,7 +25,7 @@ def test_logits_of_mixed_rows_equal_peft(kind):
     states = [engine.random_state(base, spec, k) for k, spec in enumerate(specs)]
     stack = AdapterStack.of_states(base, specs, states)
     ids = torch.randint(3, engine.VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), stack.wearing(stack.route([1, 0], [1, 2], 4)):
+    with torch.no_grad(), stack.active(stack.route([1, 0], [1, 2], 4)):
         logits = base.logits_at(torch.arange(36), ids, use_cache=False).view(4, 9, -1)
     expected = [engine.peft_model(model, specs[k], states[k]) for k in (1, 0, 0)] + [model]
     for row, reference in enumerate(expected):
@@ -232,7 +232,7 @@ def test_bfloat16_base_with_float32_adapters_casts_like_peft():
         if "lora_" in name:
             parameter.data = state["base_model.model." + name.replace(".default", "")]
     ids = torch.randint(3, engine.VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), stack.wearing(stack.route([0], [1], 1)):
+    with torch.no_grad(), stack.active(stack.route([0], [1], 1)):
         logits = base.logits_at(torch.arange(12), ids, use_cache=False)
         expected = wrapped(input_ids=ids).logits[0]
     assert (logits.float() - expected.float()).abs().max() < 0.1

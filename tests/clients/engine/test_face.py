@@ -54,7 +54,7 @@ def test_the_folders_give_the_same_logits_in_peft(example):
         prompt, answer = pairs[name][0]
         ids = torch.tensor([encode_prompt(base.tokenizer, prompt) + encode_answer(base.tokenizer, answer)])
         stack = AdapterStack.of_states(base, [adapter.spec], [dict(adapter.state)])
-        with torch.no_grad(), stack.wearing(stack.route([0], [1], 1)):
+        with torch.no_grad(), stack.active(stack.route([0], [1], 1)):
             ours = base.logits_at(torch.arange(ids.shape[1]), ids, use_cache=False)
             theirs = loaded(input_ids=ids).logits[0]
         assert torch.allclose(ours, theirs, atol=1e-4)

@@ -34,7 +34,7 @@ def test_gradients_of_the_kernels_are_right():
     assert gradcheck(lambda x: Rotary.apply(x, cos, sin), (random(2, 5, 4, 8),))
 
 
-@pytest.mark.parametrize("split", [True, False], ids=["beginnings apart", "whole texts"])
+@pytest.mark.parametrize("split", [True, False], ids=["prefixes apart", "whole texts"])
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_packed_attention_is_that_of_every_text_alone(split, groups):
     lines = [[Line((0, 1, 2), 3, (5, 4, 7)), Line((3,), 0, (6,))], [Line((0, 1), 2, (9, 3))]]

@@ -51,12 +51,12 @@ def test_what_attention_takes_and_gives_back_is_what_the_texts_hold(data):
     own = x.reshape(-1, 1)
     assert torch.equal(once.give(once.take(own)), own)
     begin = 0
-    for look in packing.looks:
-        slots = look.texts * heads * (look.prefix + look.tokens)
-        keys = packing.keys(heads).take(x)[begin : begin + slots].view(look.texts, heads, -1)
+    for bucket in packing.buckets:
+        slots = bucket.texts * heads * (bucket.prefix + bucket.tokens)
+        keys = packing.keys(heads).take(x)[begin : begin + slots].view(bucket.texts, heads, -1)
         begin += slots
         for k, text in enumerate(keys):
-            bars = look.bars[k].sum() if look.bars is not None else 0
+            bars = bucket.padding[k].sum() if bucket.padding is not None else 0
             seen = text[0, bars:][text[0, bars:] > 0]
             assert torch.equal(seen, torch.arange(1.0, len(seen) + 1).double())
             assert torch.equal(text, text[:1] * torch.arange(1.0, heads + 1).double()[:, None])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from untether.clients.filters import Case, Finding, Fixed, create, judge, text_of
+from untether.clients.filters import Case, Finding, Fixed, create_filters, judge, text_of
 from untether.clients.filters.embedding import Encoder
 from untether.plugins import apart, register
 from untether.sim.core.errors import UserError
@@ -212,9 +212,9 @@ def test_the_pair_puts_the_output_first():
 
 def test_unknown_and_repeated_names():
     with pytest.raises(UserError, match="unknown filter `semantics`. Did you mean `semantic`.*semantic, diversity"):
-        create(section(order=("semantics",)))
+        create_filters(section(order=("semantics",)))
     with pytest.raises(UserError, match='"length" twice'):
-        create(section(order=("length", "diversity", "length")))
+        create_filters(section(order=("length", "diversity", "length")))
     for name in ("diversity", "leak"):
         with pytest.raises(ValueError, match="registered already"):
             register("filter", name, lambda: None)
@@ -240,7 +240,7 @@ def test_another_filter_by_name():
             ("rejected_by:polite", {"polite": 3.0}),
         ]
     with pytest.raises(UserError, match="unknown filter `polite`"):
-        create(section(order=("polite",)))
+        create_filters(section(order=("polite",)))
 
 
 angles = st.integers(0, 359)

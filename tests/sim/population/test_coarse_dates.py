@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from untether.sim.core.clock import DAY_S
 from untether.sim.core.records import Query, User
-from untether.sim.population.dates import DAY_S, calendar_key, date_span, parse_date, strictly_earlier
+from untether.sim.population.dates import calendar_key, date_span, parse_date, strictly_earlier
 from untether.sim.population.order import Collected, assemble, known_history, latest_s, one_shot_history, over_before
 from untether.sim.population.others import NOT_OLDER, SCORED, shared_items
 from untether.sim.population.replay import Replay, assemble_replayed

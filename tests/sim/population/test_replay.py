@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sim.population.lamp_files import HEADLINE, reasons, write
+from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
 from untether.sim.core.records import Interaction, Query, User
 from untether.sim.experiment import Experiment
-from untether.sim.population.dates import DAY_S, first_day, last_day, parse_date, strictly_earlier
+from untether.sim.population.dates import first_day, last_day, parse_date, strictly_earlier
 from untether.sim.population.lamp import read_lamp
 from untether.sim.population.order import Collected, asked, known_history, one_shot_history
 from untether.sim.population.replay import Outlook, Replay, assemble_replayed

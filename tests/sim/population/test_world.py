@@ -10,20 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
 from untether.sim.experiment.virtual_sections import Drift
 from untether.sim.population.tasks import get_task
-from untether.sim.population.world import NOW_S, TASKS, World, world_task
+from untether.sim.population.world import NOW_S, WORLD_TASKS, World, world_task
 from untether.sim.population.world.banks import Finder
 from untether.sim.population.world.base import Item
 from untether.sim.population.world.belief import infer
-from untether.sim.population.world.drift import DAY_S, progress
+from untether.sim.population.world.drift import progress
 from untether.sim.population.world.export import write_lamp
 from untether.sim.population.world.persona import ARCHETYPES, Taste
 
 
 def test_the_six_tasks_have_their_official_labels():
-    assert set(TASKS) == {"LaMP_1", "LaMP_2", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7"}
+    assert set(WORLD_TASKS) == {"LaMP_1", "LaMP_2", "LaMP_3", "LaMP_4", "LaMP_5", "LaMP_7"}
     world = World(3)
     for name in ("LaMP_1", "LaMP_2", "LaMP_3"):
         answers = {q.gold for i in range(40) for q in world.user(i, tasks=(name,)).queries}
@@ -38,7 +39,7 @@ def test_archetypes_of_the_splits_are_disjoint():
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), index=st.integers(0, 10**5), task=st.sampled_from(TASKS))
+@given(seed=st.integers(0, 10**6), index=st.integers(0, 10**5), task=st.sampled_from(WORLD_TASKS))
 def test_a_user_follows_from_seed_split_and_index_alone(seed, index, task):
     living = {"rounds": 10, "arrivals": 0.3}
     user = World(seed).user(index, tasks=(task,), **living)
@@ -74,7 +75,7 @@ def test_a_users_cluster_is_the_archetype_that_all_seeds_share():
     assert {user.cluster for user in users[:40]} & {user.cluster for user in users[40:]}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", WORLD_TASKS)
 def test_every_gold_is_what_the_persona_says_of_the_text_alone(task):
     world, mine = World(5), world_task(task)
     for index in range(15):
@@ -84,7 +85,7 @@ def test_every_gold_is_what_the_persona_says_of_the_text_alone(task):
             assert mine.answer(mine.read(query.input), taste) == query.gold
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", WORLD_TASKS)
 def test_a_shown_item_never_contradicts_the_habits_of_its_writer(task):
     world, mine = World(6), world_task(task)
     for index in range(15):
@@ -97,7 +98,7 @@ def test_a_shown_item_never_contradicts_the_habits_of_its_writer(task):
                 assert choices[dimension] in values, (item, mine.traits.choices[dimension])
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", WORLD_TASKS)
 def test_seeing_items_helps_and_knowing_archetypes_helps_more(task):
     world, mine = World(7), world_task(task)
     right = {"nothing seen": 0.0, "none": 0.0, "pretraining": 0.0}
@@ -135,7 +136,7 @@ def test_a_headline_is_written_as_worked_by_hand():
     assert news.answer(news.read(text), Taste(tuple(choices))) == "Oslo: retired nurses inaugurate bridge on Monday"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", WORLD_TASKS)
 @pytest.mark.parametrize("text", ["", "Quarterly results were mixed.", '"A" [1]: "B" [2]: "C"', "☃ the the the"])
 def test_texts_from_elsewhere_are_not_read(task, text):
     assert world_task(task).read(text) is None
@@ -193,7 +194,7 @@ def test_mistakes_are_named():
 def test_lamp_files_give_the_same_users_back(tmp_path):
     write_lamp(tmp_path, users=5, seed=2, queries=2)
     world = World(2)
-    for name in TASKS:
+    for name in WORLD_TASKS:
         questions = json.loads((tmp_path / name / "dev_questions.json").read_text())
         golds = {g["id"]: g["output"] for g in json.loads((tmp_path / name / "dev_outputs.json").read_text())["golds"]}
         task = get_task(name)
@@ -205,6 +206,6 @@ def test_lamp_files_give_the_same_users_back(tmp_path):
             items = [pair for raw in question["profile"] for pair in task.interactions(raw)]
             assert tuple(items) == user.history
     table = pq.read_table(tmp_path / "truth.parquet")
-    assert table.num_rows == 5 * len(TASKS)
+    assert table.num_rows == 5 * len(WORLD_TASKS)
     assert b"schema_version" in table.schema.metadata
     assert np.all(np.isin(table["archetype"].to_numpy(), ARCHETYPES["evaluation"]))

@@ -9,20 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.virtual_sections import Drift
 from untether.sim.population.order import asked, known_history
 from untether.sim.population.source import open_population
-from untether.sim.population.world import NOW_S, TASKS, World, world_task
-from untether.sim.population.world.drift import DAY_S
+from untether.sim.population.world import NOW_S, WORLD_TASKS, World, world_task
 from untether.sim.population.world.export import write_lamp
 from untether.sim.population.world.truth import answers, changed_on, query_time_s, truth_rows
 from untether.sim.run.directory import RunDirectory
 
 DRIFTS = [Drift(kind=kind, day=3, rate=0.1, period=8, jitter_days=4) for kind in ("gradual", "abrupt", "recurring")]
 lives = st.tuples(
-    st.integers(0, 10**6), st.sampled_from(TASKS), st.integers(1, 12), st.sampled_from([0, 0.2, 0.5, 1, 2.5]),
+    st.integers(0, 10**6), st.sampled_from(WORLD_TASKS), st.integers(1, 12), st.sampled_from([0, 0.2, 0.5, 1, 2.5]),
     st.integers(1, 15),
 )  # fmt: skip
 
@@ -77,7 +77,7 @@ def test_more_rounds_change_nothing_of_the_earlier_ones(life, times, drift):
 
 
 @pytest.mark.parametrize("drift", DRIFTS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", WORLD_TASKS)
 def test_nobody_is_another_before_the_change(task, drift):
     still, moving = World(8), World(8, drift)
     for index in range(8):

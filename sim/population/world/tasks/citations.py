@@ -38,19 +38,19 @@ class Citations:
         self._finder = Finder(areas | families)
 
     def scene(self, rng: Random, taste: Taste | None = None) -> Scene:
-        """A paper of the user's and two references from different areas and families."""
+        """Returns a paper of the user's and two references from different areas and families."""
         areas, families = pick_distinct(rng, range(len(AREAS)), 2), pick_distinct(rng, range(len(FAMILIES)), 2)
         own = self._title(rng, *self._own(rng, taste))
         first, second = (self._title(rng, a, f) for a, f in zip(areas, families, strict=True))
         return Scene(f'"{own}" [1]: "{first}" [2]: "{second}"', tuple(zip(areas, families, strict=True)))
 
     def answer(self, scene: Scene, taste: Taste) -> str:
-        """The reference whose area and family weigh more."""
+        """Returns the reference whose area and family weigh more."""
         first, second = (taste.weights[a] + taste.weights[len(AREAS) + f] for a, f in scene.facts)
         return "[1]" if first >= second else "[2]"
 
     def item(self, rng: Random, taste: Taste) -> Item:
-        """A paper by the user: abstract and title, on what the user likes to work on."""
+        """Returns a paper by the user: abstract and title, on what the user likes to work on."""
         area, family = self._own(rng, taste)
         problem, method = pick(rng, PROBLEMS[area]), pick(rng, METHODS[family])
         text = self._papers.abstract(rng, f"{problem} in {AREAS[area]}", method).text
@@ -58,11 +58,11 @@ class Citations:
         return Item(text, capital(title), "title")
 
     def reading(self, scene: Scene) -> str:
-        """What the text is about, whoever reads it."""
+        """Returns what the text is about, for any reader."""
         return ", ".join(f"[{i}] {AREAS[a]} {FAMILIES[f]}" for i, (a, f) in enumerate(scene.facts, 1))
 
     def read(self, text: str) -> Scene | None:
-        """The two references of a query, None where the text is not one or a reference is unknown."""
+        """Returns the two references of a query; None where the text is none or a reference is unknown."""
         match = _CONTENT.fullmatch(text.strip())
         if match is None:
             return None
@@ -70,14 +70,15 @@ class Citations:
         return None if None in facts else Scene(text, facts)
 
     def evidence(self, item: Item) -> Evidence | None:
-        """From a query-shaped item, which reference won; from a paper of the user's, its area and family."""
+        """Returns the evidence of an item: of a query, which reference won; of a paper, its area and family."""
         if (scene := self.read(item.input)) is not None:
             return Evidence(facts=scene.facts, output=item.output) if item.output in ("[1]", "[2]") else None
         topic = self._topic(item.output)
         return None if topic is None else Evidence(facts=topic)
 
     def log_likelihood(self, evidence: Iterable[Evidence], weights: np.ndarray) -> np.ndarray:
-        """Softmax choice of areas and families to write on, logistic choice between references, `[particles]`."""
+        """Returns the log-likelihood [particles]: softmax choice of areas and families, logistic choice of references.
+        """
         total = np.zeros(len(weights))
         cut = len(AREAS)
         areas, families = weights[:, :cut] / TEMPERATURE, weights[:, cut:] / TEMPERATURE

@@ -48,7 +48,7 @@ class News(QueryShaped):
         self._town, self._day = common("town"), common("day")
 
     def scene(self, rng: Random, taste: Taste | None = None) -> Scene:
-        """A short article of one to three sentences."""
+        """Returns a short article of one to three sentences."""
         desk, event = int(rng.random() * len(DESKS)), int(rng.random() * len(EVENTS))
         rank, group, quality = pick(rng, self._rank), pick(rng, self._group), pick(rng, self._quality)
         noun, town, day = pick(rng, self._nouns[desk]), pick(rng, self._town), pick(rng, self._day)
@@ -66,7 +66,7 @@ class News(QueryShaped):
         return Scene(text, (desk, event, rank, group, quality, noun, town, day))
 
     def answer(self, scene: Scene, taste: Taste) -> str:
-        """The headline as this journalist writes it."""
+        """Returns the headline as this journalist writes it."""
         desk, event, rank, group, quality, noun, town, day = scene.facts
         likes = taste.choices
         words = {
@@ -81,12 +81,12 @@ class News(QueryShaped):
         return " ".join(part for part in parts if part)
 
     def reading(self, scene: Scene) -> str:
-        """What the text is about, whoever reads it."""
+        """Returns what the text is about, for any reader."""
         desk, event, rank, group, quality, noun, town, day = scene.facts
         return f"{DESKS[desk]}: {rank} {group} {EVENTS[event][1]} {quality} {noun}, {town}, {day}"
 
     def read(self, text: str) -> Scene | None:
-        """The facts of an article, None where it has no known event."""
+        """Returns the facts of an article; None where it has no known event."""
         words = text.replace(",", " ").replace(".", " ").split()
         town, day = _TOWN.search(text), _DAY.search(text)
         for at, word in enumerate(words[:-3]):
@@ -101,7 +101,7 @@ class News(QueryShaped):
         return None
 
     def evidence(self, item: Item) -> Evidence | None:
-        """What the headline shows of its writer's habits."""
+        """Returns what the headline shows of its writer's habits."""
         scene = self.read(item.input)
         if scene is None:
             return None

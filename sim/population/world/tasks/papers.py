@@ -53,11 +53,11 @@ class Papers(QueryShaped):
         self._finder = Finder({text: (what, v) for what, known in finders.items() for text, v in known.items()})
 
     def scene(self, rng: Random, taste: Taste | None = None) -> Scene:
-        """A short abstract."""
+        """Returns a short abstract."""
         return self.abstract(rng, pick(rng, pick(rng, PROBLEMS)), pick(rng, pick(rng, METHODS)))
 
     def abstract(self, rng: Random, problem: str, method: str) -> Scene:
-        """An abstract on a given problem and method."""
+        """Returns an abstract on a given problem and method."""
         kind, goal, data = int(rng.random() * len(KINDS)), int(rng.random() * len(GOALS)), pick(rng, self._data)
         claim, aim, venue = pick(rng, self._kinds[kind]), GOALS[goal][0], pick(rng, self._venue)
         text = pick(
@@ -72,7 +72,7 @@ class Papers(QueryShaped):
         return Scene(text, (kind, goal, method, problem, data))
 
     def answer(self, scene: Scene, taste: Taste) -> str:
-        """The title as this researcher writes it. A prefix goes only before a noun."""
+        """Returns the title as this researcher writes it. A prefix goes only before a noun."""
         kind, goal, method, problem, data = scene.facts
         likes = taste.choices
         style, frame = likes[_GOAL + goal], likes[_FRAME + kind]
@@ -83,18 +83,18 @@ class Papers(QueryShaped):
         return title.strip().replace(" :", ":")
 
     def reading(self, scene: Scene) -> str:
-        """What the text is about, whoever reads it."""
+        """Returns what the text is about, for any reader."""
         kind, goal, method, problem, data = scene.facts
         return f"{KINDS[kind]}: {GOALS[goal][1]} {method}, {problem}, {data}"
 
     def read(self, text: str) -> Scene | None:
-        """The facts of an abstract, None where one is missing."""
+        """Returns the facts of an abstract; None where one is missing."""
         found = dict(reversed(self._finder.find(text)))
         keys = ("kind", "goal", "method", "problem", "data")
         return Scene(text, tuple(found[k] for k in keys)) if all(k in found for k in keys) else None
 
     def evidence(self, item: Item) -> Evidence | None:
-        """What the title shows of its writer's habits."""
+        """Returns what the title shows of its writer's habits."""
         scene = self.read(item.input)
         if scene is None:
             return None

@@ -34,7 +34,7 @@ class Plots(QueryShaped):
         self._first, self._job, self._trait = common("first"), common("job"), common("trait")
 
     def scene(self, rng: Random, taste: Taste | None = None) -> Scene:
-        """A plot of two themes (or three, one time in three)."""
+        """Returns a plot of two themes (or three, one time in three)."""
         tags = pick_distinct(rng, range(len(MOVIE_TAGS)), 3 if rng.random() < 1 / 3 else 2)
         cues = [pick(rng, self._cues[tag]) for tag in tags]
         job, trait = pick(rng, self._job), pick(rng, self._trait)
@@ -45,27 +45,27 @@ class Plots(QueryShaped):
         return Scene(start + middle + (f" and {cues[2]}." if len(cues) > 2 else "."), tuple(tags))
 
     def answer(self, scene: Scene, taste: Taste) -> str:
-        """The shown theme with the greatest weight."""
+        """Returns the shown theme with the greatest weight."""
         return MOVIE_TAGS[max(scene.facts, key=lambda tag: taste.weights[tag])]
 
     def reading(self, scene: Scene) -> str:
-        """What the text is about, whoever reads it."""
+        """Returns what the text is about, for any reader."""
         return ", ".join(MOVIE_TAGS[tag] for tag in scene.facts)
 
     def read(self, text: str) -> Scene | None:
-        """The themes of a plot, None where there are none."""
+        """Returns the themes of a plot; None where there are none."""
         tags = tuple(self._finder.find(text))
         return Scene(text, tags) if tags else None
 
     def evidence(self, item: Item) -> Evidence | None:
-        """Which of the shown themes won."""
+        """Returns which of the shown themes won."""
         scene = self.read(item.input)
         if scene is None or item.output not in MOVIE_TAGS:
             return None
         return Evidence(facts=scene.facts, output=item.output)
 
     def log_likelihood(self, evidence: Iterable[Evidence], weights: np.ndarray) -> np.ndarray:
-        """Softmax choice among the shown themes, `[particles]`."""
+        """Returns the log-likelihood [particles]: softmax choice among the shown themes."""
         total = np.zeros(len(weights))
         for seen in evidence:
             tags, won = list(seen.facts), MOVIE_TAGS.index(seen.output)

@@ -54,13 +54,13 @@ class Posts(QueryShaped):
         self._styled, self._any = styled, _alternatives(styled)
 
     def scene(self, rng: Random, taste: Taste | None = None) -> Scene:
-        """A plain sentence."""
+        """Returns a plain sentence."""
         mood = int(rng.random() * len(MOODS))
         template = pick(rng, self._templates[mood])
         return Scene(template.format(**{k: pick(rng, v) for k, v in _SLOTS.items()}), mood)
 
     def answer(self, scene: Scene, taste: Taste) -> str:
-        """The sentence as this person posts it."""
+        """Returns the sentence as this person posts it."""
         likes = taste.choices
         body = self._plain.sub(lambda m: self._spell(m[0], likes), scene.text.lower())
         mood = scene.facts
@@ -68,23 +68,23 @@ class Posts(QueryShaped):
         return " ".join(part for part in parts if part)
 
     def item(self, rng: Random, taste: Taste) -> Item:
-        """A post by the user, as its first words and the rest."""
+        """Returns a post by the user, as its first words and the rest."""
         post = self.answer(self.scene(rng), taste)
         pair = get_task(self.name).interactions({"text": post})[0]
         return Item(pair.input, pair.output, pair.form)
 
     def reading(self, scene: Scene) -> str:
-        """What the text is about, whoever reads it."""
+        """Returns what the text is about, for any reader."""
         return f"{MOODS[scene.facts]}: {scene.text.lower()}"
 
     def read(self, text: str) -> Scene | None:
-        """The mood of a plain sentence, None where it is none of this world's."""
+        """Returns the mood of a plain sentence; None where it is none of this world's."""
         plain = text.strip().rstrip(".")
         mood = next((mood for mood, pattern in self._patterns if pattern.fullmatch(plain)), None)
         return None if mood is None else Scene(text, mood)
 
     def evidence(self, item: Item) -> Evidence | None:
-        """From a post (whole, or first words and rest): how it opens, closes and spells."""
+        """Returns from a post (whole, or first words and rest) how its writer opens, closes and spells."""
         post = f"{item.input} {item.output}" if item.form == "complete" else item.output
         face = next((f for f in range(1, len(FACES)) if post.endswith(" " + FACES[f])), 0)
         seen = [(_FACE, (face,))]

@@ -31,7 +31,7 @@ class Reviews(QueryShaped):
         self._product, self._occasion, self._closing = (split(words[k]) for k in ("product", "occasion", "closing"))
 
     def scene(self, rng: Random, taste: Taste | None = None) -> Scene:
-        """A review with two to four remarks."""
+        """Returns a review with two to four remarks."""
         lean = 0.25 + 0.5 * rng.random()
         aspects = pick_distinct(rng, range(len(ASPECTS)), 2 + int(rng.random() * 3))
         facts = tuple((a, 1 if rng.random() < lean else -1) for a in aspects)
@@ -44,26 +44,26 @@ class Reviews(QueryShaped):
         return Scene(". ".join(sentences) + ".", facts)
 
     def answer(self, scene: Scene, taste: Taste) -> str:
-        """3 + harshness + the weighted remarks, rounded into 1 to 5."""
+        """Returns 3 + harshness + the weighted remarks, rounded into 1 to 5."""
         value = 3 + taste.weights[0] + sum(sign * taste.weights[1 + a] for a, sign in scene.facts)
         return str(min(5, max(1, int(value + 0.5))))
 
     def reading(self, scene: Scene) -> str:
-        """What the text is about, whoever reads it."""
+        """Returns what the text is about, for any reader."""
         return ", ".join(f"{ASPECTS[a]} {'good' if sign > 0 else 'bad'}" for a, sign in scene.facts)
 
     def read(self, text: str) -> Scene | None:
-        """The remarks of a review, None where there are none."""
+        """Returns the remarks of a review; None where there are none."""
         facts = tuple(self._finder.find(text))
         return Scene(text, facts) if facts else None
 
     def evidence(self, item: Item) -> Evidence | None:
-        """Which score the remarks got."""
+        """Returns which score the remarks got."""
         scene = self.read(item.input)
         return None if scene is None or item.output not in "12345" else Evidence(facts=scene.facts, output=item.output)
 
     def log_likelihood(self, evidence: Iterable[Evidence], weights: np.ndarray) -> np.ndarray:
-        """Gaussian error of half a star around the unrounded score, one-sided at 1 and 5, `[particles]`."""
+        """Returns the log-likelihood [particles]: Gaussian error of half a star, one-sided at 1 and 5."""
         total = np.zeros(len(weights))
         for seen in evidence:
             value = 3 + weights[:, 0]
