@@ -118,6 +118,9 @@ class Hardware(Section):
     catalogue: str = Field("", description="TOML file with profiles of your own, beside the built-in ones")
     nominal_model: str = Field("Qwen2.5-0.5B", description="the model that a real device would run")
     weight_bits: Literal[4, 8, 16, 32] = Field(16, description="of the frozen base's weights on the device")
+    gradient_checkpointing: bool = Field(
+        False, description="training keeps less and computes it again: memory of one layer, 1.23 times the time"
+    )
     train_when: Literal["always", "idle", "charging", "battery", "schedule", "trace"] = Field(
         "always", description="idle: unused, with battery; charging: unused and plugged in; battery: above "
         "battery_threshold or plugged in; schedule: within train_hours; trace: as network.traces' states say"

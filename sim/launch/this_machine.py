@@ -89,12 +89,13 @@ def _measured(repeats: int, now: Timer) -> Profile:
         "charge_w": (0.0 if battery is None else 45.0, "estimate"),
         "storage_gb": (shutil.disk_usage(os.getcwd()).total / 1e9, "measured"),
     }
-    profile = Profile(
-        name=THIS_MACHINE, title="this machine", kind="computer", **{key: value for key, (value, _) in values.items()},
-        sources={key: source for key, (_, source) in values.items()},
+    profile = Profile(  # products say all of prompts and tokens: nothing is fixed beside them
+        name=THIS_MACHINE, title="this machine", kind="computer", layer_us=0.0, prefill_share=1.0, **{
+            key: value for key, (value, _) in values.items()
+        }, sources={key: source for key, (_, source) in values.items()},
     )
     training, decoding = _shares(profile, max(2, repeats // 2), now)
-    return replace(profile, training_share=training, decoding_share=decoding)
+    return replace(profile, training_share=training, decoding_share=decoding, prefill_share=training)
 
 
 def _shares(products: Profile, repeats: int, now: Timer) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import PROFILES
 from untether.sim.core.seeding import derive
+from untether.sim.time.devices.backends import BACKENDS, backend
+from untether.sim.time.heat import Heat
 
 THIS_MACHINE = "this-machine"
 """The profile that is measured instead of looked up."""
@@ -42,11 +44,43 @@ class Profile:
     charge_w: float
     storage_gb: float
     sources: Mapping[str, str] = field(default_factory=dict)
+    backend: str = "cpu"
+    matrix_gflops: float | None = None
+    cpu_gflops: float | None = None
+    prefill_share: float | None = None
+    layer_us: float | None = None
+    knee: float = 0.0
+    cooling_s: float | None = None
 
     @property
     def work_w(self) -> float:
-        """What training or decoding takes above an idle device."""
+        """What training or decoding takes above an idle device, at full speed."""
         return self.load_w - self.idle_w
+
+    @property
+    def prefill_gflops(self) -> float:
+        """10^9 operations a second that reading a prompt reaches while cool."""
+        share = backend(self.backend).prefill_share if self.prefill_share is None else self.prefill_share
+        return share * (self.compute_gflops if self.matrix_gflops is None else self.matrix_gflops)
+
+    @property
+    def layer_s(self) -> float:
+        """Seconds a layer and token that no rate explains."""
+        return 1e-6 * (backend(self.backend).layer_us if self.layer_us is None else self.layer_us)
+
+    def heat(self, level: float = 0.0) -> Heat:
+        """How it heats up and cools, from this warmth on."""
+        return Heat(self.hot_share, self.heating_s, level, self.knee, self.cooling_s or 0.0)
+
+    def on(self, name: str) -> Profile:
+        """The same device with the model on another of its processors (see `sim.time.devices.backends`)."""
+        if name == self.backend:
+            return self
+        peak = self.cpu_gflops if name == "cpu" and self.cpu_gflops is not None else self.compute_gflops
+        return replace(
+            self, backend=name, compute_gflops=peak, matrix_gflops=None, prefill_share=None, layer_us=None,
+            decoding_share=backend(name).decoding_share,
+        )  # fmt: skip
 
     @property
     def on_mains(self) -> bool:
@@ -54,11 +88,14 @@ class Profile:
         return self.battery_wh == 0
 
 
-FIGURES = tuple(f.name for f in fields(Profile))[3:-1]
+FIGURES = tuple(f.name for f in fields(Profile) if f.default is MISSING and f.default_factory is MISSING)[3:]
 """The figures a profile must have."""
 
-SHARES = frozenset({"usable_ram", "training_share", "decoding_share", "hot_share"})
-MAY_BE_ZERO = frozenset({"battery_wh", "charge_w", "radio_w", "idle_w"})
+MAY_HAVE = ("matrix_gflops", "cpu_gflops", "prefill_share", "layer_us", "knee", "cooling_s")
+"""The figures that have a default."""
+
+SHARES = frozenset({"usable_ram", "training_share", "decoding_share", "hot_share", "prefill_share", "knee"})
+MAY_BE_ZERO = frozenset({"battery_wh", "charge_w", "radio_w", "idle_w", "layer_us", "knee"})
 
 
 @cache
@@ -158,20 +195,26 @@ def _parse(text: str, where: str, must_source: bool) -> dict[str, Profile]:
 
 def _profile(where: str, name: str, table: Mapping[str, Any], must_source: bool) -> Profile:
     for key in table:
-        if key not in (*FIGURES, "title", "kind"):
-            raise UserError(f"{where}: {unknown('figure', key, FIGURES)}")
-    figures = {key: _figure(where, key, table.get(key)) for key in FIGURES}
+        if key not in (*FIGURES, *MAY_HAVE, "title", "kind", "backend"):
+            raise UserError(f"{where}: {unknown('figure', key, (*FIGURES, *MAY_HAVE))}")
+    given = [*FIGURES, *(key for key in MAY_HAVE if key in table)]
+    figures = {key: _figure(where, key, table.get(key)) for key in given}
     sources = {key: source for key, (_, source) in figures.items()}
     if figures["load_w"][0] <= figures["idle_w"][0]:
         raise UserError(
             f"{where}: load_w = {figures['load_w'][0]:g} with idle_w = {figures['idle_w'][0]:g}: both are power of the "
             "whole device, so load_w must be above idle_w"
         )
+    if figures.get("knee", (0.0, ""))[0] >= 1:
+        raise UserError(f"{where}: knee = 1: it would never slow down. Give less than 1, or hot_share = 1")
+    if table.get("backend", "cpu") not in BACKENDS:
+        raise UserError(f"{where}: {unknown('backend', str(table['backend']), BACKENDS)}")
     if must_source and not all(sources.values()):
         raise UserError(f"{where}: every figure needs its source")
     return Profile(
         name=name, title=str(table.get("title", name)), kind=str(table.get("kind", "device")),
-        **{key: value for key, (value, _) in figures.items()}, sources=sources,
+        backend=str(table.get("backend", "cpu")), sources=sources,
+        **{key: value for key, (value, _) in figures.items()},
     )
 
 

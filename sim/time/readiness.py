@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from untether.sim.core.clock import HOUR_S
 from untether.sim.core.errors import UserError
 from untether.sim.experiment.virtual_sections import Hardware
-from untether.sim.time.cost import Heat, cooled, heated
 from untether.sim.time.hardware import Profile
+from untether.sim.time.heat import cooled, heated
 from untether.sim.time.network.spells import (
     ALWAYS,
     Daily,
@@ -131,11 +131,14 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A piece of work: begun (None: never), ended (inf: never), seconds under load, and the device's state then."""
+    """A piece of work: begun (None: never), ended (inf: never), seconds under load, what they would have been on a cool
+    device, and how the device is then.
+    """
 
     begun_s: float | None
     end_s: float
     load_s: float
+    cool_s: float
     body: Body
 
 
@@ -143,7 +146,7 @@ def rest(body: Body, until_s: float, profile: Profile, readiness: Readiness) -> 
     """Returns the device's state later, after usual use only: it cools, drains and charges."""
     if until_s <= body.time_s:
         return body
-    warmth = cooled(body.warmth, until_s - body.time_s, profile.heating_s)
+    warmth = cooled(body.warmth, until_s - body.time_s, profile.cooling_s or profile.heating_s)
     battery, now_s = body.battery, body.time_s
     if readiness.threshold is not None:
         while now_s < until_s:
@@ -160,14 +163,15 @@ def work(
 ) -> Done:
     """Does `work_s` seconds of work (of a cool device) from `start_s` on, whenever allowed: pausing, cooling, resuming.
 
-    It is given up at `stop_s` (end_s is inf then, and the load so far counts).
+    Given up at `stop_s` (end_s is inf then, and the load so far counts). A battery gives `work_w` to a cool device and
+    less to a slower one.
     """
     horizon_s = min(start_s + FOREVER_S, stop_s)
-    now_s, begun_s, load_s = start_s, None, 0.0
+    now_s, begun_s, load_s, cool_s = start_s, None, 0.0, 0.0
     while True:
         free_s = next_up(readiness.allowed, now_s, horizon_s)
         if free_s is None:
-            return Done(begun_s, math.inf, load_s, rest(body, min(horizon_s, stop_s), profile, readiness))
+            return Done(begun_s, math.inf, load_s, cool_s, rest(body, min(horizon_s, stop_s), profile, readiness))
         body = rest(body, free_s, profile, readiness)
         until_s, drain = up_until(readiness.allowed, free_s, horizon_s), 0.0
         if readiness.threshold is not None:
@@ -183,20 +187,21 @@ def work(
             until_s = min(until_s, change_s)
         until_s = min(until_s, horizon_s)
         begun_s = free_s if begun_s is None else begun_s
-        heat = Heat(profile.hot_share, profile.heating_s, body.warmth)
+        heat = profile.heat(body.warmth)
         need_s = heat.time_for(work_s)
         ends = free_s + need_s <= until_s
         took_s = need_s if ends else until_s - free_s
-        load_s += took_s
+        did_s = work_s if ends else heat.work_in(took_s)
+        load_s, cool_s = load_s + took_s, cool_s + did_s
         battery = body.battery
         if readiness.threshold is not None:
             battery = rest(body, free_s + took_s, profile, readiness).battery  # as if unused
         if drain:
-            battery = max(0.0, battery - profile.work_w / profile.battery_wh * took_s / HOUR_S)
+            battery = max(0.0, battery - profile.work_w / profile.battery_wh * did_s / HOUR_S)
         body = Body(free_s + took_s, battery, heated(body.warmth, took_s, profile.heating_s))
         if ends:
-            return Done(begun_s, body.time_s, load_s, body)
-        work_s -= heat.work_in(took_s)
+            return Done(begun_s, body.time_s, load_s, cool_s, body)
+        work_s -= did_s
         now_s = until_s
 
 

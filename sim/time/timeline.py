@@ -149,7 +149,8 @@ class Timeline:
         profile = self.profile(device)
         if (profile.name, arm) not in self._costs:
             lora, _ = self.experiment.for_arm(arm)
-            cost = CostModel(profile, self.model, self.experiment.hardware.weight_bits, lora)
+            hardware = self.experiment.hardware
+            cost = CostModel(profile, self.model, hardware.weight_bits, lora, hardware.gradient_checkpointing)
             self._costs[profile.name, arm] = cost
         return self._costs[profile.name, arm]
 
@@ -298,7 +299,7 @@ class Timeline:
         if outcome != "never_ready":
             state.bodies[key] = done.body
         begun_s = from_s if done.begun_s is None else done.begun_s
-        energy_j = profile.work_w * done.load_s
+        energy_j = cost.energy_j(done.cool_s)
         version = TrainedVersion(
             each.device, each.arm, plan.round, on, begun_s, done.end_s, outcome, done.load_s, energy_j
         )

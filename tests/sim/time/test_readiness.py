@@ -13,7 +13,7 @@ from untether.sim.time.hardware import built_in
 from untether.sim.time.network import ALWAYS, NEVER, Windows
 from untether.sim.time.readiness import DAY_USE, Body, Either, Readiness, rest, work
 
-COOL = replace(built_in()["pixel-8"], hot_share=1.0, battery_wh=10.0, load_w=6.0, idle_w=1.0, charge_w=10.0)
+COOL = replace(built_in()["pixel-8"], hot_share=1.0, knee=0.0, battery_wh=10.0, load_w=6.0, idle_w=1.0, charge_w=10.0)
 """Never throttles; ten watt-hours: training at 5 W above idle empties half of it an hour,
 beside the usual use; charging at 10 W fills it in one."""
 
@@ -42,6 +42,15 @@ def test_the_battery_pauses_work_until_the_charger():
     assert done.end_s == pytest.approx(10 * hour + 2 * hour - first_s)
     exact = work(0, first_s, Body(), COOL, ready)
     assert exact.end_s == pytest.approx(first_s) and exact.body.battery == pytest.approx(0.5)
+
+
+def test_a_hot_device_takes_less_power():
+    """At half its speed 5 W become 2.5 W: an hour of cool work costs 5 Wh whatever time it takes."""
+    hot = replace(COOL, hot_share=0.5, heating_s=1e-3)
+    for phone, took_h in ((COOL, 1), (hot, 2)):
+        done = work(0, 3600, Body(), phone, Readiness(ALWAYS, NEVER, threshold=0.1))
+        assert done.cool_s == 3600 and done.load_s == pytest.approx(took_h * 3600, rel=1e-4)
+        assert done.body.battery == pytest.approx(1 - 0.5 - took_h * DAY_USE, rel=1e-4)
 
 
 def test_rest_drains_and_charges():

@@ -10,6 +10,7 @@ from tests.sim.timelines import QUICK, SIZE, asks, run, timeline, trained, works
 from untether.sim.core.clock import DAY_S, HOUR_S
 from untether.sim.core.errors import UserError
 from untether.sim.time.asking import Ask, Size, traffic
+from untether.sim.time.heat import Heat
 from untether.sim.time.timeline import Plan, Schedule, Timeline, Work
 
 # --- a finite cloud, by hand ----------------------------------------------------------------------------------
@@ -160,17 +161,20 @@ def test_samples_that_come_during_the_fallback_supersede_it():
     schedule = run(virtual, 0, [0])
     first, second = trained(schedule)
     assert (first.on, first.outcome, second.on, second.outcome) == ("real", "superseded", "samples", "ok")
-    assert first.energy_j == pytest.approx((6.5 - 2.7) * first.load_s) and 19 < first.load_s < 21
+    assert first.energy_j == pytest.approx(3.3 * Heat(0.7, 300).work_in(first.load_s)) and 19 < first.load_s < 21
     assert virtual.answering(schedule, 0, "collaborative", math.inf).on == "samples"
 
 
 def test_energy_is_what_work_costs_above_an_idle_device():
-    """In the rows of `events`: a Pi 5 draws 10 W at work and 3 W idle, and 0.7 W more while its radio works."""
+    """In the rows of `events`: a Pi 5 draws 11.9 W at work and 3 W idle, and 0.7 W more while its radio works. Work
+    costs what it costs a cool one: a warm one takes longer at less.
+    """
     virtual = timeline(network={"ask_within_h": 0.0, "rtt_s": 0.0}, hardware={"profiles": ("raspberry-pi-5",)})
     rows = virtual.event_rows(run(virtual, 0, range(3)))
-    for kind, power_w in (("train", 7.0), ("augment", 0.7)):
+    costs = {"train": lambda seconds: 8.9 * Heat(0.95, 300).work_in(seconds), "augment": lambda seconds: 0.7 * seconds}
+    for kind, cost_j in costs.items():
         found = [row for row in rows if row["kind"] == kind]
-        assert found and all(row["energy_j"] == pytest.approx(power_w * row["duration_s"]) for row in found)
+        assert found and all(row["energy_j"] == pytest.approx(cost_j(row["duration_s"])) for row in found)
 
 
 def test_work_crosses_midnight_and_the_next_waits_for_it():
@@ -179,7 +183,7 @@ def test_work_crosses_midnight_and_the_next_waits_for_it():
     long = Work(0, "local", 2000, 2_000_000)
     schedule = virtual.schedule(plan, {}, [long])
     (first,) = schedule.versions
-    assert first.live_s > DAY_S and first.energy_j == pytest.approx((6.5 - 2.7) * first.load_s)
+    assert first.live_s > DAY_S and first.energy_j == pytest.approx(3.3 * Heat(0.7, 300).work_in(first.load_s))
     virtual.advance(schedule)
     (second,) = virtual.schedule(virtual.plan(1, []), {}, [Work(0, "local", 24, 20_000)]).versions
     assert second.begun_s == first.live_s > DAY_S
