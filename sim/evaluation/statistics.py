@@ -56,8 +56,8 @@ def summarize(
     users (for a mean that is the sign-flip test; exact for few clusters). Intervals are 95% by the jackknife over
     clusters (`jackknife_interval`), None for fewer than two. `p_holm` only for `PRIMARY` on the primary metric;
     `margin` (`margin_stars` where the metric is in stars) and `non_inferior` only for `NON_INFERIORITY` on it; wins,
-    ties and losses only where a single user has a score. `steps` and `tokens` are what a device trained on average over
-    all rounds.
+    ties and losses only where a single user has a score; none of these against a cloud that answered nothing. `steps`
+    and `tokens` are what a device trained on average over all rounds.
 
     `contrasts` defaults to `CONTRASTS` and every other arm against `frozen`; those with an absent arm are left out.
     The same tables, seed and resamples give the same rows, in whatever order the tables are.
@@ -149,6 +149,8 @@ class _Comparison:
         self._asked = _numbered(frame, order[:-1])
         self._pairs = list(zip(frame["prediction"].fillna("").tolist(), frame["gold"].tolist(), strict=True))
         self._rows = {arm: np.flatnonzero(frame["arm"] == arm) for arm in self.arms}
+        came = frame["outcome"] == "ok" if "outcome" in frame else pd.Series(True, frame.index)
+        self._silent = {arm for arm, rows in self._rows.items() if not came.iloc[rows].any()}
 
     def arm_rows(self, arm: str) -> list[Row]:
         """The arm's own rows, one a metric."""
@@ -166,6 +168,9 @@ class _Comparison:
         rows = []
         for metric, own, other, p in zip(self.task.metrics, mine, theirs, p_values, strict=True):
             row = self._row(arm, metric, reference, answers, own)
+            if reference in self._silent and (arm, reference) in NON_INFERIORITY:
+                rows.append(row)  # no verdict on answers that never came
+                continue
             if len(shared):
                 row["diff"], row["p"] = own.value - other.value, p
             if len(own.per_cluster) > 1:
