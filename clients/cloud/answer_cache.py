@@ -87,6 +87,11 @@ class AnswerCache:
         except sqlite3.OperationalError as error:
             raise ResumableStop(f"cannot write the cloud cache {self.path}: {error}. Free some space") from error
 
+    def replace(self, key: str, value: Mapping[str, Any]) -> None:
+        """Keep a value in the place of what was kept under this key."""
+        with self._database:
+            self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(value)))
+
     def __len__(self) -> int:
         return self._database.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
 

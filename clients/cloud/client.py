@@ -7,31 +7,45 @@ because whether a retry is a new draw or the same one decides whether a run can 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 
+from untether.clients.cloud.answer import CloudAnswer, Unusable, read_answer, split_thought, unwrapped
 from untether.clients.cloud.answer_cache import AnswerCache, cache_key
-from untether.clients.cloud.faults import Fault, classify
+from untether.clients.cloud.dialect import Dialect
+from untether.clients.cloud.faults import Fault, classify, is_too_long
 from untether.clients.cloud.records import TRANSPORT_OUTCOMES, Attempt, CloudReply, CloudRequest, CloudSettings
+from untether.clients.cloud.wire import check_address, http_client, loop_factory
 from untether.sim.core.errors import ResumableStop, UserError
+from untether.sim.core.records import CUT
 from untether.sim.core.seeding import derive
+from untether.sim.core.text import plain, shown
 from untether.sim.prompts.protocol import ParsedSamples, estimate_tokens, parse_samples, response_format
 
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 MAX_BACKOFF_S = 30.0
 
 Progress = Callable[[CloudReply], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What came of one attempt: an answer, perhaps an unusable one, or a fault."""
+
+    parameters: dict[str, Any]
+    begun: float
+    sizes: tuple[int, int]
+    answer: CloudAnswer | None = None
+    unusable: str = ""
+    fault: Fault | None = None
 
 
 class CloudClient:
@@ -64,18 +78,15 @@ class CloudClient:
         self.wall = wall
         self.backoff_s = backoff_s
         self.max_wait_s = max_wait_s
-        self.left_out: set[str] = set()
-        """Request parameters that this endpoint refused and that are no longer sent."""
+        self.dialect = Dialect()
+        """What of a request this endpoint takes, as far as it is known."""
         self._cache_path = str(cache if cache is not None else config.cache)
         self._cache: AnswerCache | None = None
         self._not_before = 0.0
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise UserError(
-                f"cloud.base_url = {self.base_url!r} is no address: it must be like https://api.example.com/v1"
-            )
-        self._loopback = url.hostname in _LOOPBACK or url.hostname.startswith("127.")
+        self._loading_since: float | None = None
+        self._trials = asyncio.Lock()
         self._key = os.environ.get(config.api_key_env, "").strip() if api_key is None else api_key
+        check_address(self.base_url, config.api_key_env, self._key)
         if not self._key.isascii() or not self._key.isprintable():
             raise UserError(f"the key in the environment variable {config.api_key_env} has characters no key can have")
 
@@ -93,9 +104,11 @@ class CloudClient:
         """
         replies: list[CloudReply | None] = [None] * len(requests)
         waiting = deque(enumerate(requests))
-        http = openai.DefaultAsyncHttpxClient(trust_env=not self._loopback)
+        http = http_client(self.base_url, self.config.max_tokens)
         if self._cache_path:
             self._cache = AnswerCache(self._cache_path)
+            [known] = self._cache.several([self._dialect_key])
+            self.dialect = Dialect([*self.dialect.told, *(known or {}).get("changes", ())])
         try:
             async with openai.AsyncOpenAI(
                 base_url=self.base_url,
@@ -129,82 +142,171 @@ class CloudClient:
         """`ask` for callers without an event loop of their own."""
         if not requests:
             return []
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(self.ask(requests, on_done, stop))
 
     async def _one(self, client: openai.AsyncOpenAI, request: CloudRequest) -> CloudReply:
         attempts: list[Attempt] = []
         draw = 0
         for kept in self._kept(request):  # draws that were paid for before, in their order
-            reply = self._judge(request, kept["answer"])
+            answer = CloudAnswer(**{**kept["answer"], "text": plain(kept["answer"]["text"])})
+            reply = self._judge(request, answer)
             paid = Attempt(**kept["attempt"])
             attempts.append(replace(paid, attempt=len(attempts), draw=draw, cached=True, duration_s=0.0))
             reply = replace(reply, attempts=tuple(attempts))
-            if reply.outcome != "malformed" or draw >= self.config.max_retries:
+            if self._is_last(reply, answer, draw):
                 return reply
             draw += 1
+        also: tuple[str, ...] = ()
         while True:
             await self._wait_for_gate()
-            parameters = self._parameters(request, draw)
-            begun = time.perf_counter()
-            try:
-                async with asyncio.timeout(self.config.timeout_s):
-                    raw = await client.chat.completions.with_raw_response.create(**parameters)
-                answer = _read_answer(raw.content)
-            except (openai.OpenAIError, TimeoutError, ValueError) as error:
-                fault = classify(error, parameters)
-                attempts.append(self._failed(len(attempts), draw, begun, fault))
-                if fault.without:
-                    self.left_out.add(fault.without)
+            told = self.dialect.told
+            sent = await self._send(client, request, draw, also)
+            if sent.fault is not None and sent.fault.fatal and sent.fault.unexplained:
+                attempts.append(self._failed(len(attempts), draw, sent))
+                found = await self._try_without(client, request, draw, sent, told, attempts)
+                if found is None:
+                    continue
+                sent = found
+            if sent.answer is None:
+                fault = sent.fault
+                assert fault is not None
+                attempts.append(self._failed(len(attempts), draw, sent))
+                if fault.change:
+                    self._learn([fault.change], sent.parameters, fault.detail)
                     continue
                 if fault.outcome == "refused":
-                    answer = {"text": "", "refusal": attempts[-1].detail or "refused", "finish_reason": ""}
-                    self._keep(request, draw, answer, attempts[-1])
+                    refused = CloudAnswer("", refusal=attempts[-1].detail or "refused")
+                    self._keep(request, draw, refused, attempts[-1])
                     return CloudReply(request.request_id, "refused", attempts=tuple(attempts))
-                if not await self._survive(fault, request, attempts):
+                errors = sum(attempt.outcome == "server_error" for attempt in attempts)
+                only_chance = fault.unexplained and not also and self.config.max_retries == 0
+                if not only_chance and not await self._survive(fault, request, attempts):
                     return CloudReply(request.request_id, fault.outcome, attempts=tuple(attempts))
+                last = errors >= min(2, self.config.max_retries)
+                also = ("response_format",) if fault.unexplained and last else ()
                 continue
-            reply = self._judge(request, answer)
-            sizes = len(raw.http_request.content), len(raw.content)
-            attempts.append(_answered(len(attempts), draw, reply, answer, parameters, begun, sizes))
+            self._learn(also, sent.parameters)
+            reply = self._judge(request, sent.answer)
+            if sent.unusable:
+                reply = replace(reply, problems={**reply.problems, "unusable": 1})
+            attempts.append(_answered(len(attempts), draw, reply, sent))
             reply = replace(reply, attempts=tuple(attempts))
-            self._keep(request, draw, answer, attempts[-1])
-            if reply.outcome != "malformed" or draw >= self.config.max_retries:
+            self._keep(request, draw, sent.answer, attempts[-1])
+            if self._is_last(reply, sent.answer, draw):
                 return reply
             draw += 1
+            also = ()
+
+    def _is_last(self, reply: CloudReply, answer: CloudAnswer, draw: int) -> bool:
+        """Whether another draw is worth nothing: this one can be used, or the next one would be cut as it was."""
+        return reply.outcome != "malformed" or draw >= self.config.max_retries or answer.cut_before_it_began
+
+    async def _send(
+        self, client: openai.AsyncOpenAI, request: CloudRequest, draw: int, also: Sequence[str] = ()
+    ) -> _Sent:
+        """One attempt, with changes on trial beside those that this endpoint is known to need."""
+        parameters = self.dialect.spoken(self._parameters(request, draw), also)
+        begun = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.config.timeout_s):
+                raw = await client.chat.completions.with_raw_response.create(**parameters)
+                body = await raw.http_response.aread()
+            sizes = len(raw.http_request.content), len(body)
+            try:
+                return _Sent(parameters, begun, sizes, answer=read_answer(body))
+            except Unusable as error:
+                return _Sent(parameters, begun, sizes, answer=CloudAnswer(""), unusable=str(error))
+        except (openai.OpenAIError, TimeoutError, ValueError) as error:
+            for found in (error, error.__cause__):
+                if isinstance(found, Unusable):
+                    return _Sent(parameters, begun, (0, 0), answer=CloudAnswer(""), unusable=str(found))
+            fault = classify(error, parameters)
+            return _Sent(parameters, begun, (fault.bytes_up, fault.bytes_down), fault=fault)
+
+    async def _try_without(
+        self, client: openai.AsyncOpenAI, request: CloudRequest, draw: int, refused: _Sent, told: Sequence[str],
+        attempts: list[Attempt],
+    ) -> _Sent | None:  # fmt: skip
+        """Leave out what may be unknown to an endpoint that does not say what it refuses: one at a time, then all.
+
+        Returns the attempt that went through; None to ask again as before, because something was learned meanwhile.
+        Raises UserError, with what the endpoint said first, where nothing helps.
+        """
+        async with self._trials:
+            if self.dialect.told != told:
+                return None
+            names = self.dialect.candidates(self._parameters(request, draw))
+            names = [name for name in names if name not in self.dialect.changes]
+            for also in (*((name,) for name in names), tuple(names)):
+                while True:
+                    sent = await self._send(client, request, draw, also)
+                    if sent.fault is None or sent.fault.outcome == "rejected":
+                        break
+                    attempts.append(self._failed(len(attempts), draw, sent))
+                    if not await self._survive(sent.fault, request, attempts):
+                        return None
+                if sent.fault is None:
+                    self._learn(also, sent.parameters)
+                    return sent
+                attempts.append(self._failed(len(attempts), draw, sent))
+                if sent.fault.change:
+                    self._learn([*also, sent.fault.change], sent.parameters, sent.fault.detail)
+                    return None
+            assert refused.fault is not None
+            raise UserError(self._explain(self._redact(refused.fault.detail)))
+
+    def _learn(self, changes: Sequence[str], parameters: Mapping[str, Any], text: str = "") -> None:
+        """Heed changes from now on, and in later passes of the run too."""
+        for change in changes:
+            self.dialect.learn(change, parameters, text)
+        if changes and self._cache is not None:
+            self._cache.replace(self._dialect_key, {"changes": self.dialect.told})
+
+    @property
+    def left_out(self) -> set[str]:
+        """Request parameters that this endpoint refused and that are no longer sent."""
+        return set(self.dialect.changes)
+
+    @property
+    def _dialect_key(self) -> str:
+        return cache_key(dialect_of=[self.base_url, self.model])
 
     def _parameters(self, request: CloudRequest, draw: int) -> dict[str, Any]:
         config = self.config
-        temperature = config.temperature if request.temperature is None else request.temperature
+        words = (request.device_id, request.round, request.purpose, draw)
         parameters: dict[str, Any] = {
             "model": self.model,
             "messages": list(request.messages),
-            "temperature": temperature,
-            "top_p": config.top_p,
+            "temperature": config.temperature if request.temperature is None else request.temperature,
+            "max_tokens": config.max_tokens,
+            "seed": derive(request.seed, *words) & 0x7FFFFFFF,  # some endpoints take 32 bits only
         }
-        parameters["max_completion_tokens" if "max_tokens" in self.left_out else "max_tokens"] = config.max_tokens
-        if "seed" not in self.left_out:
-            words = (request.device_id, request.round, request.purpose, draw)
-            parameters["seed"] = derive(request.seed, *words) & 0x7FFFFFFF  # some endpoints take 32 bits only
-        if config.structured and request.kind == "samples" and "response_format" not in self.left_out:
+        if config.top_p < 1:  # 1 is everybody's default, and some take either this or temperature
+            parameters["top_p"] = config.top_p
+        if config.structured and request.kind == "samples":
             parameters["response_format"] = response_format(request.labels)
         return parameters
 
-    def _judge(self, request: CloudRequest, answer: dict[str, Any]) -> CloudReply:
-        if answer["refusal"] or answer["finish_reason"] == "content_filter":
-            return CloudReply(request.request_id, "refused", answer["refusal"] or answer["text"])
-        text = answer["text"]
+    def _judge(self, request: CloudRequest, answer: CloudAnswer) -> CloudReply:
+        answer = split_thought(answer)
+        if answer.refusal or answer.finish_reason == "content_filter":
+            return CloudReply(request.request_id, "refused", answer.refusal or answer.text)
         if request.kind == "answer":
-            return CloudReply(request.request_id, "ok" if text.strip() else "malformed", text.strip())
+            text = unwrapped(answer.text)
+            return CloudReply(request.request_id, "ok" if text else "malformed", text)
+        text = answer.text
         parsed: ParsedSamples = parse_samples(text)
         if parsed.pairs:
             return CloudReply(request.request_id, "ok", text, parsed.pairs[: request.count], parsed.problems)
         outcome = "malformed" if "not_strict_json" in parsed.problems else "no_samples"
         return CloudReply(request.request_id, outcome, text, (), parsed.problems)
 
-    def _failed(self, number: int, draw: int, begun: float, fault: Fault) -> Attempt:
-        duration_s = time.perf_counter() - begun
-        detail = self._redact(fault.detail)
+    def _failed(self, number: int, draw: int, sent: _Sent) -> Attempt:
+        fault = sent.fault
+        assert fault is not None
+        duration_s = time.perf_counter() - sent.begun
+        detail = self._redact(fault.detail) + (f" (then without {fault.change})" if fault.change else "")
         return Attempt(number, draw, fault.outcome, duration_s, fault.bytes_up, fault.bytes_down, detail=detail)
 
     async def _survive(self, fault: Fault, request: CloudRequest, attempts: list[Attempt]) -> bool:
@@ -213,6 +315,8 @@ class CloudClient:
         if fault.fatal == "user":
             raise UserError(self._explain(detail))
         wait_s = fault.retry_after_s
+        if fault.loading and await self._is_loading(wait_s):
+            return True
         patient = wait_s is None or wait_s <= self.max_wait_s
         if fault.fatal or self._spent(attempts) or not patient:
             if self.wall:
@@ -232,6 +336,15 @@ class CloudClient:
         await asyncio.sleep(backoff_s if wait_s is None else max(wait_s, 0.0))
         return True
 
+    async def _is_loading(self, wait_s: float | None) -> bool:
+        """Wait for an endpoint that still loads its model, as long as patience goes; that is no failure of the wire."""
+        now = asyncio.get_running_loop().time()
+        self._loading_since = now if self._loading_since is None else self._loading_since
+        if now - self._loading_since > self.max_wait_s:
+            return False
+        await asyncio.sleep(min(self.backoff_s * 4 if wait_s is None else wait_s, self.max_wait_s))
+        return True
+
     def _explain(self, detail: str) -> str:
         variable = self.config.api_key_env
         where = f"the cloud at cloud.base_url = {self.base_url}"
@@ -245,7 +358,10 @@ class CloudClient:
                 f"{where} does not have cloud.model = {self.model!r}: {detail}. "
                 "Check the model's name, and that base_url ends where the API begins (often /v1)"
             )
-        return f"{where} rejects the request for cloud.model = {self.model!r}: {detail}"
+        said = f"{where} rejects the request for cloud.model = {self.model!r}: {detail}"
+        if is_too_long(detail):
+            return f"{said}. Lower cloud.show_items, cloud.show_chars or cloud.max_tokens, or serve a longer context"
+        return said
 
     async def _wait_for_gate(self) -> None:
         while (left_s := self._not_before - asyncio.get_running_loop().time()) > 0:
@@ -278,67 +394,42 @@ class CloudClient:
         found = self._cache.several(self._cache_keys(request)) if self._cache is not None else []
         return list(takewhile(lambda kept: kept is not None, found))
 
-    def _keep(self, request: CloudRequest, draw: int, answer: Mapping[str, Any], attempt: Attempt) -> None:
+    def _keep(self, request: CloudRequest, draw: int, answer: CloudAnswer, attempt: Attempt) -> None:
         """Keep an answer, good or bad: it was paid for. (Faults of the wire are not its history.)"""
         if self._cache is not None:
-            said = {name: answer[name] for name in ("text", "refusal", "finish_reason")}
+            said = {name: getattr(answer, name) for name in ("text", "refusal", "finish_reason", "thought")}
             self._cache.put(self._cache_keys(request)[draw], {"answer": said, "attempt": asdict(attempt)})
 
 
-def _read_answer(body: bytes) -> dict[str, Any]:
-    """The parts of a chat completion that matter; ValueError for a body that is none (an error page, say)."""
-    try:
-        whole = json.loads(body)
-        choice = whole["choices"][0]
-        message = choice["message"]
-        content = message.get("content") or ""
-        if isinstance(content, list):
-            content = "".join(str(part.get("text", "")) for part in content)
-        usage = whole.get("usage") or {}
-        return {
-            "text": str(content),
-            "refusal": message.get("refusal"),
-            "finish_reason": str(choice.get("finish_reason") or ""),
-            "model": str(whole.get("model") or ""),
-            "fingerprint": str(whole.get("system_fingerprint") or ""),
-            "tokens_in": usage.get("prompt_tokens"),
-            "tokens_out": usage.get("completion_tokens"),
-        }
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        start = body[:80].decode(errors="replace")
-        raise ValueError(f"the body is no chat completion but begins with {start!r}") from error
-
-
-def _answered(
-    number: int,
-    draw: int,
-    reply: CloudReply,
-    answer: dict[str, Any],
-    parameters: dict[str, Any],
-    begun: float,
-    sizes: tuple[int, int],
-) -> Attempt:
+def _answered(number: int, draw: int, reply: CloudReply, sent: _Sent) -> Attempt:
+    answer = sent.answer
+    assert answer is not None
     notes = [f"{name}={count}" for name, count in sorted(reply.problems.items())]
-    if answer["finish_reason"] == "length":
+    if answer.finish_reason == "length":
         notes.insert(0, "finish_reason=length")
-    tokens_in, tokens_out = answer["tokens_in"], answer["tokens_out"]
-    estimated = not isinstance(tokens_in, int) or not isinstance(tokens_out, int)
+    if answer.cut_before_it_began:
+        spent = "its reasoning took" if answer.thought else "were spent on"
+        notes.append(f"{CUT}: {spent} all of cloud.max_tokens")
+    if sent.unusable:
+        notes.append(shown(sent.unusable, 200))
+    tokens_in, tokens_out = answer.tokens_in, answer.tokens_out
+    estimated = tokens_in is None or tokens_out is None
     if estimated:
-        tokens_in = sum(estimate_tokens(message["content"]) for message in parameters["messages"])
-        tokens_out = estimate_tokens(answer["text"])
+        tokens_in = sum(estimate_tokens(message["content"]) for message in sent.parameters["messages"])
+        tokens_out = estimate_tokens(answer.text)
     return Attempt(
         attempt=number,
         draw=draw,
         outcome=reply.outcome,
-        duration_s=time.perf_counter() - begun,
-        bytes_up=sizes[0],
-        bytes_down=sizes[1],
+        duration_s=time.perf_counter() - sent.begun,
+        bytes_up=sent.sizes[0],
+        bytes_down=sent.sizes[1],
         tokens_in=tokens_in,
         tokens_out=tokens_out,
         tokens_estimated=estimated,
-        model=answer["model"],
-        fingerprint=answer["fingerprint"],
-        finish_reason=answer["finish_reason"],
+        model=answer.model,
+        fingerprint=answer.fingerprint,
+        finish_reason=answer.finish_reason,
         detail=" ".join(notes),
     )
 
@@ -360,11 +451,3 @@ async def _all_or_first_error(work: Sequence[Any], stop: threading.Event | None)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:  # not on every platform
-        return None
-    return uvloop.new_event_loop

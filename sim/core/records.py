@@ -119,6 +119,9 @@ class JudgedSample:
 LEAK = "rejected_by:leak"
 """The verdict of the evaluator, who knows what is held out."""
 
+CUT = "cut before it began"
+"""What the detail of an attempt says whose tokens were spent before the answer's first word."""
+
 NOT_RECEIVED = "not_received"
 """The verdict on a sample that the cloud wrote and that never reached its device."""
 

@@ -56,7 +56,7 @@ def summarize(
     within clusters of users (for a mean that is the sign-flip test; exact for few clusters). Intervals are 95% by the
     jackknife over clusters (`jackknife_interval`), None for fewer than two. `p_holm` is only for `PRIMARY` on the
     primary metric; `margin` and `non_inferior` only for `NON_INFERIORITY` on it; wins, ties and losses only where a
-    single user has a score. `steps` and `tokens` are what a device trained on average over all rounds.
+    single user has a score; none of these against a cloud that answered nothing. `steps` and `tokens` are what a device trained on average over all rounds.
 
     The same tables, seed and resamples give the same rows, in whatever order the tables are.
 
@@ -155,6 +155,8 @@ class _Comparison:
         self._asked = _numbered(frame, order[:-1])
         self._pairs = list(zip(frame["prediction"].fillna("").tolist(), frame["gold"].tolist(), strict=True))
         self._rows = {arm: np.flatnonzero(frame["arm"] == arm) for arm in self.arms}
+        came = frame["outcome"] == "ok" if "outcome" in frame else pd.Series(True, frame.index)
+        self._silent = {arm for arm, rows in self._rows.items() if not came.iloc[rows].any()}
 
     def arm_rows(self, arm: str) -> list[Row]:
         """The arm's own rows, one a metric."""
@@ -172,6 +174,9 @@ class _Comparison:
         rows = []
         for metric, own, other, p in zip(self.task.metrics, mine, theirs, p_values, strict=True):
             row = self._row(arm, metric, reference, answers, own)
+            if reference in self._silent and (arm, reference) in NON_INFERIORITY:
+                rows.append(row)  # no verdict on answers that never came
+                continue
             if len(shared):
                 row["diff"], row["p"] = own.value - other.value, p
             if len(own.per_cluster) > 1:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from untether.sim.core.records import Interaction
+from untether.sim.core.text import plain, valid
 from untether.sim.prompts.wording import (
     ANSWER_SYSTEM,
     ANSWER_USER,
@@ -210,7 +211,8 @@ def parse_request(messages: Sequence[dict[str, Any]]) -> Request:
         labels = tuple(map(str, json.loads(found[1]))) if found else ()
         if count := _COUNT.search(after):
             return Request("samples", task, items, int(count[1]), "", labels)
-        query = json.loads(after.rstrip("\n").rsplit("\n", 1)[-1])["input"]
+        lines_after = [line for line in after.split("\n") if line.startswith("{")]
+        query = json.loads(lines_after[-1] if lines_after else "")["input"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotARequest(f"the user message does not follow the protocol: {error}") from error
     return Request("answer", task, items, 0, str(query), labels)
@@ -253,17 +255,24 @@ def parse_samples(text: str) -> ParsedSamples:
     """
     pairs: list[Pair] = []
     problems: dict[str, int] = {}
-    try:
-        whole = json.loads(text.strip())
-    except (ValueError, RecursionError):
-        whole = None
+    whole = _whole_json(text)
+    if isinstance(whole, str):  # JSON written as a JSON string
+        _count(problems, "not_strict_json")
+        text, whole = whole, _whole_json(whole)
     if isinstance(whole, dict) and isinstance(whole.get("samples"), list):
         for entry in whole["samples"]:
             _take(entry, pairs, problems)
         return ParsedSamples(tuple(pairs), problems)
-    _count(problems, "not_strict_json")
+    problems["not_strict_json"] = 1
     _salvage(text[:_SALVAGE_MAX_CHARS], pairs, problems)
     return ParsedSamples(tuple(pairs), problems)
+
+
+def _whole_json(text: str) -> Any:
+    try:
+        return json.loads(text.strip())
+    except (ValueError, RecursionError):  # no JSON, a number without end, or nested without end
+        return None
 
 
 def estimate_tokens(text: str) -> int:
@@ -272,8 +281,8 @@ def estimate_tokens(text: str) -> int:
 
 
 def clean(text: str) -> str:
-    """Returns `text` as valid Unicode: surrogate pairs joined, lone surrogates (which UTF-8 cannot carry) replaced."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    """`text` as valid Unicode (`sim.core.text.valid`)."""
+    return valid(text)
 
 
 def _salvage(text: str, pairs: list[Pair], problems: dict[str, int]) -> None:
@@ -286,7 +295,7 @@ def _salvage(text: str, pairs: list[Pair], problems: dict[str, int]) -> None:
             break
         try:
             found, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # no object, or one nested without end
             tail_open = tail_open or _OPENING.match(text, position) is not None
             position = text.find("{", position + 1)
             continue
@@ -317,8 +326,10 @@ def _take(entry: object, pairs: list[Pair], problems: dict[str, int]) -> None:
 
 def _text(value: object) -> str | None:
     if isinstance(value, str):
-        return clean(value).strip()
+        return plain(value).strip()
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    if abs(value) >= 1e15:
         return None
     return str(int(value)) if value == int(value) else str(value)
 

@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+
 from untether.sim.core.clock import WallClock
+from untether.sim.core.records import CUT
 from untether.sim.evaluation.statistics import summarize
 from untether.sim.population.source import FromWorld, open_population
 from untether.sim.report import write_report
@@ -17,9 +20,11 @@ from untether.sim.run.usage import Usage
 
 COMPARED = (
     "seed", "round", "device_id", "user_id", "arm", "task", "query_id", "prediction", "gold",
-    "cluster",
+    "cluster", "outcome",
 )  # fmt: skip
 """Columns of `predictions` that the statistics need."""
+ASKED = ("kind", "attempt", "outcome", "detail")
+"""Columns of `events` that tell what the cloud's answers were worth."""
 TRAINED = ("kind", "arm", "steps", "tokens_in")
 """Columns of `events` that they need."""
 PLACEBOS = ("placebos", "placebos_of_two", "placebos_short", "placebo_samples", "placebo_samples_of_second")
@@ -54,6 +59,7 @@ def finish(
             "exclusions": dict(sorted((exclusions + left_out).items())),
             "order": "time" if orders == {"time"} else "unknown",
             "cloud": dict(cloud),
+            "answers": _answers(run.read("events", ASKED)),
             "failures": [failure for commit in commits if commit for failure in commit["facts"]["failures"]],
             "placebos": {
                 name: int(sum(commit["facts"]["totals"].get(name, 0) for commit in commits if commit))
@@ -75,3 +81,14 @@ def finish(
     write_report(run)
     run.write_json("environment.json", {**environment, **ended, "usage": usage.facts()})
     run.drop_parts()
+
+
+def _answers(events: pd.DataFrame) -> dict[str, int]:
+    """How many answers of the cloud there were, those that could not be used, and those cut before they began."""
+    asked = events[events["kind"].isin(("augment", "answer"))]
+    detail = asked["detail"].fillna("")
+    return {
+        "attempts": len(asked),
+        "unusable": int((asked["outcome"] == "malformed").sum()),
+        "cut": int(detail.str.contains(CUT, regex=False).sum()),
+    }

@@ -168,6 +168,7 @@ def notes(summary: Summary, experiment: Experiment, environment: Mapping[str, An
     if facts.get("order") == "unknown":
         found.append("Order unknown: the data carry no dates, so it is asserted that no scored item was trained on, "
                      "not that queries are later than what was.")  # fmt: skip
+    found += _silence(facts.get("answers") or {}, summary)
     found += _placebos(facts.get("placebos") or {})
     few = [task for task in summary.tasks if (summary.users(task) or 0) < _FEW_USERS]
     if few:
@@ -179,6 +180,25 @@ def notes(summary: Summary, experiment: Experiment, environment: Mapping[str, An
     if len(experiment.seeds) == 1:
         found.append("One seed: the spread between draws of users is not measured.")
     return found + [str(note) for note in facts.get("notes") or []]
+
+
+def _silence(counted: Mapping[str, int], summary: Summary) -> list[str]:
+    """What the cloud was asked for and did not give."""
+    attempts, unusable, cut = (int(counted.get(name, 0)) for name in ("attempts", "unusable", "cut"))
+    found = []
+    if cut:
+        found.append(f"{cut} of {_several(attempts, 'attempt')} at the cloud ended before the answer began: all of "
+                     "cloud.max_tokens had gone into reasoning or nothing. Raise cloud.max_tokens, or turn the "
+                     "model's thinking off.")  # fmt: skip
+    if attempts and unusable > cut and unusable * 10 >= attempts:
+        found.append(f"{unusable} of {_several(attempts, 'attempt')} at the cloud brought an answer that could not be "
+                     "used.")  # fmt: skip
+    silent = [c.task for pair in NON_INFERIORITY for c in summary.contrasts()
+              if (c.arm, c.reference) == pair and c.diff is None and c.n_queries]  # fmt: skip
+    if silent:
+        found.append(f"The cloud model answered no question on {_list(silent)}, so nothing is said about how close the "
+                     "device comes to it there.")  # fmt: skip
+    return found
 
 
 def _placebos(counted: Mapping[str, int]) -> list[str]:

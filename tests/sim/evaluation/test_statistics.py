@@ -343,3 +343,14 @@ def test_intervals_hold_the_truth_and_p_holds_its_size_where_users_are_alike():
     for name, share in found.items():
         low, high = (0.01, 0.10) if name.endswith(" p") else (0.91, 0.99)
         assert low <= share <= high, f"{name}: {share}"
+
+
+def test_nothing_is_said_about_a_cloud_that_never_answered():
+    users = {name: [1, 0] for name in "abcdef"}
+    silent = [row | {"outcome": "no_answer", "prediction": ""} for row in answers("cloud", marks(users))]
+    rows = summarize(pd.DataFrame([*answers("collaborative", marks(users)), *silent]))
+    row = pick(rows, "collaborative", "accuracy", "cloud")
+    assert [row[name] for name in ("diff", "diff_ci_low", "wins", "p", "margin", "non_inferior")] == [None] * 6
+    silent[0] = silent[0] | {"outcome": "ok"}
+    rows = summarize(pd.DataFrame([*answers("collaborative", marks(users)), *silent]))
+    assert pick(rows, "collaborative", "accuracy", "cloud")["non_inferior"] is True

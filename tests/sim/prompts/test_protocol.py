@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from untether.sim.core.records import Interaction
+from untether.sim.core.text import plain
 from untether.sim.prompts.protocol import (
     NotARequest,
     build_answer_request,
@@ -102,11 +103,19 @@ def test_content_may_come_in_parts():
     assert parse_request([system, {"role": "user", "content": parts}]).count == 5
 
 
-@given(st.lists(st.tuples(any_text.map(clean).filter(str.strip), any_text.map(clean).filter(str.strip)), max_size=5))
+written = any_text.map(plain).filter(str.strip)
+
+
+@given(st.lists(st.tuples(written, written), max_size=5))
 def test_a_clean_answer_is_read_whole(pairs):
     parsed = parse_samples(format_samples(pairs))
     assert parsed.problems == {}
     assert [tuple(p) for p in parsed.pairs] == [(a.strip(), b.strip()) for a, b in pairs]
+
+
+def test_control_characters_of_an_answer_are_no_text():
+    parsed = parse_samples(format_samples([("a\x1b[2Jb\x00", "c\x07\nd\te")]))
+    assert [tuple(pair) for pair in parsed.pairs] == [("a[2Jb", "c\nd\te")]
 
 
 THREE = format_samples([("a", "1"), ("b {x}", "2"), ("c", "3")])

@@ -244,6 +244,17 @@ def test_the_cloud_is_compared_by_margin_task_by_task():
     assert "margin of 0.02 or 0.1 stars" in captions(Summary(rows))["contrasts"]
 
 
+def test_answers_that_were_cut_or_never_came_are_said():
+    rows = [contrast_row("LaMP_2", "cloud", None, None, None) | {"margin": None, "n_queries": 4}]
+    facts = {"answers": {"attempts": 6, "unusable": 6, "cut": 5}}
+    said = " ".join(notes(Summary({"rows": rows, "facts": facts}), Experiment(), {}))
+    assert "5 of 6 attempts at the cloud ended before the answer began" in said and "cloud.max_tokens" in said
+    assert "6 of 6 attempts at the cloud brought an answer that could not be used" in said
+    assert "answered no question on LaMP-2" in said
+    fine = Summary({"rows": [contrast_row("LaMP_2", "cloud", 0.0, -0.01, 0.01)], "facts": {"answers": {"attempts": 6}}})
+    assert "at the cloud" not in " ".join(notes(fine, Experiment(), {}))
+
+
 def test_how_intervals_are_made_names_clusters_and_margins():
     rows = [contrast_row("LaMP_2", "cloud", 0.0, -0.01, 0.01) | {"n_clusters": 21}]
     text = method(Summary(rows), Experiment())

@@ -1,0 +1,158 @@
+"""The HTTP under the asking: what a body may hold, where a request may go, and what the key may be shown to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import zlib
+from collections.abc import AsyncIterator, Callable
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx2
+import openai
+
+from untether.clients.cloud.answer import Unusable
+from untether.sim.core.errors import UserError
+from untether.sim.core.text import shown
+
+BODY_BYTES = 64 * 1024
+BYTES_A_TOKEN = 16
+EVENT_BYTES_A_TOKEN = 512
+"""A stream wraps each token into an event of its own."""
+
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL's host is this machine, by name or by address."""
+    host = urlsplit(url).hostname or ""
+    return host in _LOOPBACK or host.startswith("127.") and host.replace(".", "").isdigit()
+
+
+def check_address(url: str, variable: str, key: str) -> None:
+    """Raises UserError where a URL cannot be asked, or not without showing a secret: nothing was sent."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError(f"cloud.base_url = {url!r} is no address: it must be like https://api.example.com/v1")
+    if key and parts.scheme == "http" and not is_loopback(url):
+        raise UserError(
+            f"cloud.base_url = {url} is plain HTTP to another machine, where everyone on the way could read the key in "
+            f"{variable} (cloud.api_key_env). Give an https:// address, a tunnel on 127.0.0.1, or, if the endpoint "
+            'needs no key, cloud.api_key_env = ""'
+        )
+
+
+def http_client(url: str, max_tokens: int) -> httpx2.AsyncClient:
+    """A client for `openai.AsyncOpenAI` that reads at most so many bytes of a body and follows no redirect.
+
+    Raises UserError where the environment's proxy or certificates cannot be used.
+    """
+    loopback = is_loopback(url)
+
+    async def bound(response: httpx2.Response) -> None:
+        encoding = response.headers.get("content-encoding", "identity").lower()
+        events = response.headers.get("content-type", "").startswith("text/event-stream")
+        most = BODY_BYTES + max_tokens * (EVENT_BYTES_A_TOKEN if events else BYTES_A_TOKEN)
+        if encoding in ("gzip", "x-gzip", "deflate"):
+            del response.headers["content-encoding"]
+        elif encoding != "identity":
+            await response.aclose()
+            raise Unusable(f"the body is compressed as {shown(encoding, 40)}, which was not asked for")
+        response.stream = _Bounded(response.stream, most, encoding != "identity")
+
+    try:
+        return openai.DefaultAsyncHttpxClient(
+            trust_env=not loopback, follow_redirects=False, event_hooks={"response": [bound]},
+            headers={"Accept-Encoding": "identity"},
+        )  # fmt: skip
+    except (ValueError, ImportError, OSError) as error:
+        raise UserError(_environment(error)) from error
+
+
+class _Bounded(httpx2.AsyncByteStream):
+    """`stream` up to `most` bytes, unpacked where it is compressed; Unusable beyond them."""
+
+    def __init__(self, stream: httpx2.AsyncByteStream, most: int, compressed: bool) -> None:
+        self._stream, self._most, self._compressed = stream, most, compressed
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        unpack = zlib.decompressobj(wbits=47) if self._compressed else None
+        left = self._most
+        async for block in self._stream:
+            try:
+                block = unpack.decompress(block, left + 1) if unpack else block
+            except zlib.error as error:
+                raise Unusable(f"the body cannot be unpacked: {error}") from error
+            left -= len(block)
+            if left < 0:
+                raise Unusable(f"the body is larger than {self._most} bytes, more than cloud.max_tokens can take")
+            yield block
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def _environment(error: Exception) -> str:
+    """One sentence on a proxy or a file of certificates that the environment names and that cannot be used."""
+    found = _set(_CERTIFICATES if isinstance(error, OSError) else _PROXIES)
+    said = shown(str(error), 160)
+    if isinstance(error, OSError):
+        place = found or "SSL_CERT_FILE"
+        return f"the environment's certificates cannot be read: {place} ({said}). Correct the variable or unset it"
+    if isinstance(error, ImportError):
+        return (
+            f"the environment's proxy cannot be used: {found} is a SOCKS proxy, which needs a package that is not "
+            "installed (`pip install 'httpx[socks]' socksio`). Install it, give an http:// proxy, or unset the variable"
+        )
+    return (
+        f"the environment's proxy cannot be used: {found or said} is of a kind that is not known here. Give an http:// "
+        "or socks5:// address, or unset the variable"
+    )
+
+
+def _set(names: tuple[str, ...]) -> str:
+    """The first of these variables that is set, with its value; a password in it is not shown."""
+    for name in (*names, *(name.lower() for name in names)):
+        if value := os.environ.get(name):
+            return f"{name}={without_credentials(value)}"
+    return ""
+
+
+def without_credentials(url: str) -> str:
+    """A URL as it may be shown: no user, no password, no query."""
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+        return shown(urlunsplit((parts.scheme, host, parts.path, "", "")) if parts.netloc else url, 200)
+    except ValueError:
+        return "(an address that cannot be read)"
+
+
+def secret_in(url: str) -> str:
+    """What in a URL is a credential: `a user or password`, or a query field such as `api_key`; empty for none."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return ""
+    if "@" in parts.netloc:
+        return "a user name or password"
+    for field in parts.query.split("&"):
+        name = field.partition("=")[0].lower()
+        if name and any(word in name for word in ("key", "token", "secret", "password", "sig", "auth")):
+            return f"the field `{shown(name, 30)}`"
+    return ""
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where there is one."""
+    try:
+        import uvloop
+    except ImportError:  # not on every platform
+        return None
+    return uvloop.new_event_loop
