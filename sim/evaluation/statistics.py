@@ -56,7 +56,8 @@ def summarize(
     within clusters of users (for a mean that is the sign-flip test; exact for few clusters). Intervals are 95% by the
     jackknife over clusters (`jackknife_interval`), None for fewer than two. `p_holm` is only for `PRIMARY` on the
     primary metric; `margin` and `non_inferior` only for `NON_INFERIORITY` on it; wins, ties and losses only where a
-    single user has a score; none of these against a cloud that answered nothing. `steps` and `tokens` are what a device trained on average over all rounds.
+    single user has a score; none of these against a cloud that answered nothing. `steps` and `tokens` are what a device
+    trained on average over all rounds.
 
     The same tables, seed and resamples give the same rows, in whatever order the tables are.
 
