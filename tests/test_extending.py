@@ -8,7 +8,6 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,15 +21,17 @@ from untether.clients.device.worker import Endpoint
 from untether.plugins import Section, apart, register
 from untether.server.background import start_background
 from untether.sim.core.errors import UserError
-from untether.sim.core.kinds import STRATEGIES
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.plugins import fingerprints, load
 from untether.sim.launch.runtime import check, prepare, reopen
 from untether.sim.population.source import device_id, open_population
+from untether.sim.rounds.messages import Reply
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies import Study, run_study
 from untether.sim.time.policies import alarm
 from untether.sim.time.timeline import Timeline
+from untether.strategies import open_strategy
+from untether.strategies.shared_lora import Site
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
 SMALL = {
@@ -149,11 +150,17 @@ def test_generator(example, ran):
 
 
 def test_strategy(example):
-    experiment = example("counted")
-    strategy = STRATEGIES.bind(experiment.strategy.name, experiment.settings)()
-    replies = [SimpleNamespace(content={"totals": {"ok": count}}) for count in (2, 1)]
-    strategy.aggregate_train(0, replies)
-    assert strategy.rounds == {0: {"ok": 3}}
+    """Two devices, one with three times the data of the other: both count alike."""
+    strategy = open_strategy(example("uniform"))
+    init = {"layer": (np.ones((8, 2)), np.zeros((3, 8)))}
+    shared = {f"all/{name}": array for name, array in strategy.begin(init).items()}
+    replies = []
+    for device, (examples, value) in enumerate(((3, 1.0), (1, 5.0))):
+        site = Site(device, 0, 8, examples, init, lambda: init)
+        up = strategy.upload({}, {"lora": {"layer": (np.full((8, 2), value), np.full((3, 8), value))}}, site)
+        replies.append(Reply(arrays={f"all/{name}": array for name, array in up.items()}))
+    after = strategy.aggregate(1, 0, shared, replies)
+    assert np.allclose(after["all/lora/A/layer"], 3.0) and np.allclose(after["all/lora/B/layer"], 3.0)
 
 
 def test_analysis(tmp_path):

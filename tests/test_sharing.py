@@ -47,7 +47,7 @@ def test_hosts_and_shards_change_nothing(run, name, more):
     ours, theirs = shared_part(many), shared_part(one)
     assert ours.keys() == theirs.keys() and len(theirs)
     for key, array in theirs.items():
-        np.testing.assert_allclose(ours[key], array, atol=2e-5)
+        np.testing.assert_allclose(ours[key], array, atol=1e-3)  # of moves of some 0.1, at this learning rate
         assert array.dtype == np.float64
     columns = [column for column in answers(one).columns if column != "prediction"]
     assert_frame_equal(answers(many)[columns], answers(one)[columns])
@@ -163,7 +163,10 @@ def test_selection(run, select, more, count):
     if select == "stalest_first":
         assert trained[0].isdisjoint(trained[1])
     if select == "least_data_first":
-        assert trained[0] == trained[1]
+        users = open_population(done.experiment, 1)
+        items = {f"d0000{device}": len(users.user(device).history) for device in range(6)}
+        for chosen in trained.values():
+            assert max(items[d] for d in chosen) <= min(items[d] for d in set(items) - chosen)
 
 
 def test_a_private_adapter_begins_as_what_is_shared_or_sits_on_top_of_it(run):

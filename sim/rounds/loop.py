@@ -115,7 +115,8 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
             virtual.advance(day, errors(learned))
             facts = {
                 "totals": learned.counts(), "models": {**asked.models, **learned.models},
-                "failures": [*asked.failures, *updated.failures, *learned.failures], **learned.facts,
+                "failures": [*asked.failures, *updated.failures, *learned.failures],
+                **updated.facts, **learned.facts,
             }
             if part.arrays is not None:
                 facts["shared_part"] = part.write(round, part.arrays)

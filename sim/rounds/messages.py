@@ -245,10 +245,11 @@ def joined(replies: Iterable[Reply]) -> Reply:
         failures += reply.failures
         for name, array in reply.arrays.items():
             kind = name.partition("/")[2]
-            if name not in arrays or not kind.startswith((SUM, STACK)):
-                arrays[name] = array
-            else:
-                arrays[name] = arrays[name] + array if kind.startswith(SUM) else np.concatenate([arrays[name], array])
+            if name in arrays and kind.startswith(SUM):
+                array = np.asarray(arrays[name] + array)  # a sum of two 0-d arrays is none
+            elif name in arrays and kind.startswith(STACK):
+                array = np.concatenate([arrays[name], array])
+            arrays[name] = array
     return Reply(columns, events, parts, models, failures, facts, arrays)
 
 

@@ -30,7 +30,7 @@ class SharedAdapters:
 
     def write(self, arrays: Mapping[str, np.ndarray], left_out: Mapping[str, int]) -> None:
         """Keeps the adapters, and how many items of other users were left out of their training, by reason."""
-        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         with written(self.path, SafetensorError) as temporary:
             save_file(whole, temporary, metadata={"left_out": json.dumps(dict(left_out))})
 
@@ -95,7 +95,7 @@ class SharedPart:
         """Keeps what is shared after a round. Returns the path for the commit, relative to the run directory."""
         self.arrays, self._fresh = dict(arrays), False
         path = self._path(round)
-        whole = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        whole = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         with written(path, SafetensorError) as temporary:
             save_file(whole, temporary, metadata={"whole": json.dumps(self.whole)})
         return str(path.relative_to(self.run.path))
