@@ -1,6 +1,7 @@
 """Devices that train together, through the run's own loop: splits, stops, links that break, and what is made of it."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from fleet import NOWHERE, answers, make_worker, run_in_process, tiny
 from pandas.testing import assert_frame_equal
@@ -14,6 +15,7 @@ from untether.sim.population.source import open_population
 from untether.sim.rounds.loop import run_rounds
 from untether.sim.rounds.messages import Reply, Update
 from untether.sim.run.directory import RunDirectory
+from untether.sim.studies import Study, run_study
 from untether.strategies import open_strategy
 from untether.strategies.factors import factors_in, factors_of, products
 
@@ -242,3 +244,32 @@ def test_a_device_that_was_lost_leaves_the_cohort(run):
     assert told == ["ok"] * 5 + ["host_failed"]
     events = directory.read("events")
     assert events[events["kind"] == "straggler"]["device_id"].tolist() == ["d00000"]
+
+
+def test_the_study_tells_what_the_tables_say(run, tmp_path):
+    """Two real cells: its sums are those of the events, its gain that of the answers."""
+    changes = {"population.users": "3", "rounds": "2", "population.queries": "4", "engine.threads": "1",
+               "generation.max_new_tokens": "6", "training.learning_rate": "0.03"}  # fmt: skip
+    grid = {"strategy.name": "fedit", "population.history": "[[8, 8]]", "network.availability": "1,0.3"}
+    study = Study.read("sharing", changes, grid)
+    cells = {}
+
+    def carry_out(directories):
+        for directory in directories:
+            worker = make_worker(directory, NOWHERE, run.worker)
+            cells[directory.path.name] = run_in_process_again(directory, worker)
+            directory.write_json("summary.json", {"rows": [], "facts": {}})
+
+    run_study(study, tmp_path / "out", carry_out)
+    table = pd.read_csv(tmp_path / "out" / "table.csv").set_index("cell")
+    assert len(table) == 2 and (tmp_path / "out" / "figures" / "1-course.svg").exists()
+    for cell in study.cells:
+        done, row = cells[cell.name], table.loc[cell.name]
+        events = done.read("events").query("arm == 'federated'")
+        moved = events["bytes_up"].fillna(0).sum() + events["bytes_down"].fillna(0).sum()
+        assert row["bytes"] == pytest.approx(moved / 3, rel=1e-6)
+        assert row["energy_j"] == pytest.approx(events["energy_j"].fillna(0).sum() / 3, rel=1e-3)
+        last = done.read("predictions").query("round == 1")
+        means = last.groupby(["arm", "user_id"])["score"].mean().groupby("arm").mean()
+        assert row["gain"] == pytest.approx(means["federated"] - means["local"], abs=1e-4)
+    assert "robustness" in (tmp_path / "out" / "findings.md").read_text()

@@ -75,6 +75,7 @@ ANALYSES: Registry[Any] = Registry("analysis", "analysis", {
     "scale": "untether.sim.studies.scale.scale:analyse",
     "connectivity": "untether.sim.studies.connectivity.connectivity:analyse",
     "drift": "untether.sim.studies.drift.drift:analyse",
+    "sharing": "untether.sim.studies.sharing:analyse",
     "away": "untether.sim.studies.drift.away:analyse",
 })  # fmt: skip
 

@@ -93,8 +93,7 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
             before, updated = part.sent(), Reply()
             if day.cohort.took_part:
                 updated = send(virtual.update(day, before))
-                day = day.after(outcomes(updated))
-                part.arrays = strategy.aggregate(seed, round, part.arrays or {}, [updated])
+                day, part.arrays = day.after(outcomes(updated)), strategy.aggregate(seed, round, part.arrays, [updated])
             if SHARED in experiment.arms and not shared.there:  # what belongs to no device, once a seed
                 reply = send(Share(seed=seed, round=round), experiment.population.shared_users)
                 shared.write(reply.arrays, reply.facts.get("left_out", {}))
@@ -105,21 +104,20 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
 
             # 5. commit: what is not named here never happened.
             complete(devices, learned)
-            for reply in (updated, learned):
-                for table, paths in run.parts(seed, round, reply.parts).items():
-                    parts.setdefault(table, []).extend(paths)
+            for table, paths in run.parts(seed, round, joined([updated, learned]).parts).items():
+                parts.setdefault(table, []).extend(paths)
             events = virtual.event_rows(day, answers, [*updated.events, *learned.events])
             parts["events"] = [run.write_part("events", seed, round, "round", events)]
             if left := virtual.ledger_rows(day):
                 parts.setdefault("ledger", []).append(run.write_part("ledger", seed, round, "shared", left))
             virtual.advance(day, errors(learned))
-            facts = {
-                "totals": learned.counts(), "models": {**asked.models, **learned.models},
-                "failures": [*asked.failures, *updated.failures, *learned.failures],
-                **updated.facts, **learned.facts,
-            }
-            if part.arrays is not None:
-                facts["shared_part"] = part.write(round, part.arrays)
+            facts = {"totals": learned.counts(), **_facts(asked, updated, learned), **part.write(round)}
             run.commit(seed, round, parts, facts, virtual.state() if round + 1 < experiment.rounds else None)
             part.prune(round)
             progress.end()
+
+
+def _facts(*replies: Reply) -> dict[str, Any]:
+    """What a commit keeps of a round's replies beside their parts."""
+    reply = joined(replies)
+    return {"models": reply.models, "failures": reply.failures, **reply.facts}

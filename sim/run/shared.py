@@ -91,14 +91,15 @@ class SharedPart:
         down = 0 if self._fresh else sum(array.size for array in self.sent().values())
         return (sum(self.whole[side] for side in sides) / one, down / one) if one else (0.0, 0.0)
 
-    def write(self, round: int, arrays: Mapping[str, np.ndarray]) -> str:
-        """Keeps what is shared after a round. Returns the path for the commit, relative to the run directory."""
-        self.arrays, self._fresh = dict(arrays), False
-        path = self._path(round)
+    def write(self, round: int) -> dict[str, str]:
+        """Keeps what is shared after a round. Returns what its commit says of it; nothing where nothing is shared."""
+        if self.arrays is None:
+            return {}
+        self._fresh, path = False, self._path(round)
         whole = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         with written(path, SafetensorError) as temporary:
             save_file(whole, temporary, metadata={"whole": json.dumps(self.whole)})
-        return str(path.relative_to(self.run.path))
+        return {"shared_part": str(path.relative_to(self.run.path))}
 
     def prune(self, round: int) -> None:
         """Deletes what was shared before `round`, which is committed."""
