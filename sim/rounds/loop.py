@@ -93,7 +93,8 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
             before, updated = part.sent(), Reply()
             if day.cohort.took_part:
                 updated = send(virtual.update(day, before))
-                day, part.arrays = day.after(outcomes(updated)), strategy.aggregate(seed, round, part.arrays, [updated])
+                day = day.after(outcomes(updated))
+                part.arrays = strategy.aggregate(seed, round, part.arrays or {}, [updated])
             if SHARED in experiment.arms and not shared.there:  # what belongs to no device, once a seed
                 reply = send(Share(seed=seed, round=round), experiment.population.shared_users)
                 shared.write(reply.arrays, reply.facts.get("left_out", {}))
