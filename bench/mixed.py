@@ -20,7 +20,7 @@ from untether.clients.engine import training
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.jobs import TrainJob
 from untether.clients.engine.kernels.lines import Prefixes
-from untether.sim.population.world import TASKS
+from untether.sim.population.world import WORLD_TASKS
 
 REPEATS = 3
 
@@ -34,7 +34,7 @@ class _Whole(Prefixes):
 
 def measure(devices: int = 40, steps: int = 4) -> dict[str, float]:
     """Seconds of processor of each way (its best of several), their ratios, and the largest difference of losses."""
-    loads = [Workload(devices, task=task).load(list(range(devices))) for task in TASKS]
+    loads = [Workload(devices, task=task).load(list(range(devices))) for task in WORLD_TASKS]
     jobs: list[TrainJob] = []
     for of_device in zip(*loads, strict=True):
         first = of_device[0].job

@@ -64,7 +64,7 @@ def metric_rows(predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def training_rows(results: Mapping[Version, TrainResult]) -> list[dict[str, Any]]:
-    """Rows of `training`: of each adapter at most `LOSSES_KEPT` steps."""
+    """Returns rows of `training`: of each adapter at most `LOSSES_KEPT` steps."""
     rows = []
     for version, result in results.items():
         stride = max(1, -(-result.steps // (LOSSES_KEPT - 1)))
@@ -77,7 +77,7 @@ def training_rows(results: Mapping[Version, TrainResult]) -> list[dict[str, Any]
 
 
 def train_event_rows(order: Order, results: Mapping[Version, TrainResult]) -> list[dict[str, Any]]:
-    """Rows of `events` of kind `train`: what was really done."""
+    """Returns rows of `events` of kind `train`: what was really done."""
     return [
         {
             "time_s": order.round * DAY_S, "attempt": 0, "device_id": device_id(version.device), "arm": version.arm,

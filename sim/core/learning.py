@@ -43,13 +43,13 @@ class LoraSpec:
         return cls(section.rank, section.alpha, section.dropout, whole, section.use_rslora)
 
     def at_rank(self, rank: int) -> LoraSpec:
-        """The shape with another rank and the same scaling, as plain LoRA: of an adapter that is several, stacked."""
+        """Returns the shape with another rank and the same scaling, as plain LoRA: of several adapters, stacked."""
         if rank == self.rank:
             return self
         return LoraSpec(rank, self.scaling * rank, self.dropout, self.target_modules)
 
     def fitting(self, state: Mapping[str, Any]) -> LoraSpec:
-        """The shape at the rank that an adapter's weights (under PEFT's keys) have."""
+        """Returns the shape at the rank that an adapter's weights (under PEFT's keys) have."""
         return self.at_rank(next((len(array) for name, array in state.items() if ".lora_A." in name), self.rank))
 
     @property

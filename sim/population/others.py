@@ -39,8 +39,10 @@ def shared_items(
 def open_items(
     population: Population, items: Sequence[Interaction]
 ) -> tuple[frozenset[Interaction], Counter[str]]:
-    """The items of evaluated users that others may learn from, too, and how many were left out why: by the rule of
-    `shared_items`. Where histories are replayed, the round says what is older than a query, and dates do not count.
+    """Returns the items of evaluated users that others may train on, and how many were left out, by reason.
+
+    The rule is that of `shared_items`. Where histories are replayed, the round says what is older than a query, and
+    dates do not count.
     """
     left: list[Interaction] = []
     counts: Counter[str] = Counter()

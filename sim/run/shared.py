@@ -76,16 +76,18 @@ class SharedPart:
                 ) from error
 
     def begin(self, arrays: Mapping[str, np.ndarray], whole: Mapping[str, int]) -> None:
-        """Sets what is shared before anybody trained."""
+        """Sets what is shared before the first training."""
         self.arrays, self.whole = dict(arrays), dict(whole)
 
     def sent(self) -> dict[str, np.ndarray]:
-        """What goes to devices: without what the strategy remembers for itself."""
+        """Returns what devices get: all but the server's own state of the strategy."""
         return {name: array for name, array in (self.arrays or {}).items() if "/server/" not in name}
 
     def travels(self, sides: str) -> tuple[float, float]:
-        """What travels up to the server and down from it, in adapters: the `sides` of one that a device uploads, and
-        all that is sent to it; nothing before the first round, since everybody can draw that from the seed.
+        """Returns the uploads and downloads of a device, in adapters.
+
+        It uploads the `sides` of one and downloads everything that is sent; nothing before the first round, since each
+        device can draw that from the seed.
         """
         one = sum(self.whole.values())
         down = 0 if self._fresh else sum(array.size for array in self.sent().values())

@@ -1,7 +1,8 @@
-"""What a strategy has devices train together: each its part, the sums of a shard, and the adapter that answers.
+"""Joint training on the device, by a strategy's rules: each device's part, the sums of a shard, and the adapter that
+answers.
 
-The strategy says what is trained, what travels and what stays (`strategies.shared_lora`); nothing of a device but terms
-of sums is in a reply, and what stays goes to the devices' store.
+The strategy decides what is trained, uploaded and kept (`strategies.shared_lora`). A reply holds only terms of sums;
+what a device keeps goes to the devices' store.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PREFIX = "federated"
 
 
 def begin(worker: Worker, order: Begin, inputs: Inputs) -> Outcome:
-    """What the strategy shares before the first round, by group; and how many weights an adapter has, by side."""
+    """Returns the initial shared part, by group, and the number of an adapter's weights, by side."""
     strategy = _strategy(worker.experiment)
     init = _initial(worker, derive(order.seed, FEDERATED, "adapter"))
     arrays = {f"{group}/{name}": array for group in order.groups for name, array in strategy.begin(init).items()}
@@ -60,7 +61,7 @@ class _Part:
 
 
 def update(worker: Worker, order: Update, inputs: Inputs) -> Outcome:
-    """Trains each device's part on its real items, less those that hold what anybody is scored on."""
+    """Trains each device's part on its real items, without those that hold a scored text."""
     experiment, strategy = worker.experiment, _strategy(worker.experiment)
     _, training = experiment.for_arm(FEDERATED)
     left_out: Counter[str] = Counter()
@@ -115,7 +116,7 @@ def update(worker: Worker, order: Update, inputs: Inputs) -> Outcome:
 def federated_adapters(
     worker: Worker, order: Learn, devices: Sequence[Device], inputs: Inputs
 ) -> dict[Owner, list[LiveAdapter]]:
-    """By (device, FEDERATED), the adapter that each device answers with: of what is shared and what it kept."""
+    """Returns the adapter that each device answers with, by (device, FEDERATED): the shared part and what it kept."""
     return {
         (device.index, FEDERATED): [
             LiveAdapter(
@@ -130,7 +131,7 @@ def federated_adapters(
 def worn(
     worker: Worker, order: Learn, devices: Sequence[Device], inputs: Inputs
 ) -> dict[Device, Factors]:
-    """The adapter of what is shared, of each device; none where that is the base alone."""
+    """Returns each device's adapter from the shared part; none where it is the base model alone."""
     shared = in_group(order.arrays, PREFIX)
     strategy, found = _strategy(worker.experiment), {}
     init = _initial(worker, derive(order.seed, FEDERATED, "adapter"))
