@@ -1,10 +1,12 @@
 """Which synthetic samples a device keeps: named filters in a configured order, and one pass that applies them.
 
-The three filters of CDCDA-PLM (arXiv 2508.21313): semantic consistency, diversity, length. Another (adversarial
-validation, a person's review) is a plug-in's, under a name that `filters.order` then may list (`docs/extending.md`).
+The three filters of CDCDA-PLM (arXiv 2508.21313): semantic consistency, diversity, length. Beside them adversarial
+validation, self-consistency, and a person's review. Another is a plug-in's, under a name that `filters.order` then may
+list (`docs/extending.md`).
 """
 
+from untether.clients.filters.beside import Beside
 from untether.clients.filters.case import Case, Examination, Filter, Finding, Fixed, text_of
 from untether.clients.filters.judging import create, judge
 
-__all__ = ["Case", "Examination", "Filter", "Finding", "Fixed", "create", "judge", "text_of"]
+__all__ = ["Beside", "Case", "Examination", "Filter", "Finding", "Fixed", "create", "judge", "text_of"]

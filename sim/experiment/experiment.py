@@ -130,6 +130,18 @@ class Experiment(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _somebody_reviews(self) -> Experiment:
+        human, source = self.filters.human, self.population.source
+        reviewed = "human" in self.filters.order and human.enabled
+        if reviewed and not human.decisions and source != "world":
+            raise ValueError(
+                f'filters.order names "human" with population.source = "{source}": only the world\'s users are '
+                "simulated. Run once without it, decide with `untether review RUN`, and set filters.human.decisions to "
+                "the file that it writes"
+            )
+        return self
+
     @classmethod
     def read(cls, path: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> Experiment:
         """Reads a TOML file (none: the default experiment) and applies dotted overrides such as `lora.rank=4`.
