@@ -151,7 +151,7 @@ def test_generator(example, ran):
 
 def test_strategy(example):
     """Two devices, one with three times the data of the other: both count alike."""
-    strategy = open_strategy(example("uniform"))
+    strategy = open_strategy(example("uniform", arms="frozen,federated"))
     init = {"layer": (np.ones((8, 2)), np.zeros((3, 8)))}
     shared = {f"all/{name}": array for name, array in strategy.begin(init).items()}
     replies = []

@@ -202,8 +202,9 @@ def test_what_anybody_is_scored_on_is_trained_on_by_nobody(run, monkeypatch):
         user = plain(self, index)
         if index != 1:
             return user
-        item = replace(user.of_task("LaMP_4")[0], item_id="leak", input=query.input, output=query.gold)
-        return replace(user, history=(*user.history, item))
+        first = user.of_task("LaMP_4")[0]
+        leak = replace(first, item_id="leak", input=query.input, output=query.gold)
+        return replace(user, history=tuple(leak if item is first else item for item in user.history))
 
     monkeypatch.setattr(type(population), "user", leaky)
     run.worker._population = None

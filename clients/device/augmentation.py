@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from untether.clients.cloud.records import CloudReply, CloudRequest
 from untether.clients.device.device import Device
@@ -146,6 +147,40 @@ def questions(experiment: Experiment, order: Order, device: Device) -> list[tupl
         )
         for number, query in enumerate(device.queries(order.round))
     ]
+
+
+def asking_again(
+    experiment: Experiment, order: Order, device: Device, samples: Sequence[Sample]
+) -> list[tuple[CloudRequest, Sample]]:
+    """The requests of the filter `self_consistency`: each sample's input as a query, with the history in the prompt.
+
+    They show what the sample's own request has shown, to the same cloud.
+    """
+    cloud = experiment.cloud
+    items = device.real_items(experiment, order.round)
+    return [
+        (
+            answer_request(
+                get_task(sample.task), [item for item in items if item.task == sample.task], sample.input,
+                sample.sample_id, request_id=f"{sample.sample_id}~", device_id=device.device_id, seed=order.seed,
+                round=order.round, show_items=cloud.show_items, show_chars=cloud.show_chars,
+            ),
+            sample,
+        )
+        for sample in samples
+    ]
+
+
+def with_checks(reply: CloudReply, checks: Sequence[CloudReply]) -> CloudReply:
+    """A reply whose last attempt bears what asking again about its samples took, too: bytes, tokens, time."""
+    if not checks or not reply.attempts:
+        return reply
+    *before, last = reply.attempts
+    costs = {
+        name: (getattr(last, name) or 0) + sum(check.total(name) for check in checks)
+        for name in ("bytes_up", "bytes_down", "tokens_in", "tokens_out", "duration_s")
+    }
+    return replace(reply, attempts=(*before, replace(last, **costs)))
 
 
 def samples_from(requests: Sequence[CloudRequest], replies: Sequence[CloudReply]) -> list[Sample]:

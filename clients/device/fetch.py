@@ -8,22 +8,38 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from untether.clients.cloud.client import CloudClient
 from untether.clients.cloud.records import CloudReply, CloudRequest
-from untether.clients.device.augmentation import merge_outcomes, questions, sample_orders, samples_from
+from untether.clients.device.augmentation import (
+    asking_again,
+    merge_outcomes,
+    questions,
+    sample_orders,
+    samples_from,
+    with_checks,
+)
 from untether.clients.device.device import Device
 from untether.clients.device.worker import Inputs, Outcome, Worker, rows_of
-from untether.clients.filters import judge
+from untether.clients.filters import Beside, create_filters, judge
+from untether.clients.filters.beside import Review, decided, simulated
+from untether.clients.filters.self_consistency import agreement as agreement_of
 from untether.sim.core.clock import DAY_S
-from untether.sim.core.records import LEAK, NOT_RECEIVED, Interaction, JudgedSample, Query, Sample
+from untether.sim.core.records import LEAK, NOT_RECEIVED, Interaction, JudgedSample, Query, Sample, User
 from untether.sim.experiment.arms import CLOUD
 from untether.sim.population.leaks import LeakChecker
+from untether.sim.population.others import shared_items
+from untether.sim.population.source import FromWorld
 from untether.sim.population.tasks import get_task
 from untether.sim.prompts.protocol import estimate_tokens
 from untether.sim.rounds.messages import Fetch, Order, Refilter, Reply
+from untether.sim.run.reviews import ReviewFile
+
+AGAIN = "self_consistency"
+"""The score that is not made anew when answers were lost: the cloud was asked already."""
 
 COHORT = 64
 """Devices whose samples are embedded and judged together."""
@@ -61,8 +77,9 @@ def fetch(worker: Worker, order: Fetch, inputs: Inputs) -> Outcome:
     requests = [r for index in orders for r in (*orders[index], *(request for request, _ in asked[index]))]
     replies = _ask(worker, requests, len(devices)) if requests else []
     candidates = {device.index: samples_from(orders[device.index], replies) for device in devices}
-    judged = _judge(worker, order, devices, candidates)
     by_id = {reply.request_id: reply for reply in replies}
+    agreement = _ask_again(worker, order, devices, candidates, by_id)
+    judged = _judge(worker, order, devices, candidates, agreement)
     tables = {
         "samples": [_sample_row(device, item) for device in devices for item in judged[device.index]],
         "answers": [
@@ -86,14 +103,18 @@ def filter_again(worker: Worker, order: Refilter, inputs: Inputs) -> Outcome:
     devices = worker.devices(order)
     by_name = {device.device_id: device.index for device in devices}
     received: dict[int, list[Sample]] = {device.index: [] for device in devices}
+    agreement: dict[str, float] = {}
     missed: dict[int, list[JudgedSample]] = {device.index: [] for device in devices}
     for row in rows_of(inputs.samples):
         sample, device = Sample(*(row[name] for name in Sample.__dataclass_fields__)), by_name[row["device_id"]]
+        scores = json.loads(row["scores"] or "{}")
+        if AGAIN in scores:
+            agreement[sample.sample_id] = scores[AGAIN]
         if sample.request_id in lost:
             missed[device].append(JudgedSample(sample, None, None, None, NOT_RECEIVED))
         else:
             received[device].append(sample)
-    judged = _judge(worker, order, devices, received)
+    judged = _judge(worker, order, devices, received, agreement)
     rows = [_sample_row(device, item) for device in devices for item in (*judged[device.index], *missed[device.index])]
     columns = {"device": [device.index for device in devices], "outcome": ["ok"] * len(devices)}
     return Outcome(_reply(worker, order, devices, judged, columns, {}), {"samples": rows})
@@ -132,9 +153,60 @@ def _ask(worker: Worker, requests: Sequence[CloudRequest], devices: int) -> list
     return client.ask_sync(requests, on_done)
 
 
+def _ask_again(
+    worker: Worker, order: Order, devices: Sequence[Device], candidates: Mapping[int, Sequence[Sample]],
+    replies: dict[str, CloudReply],
+) -> dict[str, float]:  # fmt: skip
+    """How far the cloud's second answer agrees with each sample, where a filter wants to know: by sample id. A question
+    that the cloud cannot answer agrees with nothing. What it took goes into `replies`.
+    """
+    experiment = worker.experiment
+    rules = create_filters(experiment.filters, experiment.settings).values()
+    if not any(getattr(rule, "asks_again", False) for rule in rules):
+        return {}
+    asked = [pair for device in devices for pair in asking_again(experiment, order, device, candidates[device.index])]
+    again = {reply.request_id: reply for reply in _ask(worker, [request for request, _ in asked], len(devices))}
+    checks: dict[str, list[CloudReply]] = defaultdict(list)
+    found = {}
+    for request, sample in asked:
+        reply = again[request.request_id]
+        checks[sample.request_id].append(reply)
+        found[sample.sample_id] = agreement_of(sample.task, sample.output, reply.text.strip()) if reply.ok else 0.0
+    for request_id, theirs in checks.items():
+        replies[request_id] = with_checks(replies[request_id], theirs)
+    return found
+
+
+def _beside(
+    worker: Worker, order: Order, devices: Sequence[Device], agreement: Mapping[str, float]
+) -> dict[int, Beside]:
+    """What the experiment's filters are told of each device beside its texts."""
+    experiment, population = worker.experiment, worker.population(order.seed)
+    rules = create_filters(experiment.filters, experiment.settings).values()
+    others: list[Interaction] = []
+    if any(getattr(rule, "reads_others", False) for rule in rules):
+        users = population.shared_users()
+        tasks = dict.fromkeys(task for device in devices for task in device.user.tasks)
+        others = [item for task in tasks for item in shared_items(population, task, users)[0]]
+    review: Callable[[User], Review] | None = None
+    if any(getattr(rule, "reviewed", False) for rule in rules):
+        human = experiment.filters.human
+        if human.decisions:
+            review = partial(decided, ReviewFile(human.decisions))
+        elif isinstance(population, FromWorld):
+            review = partial(
+                simulated, population.world, round=order.round, error_rate=human.error_rate, seed=order.seed
+            )
+    return {
+        device.index: Beside(others, agreement, review(device.user) if review is not None else None)
+        for device in devices
+    }
+
+
 def _judge(
-    worker: Worker, order: Order, devices: Sequence[Device], candidates: dict[int, list[Sample]]
-) -> dict[int, list[JudgedSample]]:
+    worker: Worker, order: Order, devices: Sequence[Device], candidates: dict[int, list[Sample]],
+    agreement: Mapping[str, float],
+) -> dict[int, list[JudgedSample]]:  # fmt: skip
     """Filters the devices' candidates, a cohort embedded in one pass; leaks are the evaluator's to find."""
     checkers = {device.index: LeakChecker(device.held_out(order.round)) for device in devices}
     owner = {sample.sample_id: index for index, samples in candidates.items() for sample in samples}
@@ -143,13 +215,14 @@ def _judge(
         return checkers[owner[sample.sample_id]].is_leak(sample.task, sample.input, sample.output)
 
     judged: dict[int, list[JudgedSample]] = {device.index: [] for device in devices}
+    beside = _beside(worker, order, devices, agreement) if owner else {}
     for start in range(0, len(devices) if owner else 0, COHORT):
         worker.progress(ASKING * len(devices) + (1 - ASKING) * start)
         some = devices[start : start + COHORT]
         real = {device.index: device.real_items(worker.experiment, order.round) for device in some}
         theirs = {device.index: candidates[device.index] for device in some}
         judged |= judge(
-            theirs, real, worker.experiment.filters, worker.encoder, leaks, worker.experiment.settings
+            theirs, real, worker.experiment.filters, worker.encoder, leaks, worker.experiment.settings, beside
         )
     return judged
 

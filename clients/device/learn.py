@@ -54,7 +54,7 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     placebos: dict[int, tuple[int, int, bool]] = {}
     versions = _by_device(order.versions)
     materials = Materials(experiment, order, inputs)
-    begun = [a for a in trained(experiment.arms) if experiment.for_arm(a)[1].start in ("shared", "on_shared")]
+    begun = [a for a in trained(experiment.arms) if experiment.for_arm(a)[1].needs_shared]
     below = worn(worker, order, devices, inputs) if begun else {}
     jobs = list(_jobs(worker, order, devices, versions, materials, inputs, below, placebos))
     engine = experiment.engine
@@ -144,7 +144,7 @@ def _jobs(
                 settings = TrainSettings.of(training, steps=steps)
             spec, start = LoraSpec.of(lora), inputs.starts.get(version)
             begun = Beginning(spec, start)
-            if training.start in ("shared", "on_shared") and device in below:
+            if training.needs_shared and device in below:
                 begun = beginning(worker, version.arm, below[device], derive(*words, "adapter"), start)
             yield TrainJob(
                 key=version,

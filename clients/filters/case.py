@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from untether.clients.filters.beside import Beside
 from untether.sim.core.records import Interaction, Sample
 
 Reads = Literal["input", "output", "pair"]
@@ -39,12 +40,16 @@ class Case:
 
     `sample_vectors` and `real_vectors` hold unit vectors by the text that was read: float32 `[samples, dim]` and
     `[real, dim]`.
+    `beside` is what a filter may be told beyond the texts; `other_vectors` are those of its other users' samples, for
+    filters that say `reads_others`.
     """
 
     samples: Sequence[Sample]
     real: Sequence[Interaction]
     sample_vectors: Mapping[str, np.ndarray]
     real_vectors: Mapping[str, np.ndarray]
+    beside: Beside = Beside()
+    other_vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Examination(Protocol):
@@ -58,7 +63,11 @@ class Examination(Protocol):
 
 
 class Filter(Protocol):
-    """A filter. `embeds` names the text whose vectors a case must hold for it; None where it needs no vectors."""
+    """A filter. `embeds` says which text's vectors the case must hold for it; None: it needs none.
+
+    One that has a true attribute `reads_others`, `asks_again` or `reviewed` is told that part of `case.beside`,
+    which costs something: embeddings of other users' samples, requests to the cloud, a person's time.
+    """
 
     embeds: Reads | None
 

@@ -7,7 +7,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from untether.clients.filters.case import Case, Filter, text_of
+from untether.clients.filters.beside import Beside
+from untether.clients.filters.case import Case, Filter, Reads, text_of
 from untether.sim.core.errors import UserError
 from untether.sim.core.kinds import FILTERS
 from untether.sim.core.records import Interaction, JudgedSample, Sample
@@ -54,6 +55,7 @@ def judge(
     encoder: TextEncoder | None,
     leaks: LeakCheck | Mapping[Key, LeakCheck] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    beside: Mapping[Key, Beside] | None = None,
 ) -> dict[Key, list[JudgedSample]]:
     """Returns a verdict for every sample of every device, in the samples' order.
 
@@ -70,15 +72,17 @@ def judge(
             `extra["leak"]` is 1 for every sample that leaks, and one that all filters accepted becomes
             `rejected_by:leak`.
         settings: The experiment's tables for plug-ins, by name.
+        beside: Tells some filters more of a device (`clients.filters.beside`).
 
     Raises:
         UserError: A filter is unknown.
     """
     rules = create_filters(filters, settings)
-    vectors = _Vectors(candidates, real, list(rules.values()), encoder)
+    vectors = _Vectors(candidates, real, list(rules.values()), encoder, beside or {})
     checks = leaks if isinstance(leaks, Mapping) else dict.fromkeys(candidates, leaks)
+    told = beside or {}
     return {
-        key: _judge_device(samples, real.get(key, ()), rules, vectors, checks.get(key))
+        key: _judge_device(samples, real.get(key, ()), rules, vectors, checks.get(key), told.get(key, Beside()))
         for key, samples in candidates.items()
     }
 
@@ -89,11 +93,12 @@ def _judge_device(
     rules: Mapping[str, Filter],
     vectors: _Vectors,
     leaks: LeakCheck | None,
+    beside: Beside,
 ) -> list[JudgedSample]:
     judged: list[JudgedSample | None] = [None] * len(samples)
     for task in dict.fromkeys(sample.task for sample in samples):
         rows = [row for row, sample in enumerate(samples) if sample.task == task]
-        case = vectors.case([samples[row] for row in rows], [item for item in real if item.task == task])
+        case = vectors.case([samples[row] for row in rows], [item for item in real if item.task == task], beside, task)
         for row, verdict in zip(rows, _judge_case(case, rules, leaks), strict=True):
             judged[row] = verdict
     return judged
@@ -128,20 +133,29 @@ class _Vectors:
         real: Mapping[Key, Sequence[Interaction]],
         rules: Sequence[Filter],
         encoder: TextEncoder | None,
+        beside: Mapping[Any, Beside],
     ) -> None:
         self._reads = tuple(dict.fromkeys(rule.embeds for rule in rules if rule.embeds is not None))
         items = [item for key in candidates for item in real.get(key, ())] if self._reads else []
         real_texts = {text_of(item, reads) for reads in self._reads for item in items}
+        wide = {rule.embeds for rule in rules if rule.embeds is not None and getattr(rule, "reads_others", False)}
+        self._wide = tuple(reads for reads in self._reads if reads in wide)
+        others = {id(item): item for each in beside.values() for item in each.others}.values()
+        real_texts |= {text_of(item, reads) for reads in self._wide for item in others}
         sample_texts = {text_of(s, reads) for reads in self._reads for samples in candidates.values() for s in samples}
         texts = sorted(real_texts | sample_texts)
         self._row = {text: row for row, text in enumerate(texts)}
         self._matrix = encoder.encode(texts, remember=real_texts) if texts else np.zeros((0, 1), dtype=np.float32)
 
-    def case(self, samples: Sequence[Sample], real: Sequence[Interaction]) -> Case:
-        return Case(samples, real, self._take(samples), self._take(real))
+    def case(
+        self, samples: Sequence[Sample], real: Sequence[Interaction], beside: Beside, task: str
+    ) -> Case:
+        others = [item for item in beside.others if item.task == task] if self._wide else []
+        vectors = self._take(samples, self._reads), self._take(real, self._reads)
+        return Case(samples, real, *vectors, beside, self._take(others, self._wide))
 
-    def _take(self, items: Sequence[Sample | Interaction]) -> dict[str, np.ndarray]:
+    def _take(self, items: Sequence[Sample | Interaction], kinds: Sequence[Reads]) -> dict[str, np.ndarray]:
         return {
             reads: self._matrix[np.array([self._row[text_of(item, reads)] for item in items], dtype=int)]
-            for reads in self._reads
+            for reads in kinds
         }

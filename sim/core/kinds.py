@@ -18,7 +18,8 @@ _STARS = {"higher_is_better": False, "unit": "stars"}
 # clients.filters: makes a Filter. `leak` is a verdict of the evaluator, the others are fields of `[filters]`.
 FILTERS: Registry[Any] = Registry("filter", "filters.order", {
     "semantic": f"{_FILTERS}.semantic:Semantic", "diversity": f"{_FILTERS}.diversity:Diversity",
-    "length": f"{_FILTERS}.length:Length",
+    "length": f"{_FILTERS}.length:Length", "adversarial": f"{_FILTERS}.adversarial:Adversarial",
+    "self_consistency": f"{_FILTERS}.self_consistency:SelfConsistency", "human": f"{_FILTERS}.human:Human",
 }, reserved=["leak", "order", "encoder"])  # fmt: skip
 
 # sim.time.policies: whether a Case is due. `watches`: it reads the errors of the device's answers.
@@ -77,6 +78,7 @@ ANALYSES: Registry[Any] = Registry("analysis", "analysis", {
     "drift": "untether.sim.studies.drift.drift:analyse",
     "sharing": "untether.sim.studies.sharing:analyse",
     "away": "untether.sim.studies.drift.away:analyse",
+    **{name: f"untether.sim.studies.{name}:analyse" for name in ("hardware", "rank", "filters")},
 })  # fmt: skip
 
 # sim.population.tasks: a Task.

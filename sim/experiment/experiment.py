@@ -135,12 +135,11 @@ class Experiment(Section):
         """What is shared is used, what is used is shared, and ranks are as the strategy can have them."""
         name = self.strategy.name
         takes_ranks, shares = STRATEGIES.fact(name, "ranks"), STRATEGIES.fact(name, "shares")
-        starts = {arm: self.for_arm(arm)[1].start for arm in self.arms}
-        using = [arm for arm, start in starts.items() if start in ("shared", "on_shared") and ARMS[arm].trains]
+        using = [arm for arm in self.arms if ARMS[arm].trains and self.for_arm(arm)[1].needs_shared]
         if FEDERATED in self.arms or using:
             what = f"arms has {FEDERATED}"
             if FEDERATED not in self.arms:
-                what = f'{using[0]} has training.start = "{starts[using[0]]}"'
+                what = f'{using[0]} has training.start = "{self.for_arm(using[0])[1].start}"'
             if not shares:
                 raise ValueError(
                     f'{what}, but strategy.name = "{name}" shares nothing. Name one that does, such as "fedit"'
@@ -148,7 +147,7 @@ class Experiment(Section):
         elif shares:
             raise ValueError(
                 f'strategy.name = "{name}" shares an adapter that nothing uses. Add {FEDERATED} to arms, or set '
-                'training.start = "shared"'
+                'training.start = "on_shared"'
             )
         if self.strategy.ranks and not takes_ranks:
             able = [known for known in STRATEGIES if STRATEGIES.fact(known, "ranks")]
@@ -173,6 +172,18 @@ class Experiment(Section):
     def ranks(self) -> tuple[int, ...]:
         """The ranks of the adapters that devices train together, the least first."""
         return tuple(sorted(set(self.strategy.ranks))) or (self.for_arm(FEDERATED)[0].rank,)
+
+    @model_validator(mode="after")
+    def _somebody_reviews(self) -> Experiment:
+        human, source = self.filters.human, self.population.source
+        reviewed = "human" in self.filters.order and human.enabled
+        if reviewed and not human.decisions and source != "world":
+            raise ValueError(
+                f'filters.order names "human" with population.source = "{source}": only the world\'s users are '
+                "simulated. Run once without it, decide with `untether review RUN`, and set filters.human.decisions to "
+                "the file that it writes"
+            )
+        return self
 
     @classmethod
     def read(cls, path: str | Path | None = None, overrides: Mapping[str, str] | None = None) -> Experiment:

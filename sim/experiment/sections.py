@@ -133,6 +133,11 @@ class Training(Section):
         "what the strategy shares; `on_shared`: on top of that, which stays as it is"
     )
 
+    @property
+    def needs_shared(self) -> bool:
+        """Whether training begins with what the strategy shares."""
+        return self.start in ("shared", "on_shared")
+
 
 class Generation(Section):
     """How a device answers."""
@@ -225,16 +230,53 @@ class LengthFilter(Section):
     high: float = Field(2.5, gt=0, description="greatest ratio accepted")
 
 
+class AdversarialFilter(Section):
+    """Would a classifier take it for real? A logistic regression on embeddings learns to tell real samples, of this
+    user and of `population.shared_users` others, from this user's synthetic ones; each is judged by one that did not
+    see it.
+    """
+
+    enabled: bool = Field(True, description="apply this filter where `order` names it")
+    reads: Reads = Field("pair", description="what is embedded: input, output or the pair")
+    low: float = Field(0.2, ge=0, le=1, description="least probability of being real that is accepted")
+    folds: int = Field(4, ge=2, description="parts of the synthetic samples; each is judged by the others")
+
+
+class SelfConsistencyFilter(Section):
+    """Does the cloud say the same again? It is asked the synthetic input, with the history in the prompt."""
+
+    enabled: bool = Field(True, description="apply this filter where `order` names it")
+    low: float = Field(
+        0.5, ge=0, le=1, description="least agreement of both outputs that is accepted: the task's primary metric, of "
+        "stars the share of four that they are not apart"
+    )
+
+
+class HumanFilter(Section):
+    """What the user says of it: decisions of `untether review`, or the world's user, who knows their own answers."""
+
+    enabled: bool = Field(True, description="apply this filter where `order` names it")
+    decisions: str = Field("", description="decisions of `untether review RUN`, a JSONL file; empty: the world's user")
+    undecided: Literal["accept", "reject"] = Field("accept", description="what becomes of samples nobody decided on")
+    error_rate: float = Field(0.05, ge=0, le=1, description="world: share of the user's decisions that are wrong")
+
+
 class Filters(Section):
     """What a device keeps of the samples that the cloud wrote for it."""
 
-    order: tuple[str, ...] = Field(("semantic", "diversity", "length"), description="the filters, first to last")
+    order: tuple[str, ...] = Field(
+        ("semantic", "diversity", "length"),
+        description="the filters, first to last; also `adversarial`, `self_consistency`, `human`"
+    )
     encoder: str = Field(
         "sentence-transformers/all-MiniLM-L6-v2", description="sentence-transformers model, by name or path"
     )
     semantic: SemanticFilter = SemanticFilter()
     diversity: DiversityFilter = DiversityFilter()
     length: LengthFilter = LengthFilter()
+    adversarial: AdversarialFilter = AdversarialFilter()
+    self_consistency: SelfConsistencyFilter = SelfConsistencyFilter()
+    human: HumanFilter = HumanFilter()
 
 
 class Strategy(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from untether.sim.experiment.arms import SHARED
+from untether.sim.experiment.arms import FEDERATED, SHARED
 from untether.sim.population.source import open_population
 from untether.sim.rounds.messages import Order, Reply, Share, complete, errors, joined, materials, outcomes
 from untether.sim.rounds.planner import Rounds, sizes_of
@@ -100,7 +100,7 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
                 shared.write(reply.arrays, reply.facts.get("left_out", {}))
             samples, came = run.samples(seed, round, parts), run.named(parts.pop("answers", []))
             answering = before if virtual.by_day else part.sent()
-            arrays = shared.arrays() | {f"federated/{name}": array for name, array in answering.items()}
+            arrays = shared.arrays() | {f"{FEDERATED}/{name}": array for name, array in answering.items()}
             learned = send(virtual.learn(day, devices, samples, came, arrays))
 
             # 5. commit: what is not named here never happened.
@@ -110,7 +110,7 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
             events = virtual.event_rows(day, answers, [*updated.events, *learned.events])
             parts["events"] = [run.write_part("events", seed, round, "round", events)]
             if left := virtual.ledger_rows(day):
-                parts.setdefault("ledger", []).append(run.write_part("ledger", seed, round, "shared", left))
+                parts.setdefault("ledger", []).append(run.write_part("ledger", seed, round, "uploads", left))
             virtual.advance(day, errors(learned))
             facts = {"totals": learned.counts(), **_facts(asked, updated, learned), **part.write(round)}
             run.commit(seed, round, parts, facts, virtual.state() if round + 1 < experiment.rounds else None)

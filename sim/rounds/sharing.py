@@ -11,9 +11,9 @@ from untether.sim.core.seeding import derive
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import FEDERATED
 from untether.sim.rounds.selection import Candidates
+from untether.sim.time.network.transfers import Carried, carry
 from untether.sim.time.timeline import Plan, Schedule, Timeline
 from untether.sim.time.timeline_state import Work
-from untether.sim.time.transfers import Carried, carry
 
 ALL = "all"
 """The group of all devices."""

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from untether.sim.core.durable import written
 from untether.sim.core.errors import ResumableStop
+from untether.sim.experiment.arms import FEDERATED
 from untether.sim.run.directory import RunDirectory
 
 
@@ -110,4 +111,4 @@ class SharedPart:
                 path.unlink(missing_ok=True)
 
     def _path(self, round: int) -> Path:
-        return self.run.path / "adapters" / f"seed-{self.seed}" / "federated" / f"round-{round}.safetensors"
+        return self.run.path / "adapters" / f"seed-{self.seed}" / FEDERATED / f"round-{round}.safetensors"

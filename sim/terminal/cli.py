@@ -13,6 +13,7 @@ import typer
 from untether.sim.core.errors import Failure, ResumableStop, UserError
 from untether.sim.experiment import Experiment, fields, key_values
 from untether.sim.experiment.arms import METHOD
+from untether.sim.terminal.review import review
 
 app = typer.Typer(
     help="Simulate a fleet of phones that each personalize a small language model with a cloud model's help.",
@@ -123,7 +124,7 @@ def export(
 @app.command()
 def study(
     name: Annotated[
-        str, typer.Argument(metavar="NAME|FILE.toml", help="connectivity, faults, history, samples, or your own file")
+        str, typer.Argument(metavar="NAME|FILE.toml", help="connectivity, hardware, rank, ..., or your own file")
     ],
     set_: Set = None,
     grid: Annotated[
@@ -155,6 +156,9 @@ def study(
         console.print((folder / "findings.md").read_text(), markup=False)
         console.print(f"study:  {folder}", soft_wrap=True)
         console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+app.command()(review)
 
 
 @experiment_app.command("show")

@@ -81,6 +81,7 @@ SHAPES: dict[str, ModelShape] = {
     "SmolLM2-1.7B": ModelShape(24, 2048, 8192, 32, 32, 64, 49_152),
     "Qwen2.5-3B": ModelShape(36, 2048, 11_008, 16, 2, 128, 151_936, qkv_bias=True),
     "Llama-3.2-3B": ModelShape(28, 3072, 8192, 24, 8, 128, 128_256),
+    "Qwen2.5-7B": ModelShape(28, 3584, 18_944, 28, 4, 128, 152_064, tied=False, qkv_bias=True),
     "SmolLM3-3B": ModelShape(36, 2048, 11_008, 16, 4, 128, 128_256),
     "gemma-3-1b": ModelShape(26, 1152, 6912, 4, 1, 256, 262_144, further=26 * (2 * 1152 + 2 * 256)),
     "Phi-4-mini": ModelShape(32, 3072, 8192, 24, 8, 128, 200_064),

@@ -16,7 +16,7 @@ from untether.clients.stores.adapter_store import adapter_version, as_arrays, as
 from untether.sim.core.learning import LoraSpec, TrainSettings
 from untether.sim.core.records import Interaction
 from untether.sim.core.seeding import derive
-from untether.sim.experiment.arms import SHARED
+from untether.sim.experiment.arms import FEDERATED, SHARED
 from untether.sim.population.others import shared_items
 from untether.sim.population.tasks import get_task
 from untether.sim.rounds.messages import Reply, Share
@@ -62,7 +62,7 @@ def shared_adapters(worker: Worker, arrays: Mapping[str, np.ndarray]) -> dict[Ow
     spec = LoraSpec.of(worker.experiment.for_arm(SHARED)[0])
     states: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
-        if name.startswith("federated/"):
+        if name.startswith(f"{FEDERATED}/"):
             continue
         task, _, key = name.partition("/")
         states.setdefault(task, {})[key] = array

@@ -36,7 +36,7 @@ from untether.strategies.factors import rank_of as rank_in
 from untether.strategies.fleet import open_strategy
 from untether.strategies.shared_lora import Block, SharedLora, Site, compacted, in_group, total
 
-PREFIX = "federated"
+PREFIX = FEDERATED
 """Of what the strategy shares, among the arrays of a learn order."""
 
 
@@ -163,7 +163,7 @@ def beginning(
     lora, training = worker.experiment.for_arm(arm)
     spec = LoraSpec.of(lora)
     below = scaled(factors, _spec(worker.experiment, 1).scaling / spec.scaling)
-    if training.start == "shared":
+    if training.start != "on_shared":
         if rank_in(below) != spec.rank:
             raise UserError(
                 f'training.start = "shared" of {arm}: what is shared has rank {rank_in(below)} and lora.rank is '

@@ -21,6 +21,7 @@ OTHER_MEANINGS = {
     ("local", "sim/launch/cluster.py"): "Ray's own word for a cluster of its own",
     ("majority", "clients/device/answering.py"): "who answers, a word of the record",
     ("shared", "clients/device/answering.py"): "who answers, a word of the record",
+    ("shared", "sim/experiment/sections.py"): "where training begins",
     ("cloud", "clients/device/answering.py"): "who answers, a word of the record",
 }
 """Where a word that is also an arm's name means something else."""

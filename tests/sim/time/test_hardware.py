@@ -110,6 +110,7 @@ def test_shapes_have_the_published_numbers_of_parameters():
         "TinyLlama-1.1B": 1_100_048_384, "Llama-3.2-1B": 1_235_814_400, "Qwen2.5-1.5B": 1_543_714_304,
         "SmolLM2-1.7B": 1_711_376_384, "Qwen2.5-3B": 3_085_938_688, "Llama-3.2-3B": 3_212_749_824,
         "SmolLM3-3B": 3_075_098_624, "gemma-3-1b": 999_885_952, "Phi-4-mini": 3_836_021_760,
+        "Qwen2.5-7B": 7_615_616_512,
     }  # fmt: skip
     assert model_shape("Qwen/Qwen2.5-0.5B-Instruct") is SHAPES["Qwen2.5-0.5B"]
     with pytest.raises(UserError, match="Did you mean `Qwen2.5-0.5B`"):

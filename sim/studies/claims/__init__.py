@@ -1,0 +1,1 @@
+"""Analyses that hold what is claimed of a method against numbers: hardware, rank, filters."""
