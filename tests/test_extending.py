@@ -96,15 +96,15 @@ def test_every_kind_has_its_section():
 
 
 def test_filter(example, ran):
-    experiment = example("adversarial")
-    assert experiment.settings == {"adversarial": {"threshold": 0.3, "neighbours": 5}}
+    experiment = example("neighbours")
+    assert experiment.settings == {"neighbours": {"threshold": 0.3, "neighbours": 5}}
     assert Path(experiment.plugins[0]).is_absolute()
     run = ran(experiment)
     assert run.experiment == experiment
     samples = run.read("samples")
-    scores = samples["scores"].map(json.loads).map(lambda scores: scores["adversarial"])
+    scores = samples["scores"].map(json.loads).map(lambda scores: scores["neighbours"])
     assert len(samples) and scores.between(0, 1).all()
-    judged = samples["verdict"].isin(["accepted", "rejected_by:adversarial"])
+    judged = samples["verdict"].isin(["accepted", "rejected_by:neighbours"])
     assert ((samples["verdict"] == "accepted") == (scores >= 0.3))[judged].all() and judged.any()
 
 

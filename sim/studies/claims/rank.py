@@ -43,7 +43,7 @@ def measure(study: Study, runs: Runs) -> pd.DataFrame:
     rows = []
     for task, own in scores.groupby("task"):
         sign = 1.0 if higher_is_better(get_task(str(task)).primary) else -1.0
-        wide = own.set_index(["cell", "arm", *USER])["score"] * sign
+        wide = own.set_index(["cell", "arm", *USER])["score"].sort_index() * sign
         by_cell = {}
         for cell, run in each_cell(study, runs):
             arms = {arm: wide.loc[cell.name, arm] for arm in (METHOD, FLOOR) if (cell.name, arm) in wide.index}
