@@ -23,7 +23,7 @@ from untether.sim.experiment import Experiment
 from untether.sim.experiment.sections import AdversarialFilter, Filters, HumanFilter, SelfConsistencyFilter
 from untether.sim.population.world import World
 from untether.sim.rounds.messages import Refilter, RequestOf
-from untether.sim.run.reviews import Reviewed, Reviews
+from untether.sim.run.reviews import Reviewed, ReviewFile
 
 EVERY = "length,adversarial,self_consistency,human"
 
@@ -113,12 +113,12 @@ def test_what_the_cloud_would_not_say_again_is_turned_away():
 @pytest.mark.parametrize("undecided", ["accept", "reject"])
 def test_decisions_of_a_review_are_followed(tmp_path, undecided):
     user = World(1).user(0, tasks=("LaMP_4",))
-    reviews = Reviews(tmp_path / "reviews.jsonl")
+    reviews = ReviewFile(tmp_path / "reviews.jsonl")
     samples = [sample(name, 0.0, output=name) for name in ("yes", "no", "skipped", "new")]
     for one, said in zip(samples, ("accept", "reject", "skip"), strict=False):
         reviews.decide(Reviewed(user.user_id, one.task, one.input, one.output), said)
     filters = Filters(order=("human",), human=HumanFilter(undecided=undecided))
-    found = judged(samples, [], filters, Beside(review=decided(Reviews(reviews.path), user)))
+    found = judged(samples, [], filters, Beside(review=decided(ReviewFile(reviews.path), user)))
     other = "accepted" if undecided == "accept" else "rejected_by:human"
     assert [verdict for verdict, _ in found.values()] == ["accepted", "rejected_by:human", other, other]
     assert found["yes"][1] == {"human": 1.0} and found["new"][1] == {}

@@ -9,20 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from untether.sim.core.errors import UserError
-from untether.sim.run.reviews import DECISIONS, Reviewed, Reviews
+from untether.sim.run.reviews import DECISIONS, Reviewed, ReviewFile
 
 A, B = Reviewed("u", "LaMP_4", "one", "1"), Reviewed("u", "LaMP_4", "one", "2")
 
 
 def test_a_decision_is_on_the_disk_at_once(tmp_path):
     path = tmp_path / "reviews.jsonl"
-    reviews = Reviews(path)
+    reviews = ReviewFile(path)
     reviews.decide(A, "accept")
-    assert Reviews(path).decision(A) == "accept" and Reviews(path).decision(B) is None
+    assert ReviewFile(path).decision(A) == "accept" and ReviewFile(path).decision(B) is None
     reviews.decide(A, "reject")
     reviews.decide(B, "skip")
     reviews.undo(A)
-    again = Reviews(path)
+    again = ReviewFile(path)
     assert dict(again.items()) == {B: "skip"} and len(again) == 1
     kept = [json.loads(line)["decision"] for line in path.read_text().splitlines()]
     assert kept == ["accept", "reject", "skip", "undone"]
@@ -30,13 +30,13 @@ def test_a_decision_is_on_the_disk_at_once(tmp_path):
 
 def test_a_line_cut_short_by_a_crash_is_no_decision(tmp_path):
     path = tmp_path / "reviews.jsonl"
-    Reviews(path).decide(A, "accept")
+    ReviewFile(path).decide(A, "accept")
     whole = path.read_text()
     path.write_text(whole + '{"user_id": "u", "task')
-    assert dict(Reviews(path).items()) == {A: "accept"}
+    assert dict(ReviewFile(path).items()) == {A: "accept"}
     path.write_text('{"user_id": "u", "task\n' + whole)
     with pytest.raises(UserError, match=r"line 1: no decision of a review. A line is a JSON object with user_id"):
-        Reviews(path)
+        ReviewFile(path)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def test_another_file_is_told(tmp_path, row):
     path = tmp_path / "other.jsonl"
     path.write_text(row + "\n")
     with pytest.raises(UserError, match=r"other.jsonl, line 1"):
-        Reviews(path)
+        ReviewFile(path)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([*DECISIONS, "undo"])), max_size=12))
 def test_what_is_read_is_what_was_decided(tmp_path_factory, steps):
     path = tmp_path_factory.mktemp("reviews") / "r.jsonl"
-    reviews, expected = Reviews(path), {}
+    reviews, expected = ReviewFile(path), {}
     for number, step in steps:
         key = Reviewed("ü", "T", f"text\n{number}", "out")
         if step == "undo":
@@ -66,4 +66,4 @@ def test_what_is_read_is_what_was_decided(tmp_path_factory, steps):
         else:
             reviews.decide(key, step)
             expected[key] = step
-    assert dict(Reviews(path).items()) == dict(reviews.items()) == expected
+    assert dict(ReviewFile(path).items()) == dict(reviews.items()) == expected

@@ -12,7 +12,8 @@ from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment
-from untether.sim.studies import Study, filters, hardware, rank
+from untether.sim.studies import Study
+from untether.sim.studies.claims import filters, hardware, rank
 from untether.sim.time.cost import CostModel, model_shape
 from untether.sim.time.hardware import built_in
 

@@ -17,7 +17,7 @@ from untether.sim.core.records import Interaction
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import open_population
 from untether.sim.run.directory import RunDirectory
-from untether.sim.run.reviews import Reviewed, Reviews
+from untether.sim.run.reviews import Reviewed, ReviewFile
 from untether.sim.terminal.cli import app
 from untether.sim.terminal.reviewing import Shown, decide, keys, samples_of
 
@@ -28,9 +28,9 @@ SHOWN = [Shown(Reviewed("u", "T", f"input {n}", f"output {n}"), "d00000", "accep
 def pressed(path, text, shown=SHOWN):
     """What is decided after these keys, in order, and what was on the screen."""
     screen = Console(file=io.StringIO(), width=100)
-    reviews = Reviews(path)
+    reviews = ReviewFile(path)
     decide(shown, reviews, iter(text), screen)
-    return [(key.input[-1], said) for key, said in Reviews(path).items()], screen.file.getvalue()
+    return [(key.input[-1], said) for key, said in ReviewFile(path).items()], screen.file.getvalue()
 
 
 def test_one_key_each(tmp_path):
@@ -100,4 +100,4 @@ def test_the_command_reads_keys_from_a_pipe_and_says_how_far_filters_agree(run, 
     assert result.exit_code == 0, result.output
     assert "2 of 2 samples decided: 2 accepted, 0 rejected; 0 skipped." in result.output
     assert "decided alike on 50% of them" in result.output and "reviews.jsonl" in result.output
-    assert len(Reviews(directory.path / "reviews.jsonl")) == 2
+    assert len(ReviewFile(directory.path / "reviews.jsonl")) == 2
