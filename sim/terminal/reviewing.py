@@ -44,7 +44,7 @@ def run_review(directory: Path, device: str, out: Path | None) -> None:
     reviews = ReviewFile(out or run.path / FILE)
     console = Console(highlight=False)
     decide(list(samples_of(run, device)), reviews, keys(), console)
-    console.print(summary(run, reviews))
+    console.print(summary(run, reviews), soft_wrap=True)
     console.print(f"decisions: {reviews.path}", soft_wrap=True)
 
 
