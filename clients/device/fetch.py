@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from untether.clients.cloud.client import CloudClient
+from untether.clients.cloud.journal import Journal
 from untether.clients.cloud.records import CloudReply, CloudRequest
 from untether.clients.device.augmentation import (
     asking_again,
@@ -148,6 +149,7 @@ def _ask(worker: Worker, requests: Sequence[CloudRequest], devices: int) -> list
     client = CloudClient(
         cloud, base_url=worker.endpoint.base_url, model=worker.endpoint.model, variant=worker.endpoint.fingerprint,
         cache=cloud.cache or worker.scratch / "answers.sqlite",
+        journal=Journal(worker.scratch / "sent.jsonl"),
         api_key=None if cloud.provider == "openai" else "",  # the run's own gateway never sees the user's key
     )
     return client.ask_sync(requests, on_done)

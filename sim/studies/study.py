@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -205,10 +206,20 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
+MAX_CELLS = 2000
+"""Each is a run; they are counted before the first is built."""
+
+
 def _cells(
     spec: StudyFile, axes: Mapping[str, Sequence[Point]], overrides: Mapping[str, str] | None, where: str
 ) -> Iterator[Cell]:
     seen: set[str] = set()
+    many = math.prod(map(len, axes.values()))
+    if many > MAX_CELLS:
+        raise UserError(
+            f"{where}: its axes make {many} cells, and a study has at most {MAX_CELLS}. "
+            "Give fewer values (--grid AXIS=V1,V2)"
+        )
     for points in itertools.product(*axes.values()):
         if _repeats(spec, axes, dict(zip(axes, points, strict=True))):
             continue
