@@ -29,8 +29,9 @@ from untether.clients.filters import Beside, create_filters, judge
 from untether.clients.filters.beside import Review, decided, simulated
 from untether.clients.filters.self_consistency import agreement as agreement_of
 from untether.sim.core.clock import DAY_S
+from untether.sim.core.learning import LoraSpec
 from untether.sim.core.records import LEAK, NOT_RECEIVED, Interaction, JudgedSample, Query, Sample, User
-from untether.sim.experiment.arms import CLOUD
+from untether.sim.experiment.arms import CLOUD, trained
 from untether.sim.population.leaks import LeakChecker
 from untether.sim.population.others import shared_items
 from untether.sim.population.source import FromWorld
@@ -76,6 +77,8 @@ def fetch(worker: Worker, order: Fetch, inputs: Inputs) -> Outcome:
         for device in devices
     }
     requests = [r for index in orders for r in (*orders[index], *(request for request, _ in asked[index]))]
+    if requests and experiment.cloud.provider == "openai":
+        _check_model(worker)
     replies = _ask(worker, requests, len(devices)) if requests else []
     candidates = {device.index: samples_from(orders[device.index], replies) for device in devices}
     by_id = {reply.request_id: reply for reply in replies}
@@ -132,6 +135,15 @@ def _reply(
         for kind, count in _material(worker, order, device, judged[device.index]).items():
             columns.setdefault(kind, []).append(count)
     return Reply(columns, events, models=models)
+
+
+def _check_model(worker: Worker) -> None:
+    """Raises UserError for a model that cannot be used, before a cloud is paid for what nobody could learn from."""
+    from untether.clients.engine.adapters import target_names
+
+    experiment = worker.experiment
+    for arm in trained(experiment.arms):
+        target_names(worker.base, LoraSpec.of(experiment.for_arm(arm)[0]))
 
 
 def _ask(worker: Worker, requests: Sequence[CloudRequest], devices: int) -> list[CloudReply]:

@@ -125,7 +125,7 @@ class AdapterStore:
             with safe_open(path, framework="numpy") as file:
                 found = {name: file.get_slice(name)[row] for name in file.keys()}
                 sums = json.loads((file.metadata() or {}).get("versions", "null"))
-        except (OSError, SafetensorError, ValueError, IndexError) as error:
+        except (OSError, RuntimeError, SafetensorError, ValueError, IndexError) as error:
             raise damaged(path, error) from error
         if sums is not None and adapter_version(found) != sums[row]:
             raise damaged(path, "an adapter in it is not the one that was written")
@@ -141,7 +141,7 @@ class AdapterStore:
                 try:
                     with safe_open(path, framework="numpy") as file:
                         devices = json.loads(file.metadata()["devices"])
-                except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+                except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, KeyError) as error:
                     if path.exists():
                         raise damaged(path, error) from error
                     continue  # another worker has just pruned it

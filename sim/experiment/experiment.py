@@ -16,6 +16,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import tomlkit
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from untether.sim.core.durable import possible
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import NAMED, STRATEGIES
 from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, check_arms
@@ -208,7 +209,7 @@ class Experiment(Section):
         """
         where, data = "the default experiment", {}
         if path is not None:
-            where = str(path)
+            where = str(possible(path))
             try:
                 data = located(tomllib.loads(Path(path).read_text(encoding="utf-8")), Path(path).parent)
             except FileNotFoundError:

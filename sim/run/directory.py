@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from untether.sim.core.durable import make_folder, write_atomically, written
+from untether.sim.core.durable import make_folder, possible, write_atomically, written
 from untether.sim.core.errors import UserError
 from untether.sim.core.records import Part
 from untether.sim.experiment import Experiment
@@ -97,7 +97,7 @@ class RunDirectory:
         Raises:
             UserError: The path holds another run.
         """
-        run = cls(path)
+        run = cls(possible(path))
         if (run.path / "experiment.toml").exists():
             raise UserError(f"{run.path} already holds a run. Give another --out, or go on with --resume {run.path}")
         try:
@@ -115,7 +115,7 @@ class RunDirectory:
         Raises:
             UserError: There is none.
         """
-        run = cls(path)
+        run = cls(possible(path))
         if not (run.path / "experiment.toml").is_file():
             raise UserError(f"{run.path}: not a run directory (no experiment.toml in it)")
         return run
@@ -160,7 +160,7 @@ class RunDirectory:
         path = self.path / "experiment.toml"
         kept = self.path / "state" / "experiment.sha256"
         if kept.exists() and kept.read_text(errors="replace").strip() != hashlib.sha256(path.read_bytes()).hexdigest():
-            raise damaged(path, "it is not what the run began with")
+            raise damaged(path, f"it is not what the run began with, by its sum in state/{kept.name}")
         if self.finished:
             return
         experiment = self.experiment
@@ -173,7 +173,10 @@ class RunDirectory:
                 for name in (part for parts in commit["parts"].values() for part in parts):
                     if not is_whole(self.path / name):
                         raise damaged(self.path / name, "it cannot be read to its end")
-            if 0 <= last < experiment.rounds - 1:
+            if self._carried_path(seed, last + 1).exists():  # written just before the commit, which then deletes another
+                if not self._carried_path(seed, last).exists():
+                    raise UserError(f"{self._commit_path(seed, last + 1)}: this file of the run is gone. {REMEDY}")
+            elif 0 <= last < experiment.rounds - 1:
                 read_json(self._carried_path(seed, last))
 
     @property

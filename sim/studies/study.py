@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
+from untether.sim.core.durable import possible
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import ANALYSES
 from untether.sim.experiment import Experiment, fields, parse_plain
@@ -127,7 +128,7 @@ class Study:
         Raises:
             UserError: A name, key, field, axis or value is unknown.
         """
-        path = Path(name_or_path) if name_or_path.endswith(".toml") else FOLDER / f"{name_or_path}.toml"
+        path = possible(name_or_path if name_or_path.endswith(".toml") else FOLDER / f"{name_or_path}.toml")
         if not path.is_file():
             known = sorted(file.stem for file in FOLDER.glob("*.toml"))
             what = unknown("study", name_or_path, known) if path.parent == FOLDER else f"{path}: no such study file"
