@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from untether.server.background import start_background
 from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment
+from untether.sim.experiment.endpoint import check_address, is_loopback
 from untether.sim.run.directory import RunDirectory
 
 WORLD_DIALS = (
@@ -89,12 +89,10 @@ def check_cloud(experiment: Experiment) -> None:
     """
     settings = experiment.cloud
     if settings.provider == "openai":
-        url = urlsplit(settings.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise UserError(f"cloud.base_url = `{settings.base_url}`: give an address like https://api.openai.com/v1")
-        local = url.hostname in ("localhost", "127.0.0.1", "::1")
-        if not local and not os.environ.get(settings.api_key_env):
+        key = os.environ.get(settings.api_key_env, "").strip()
+        check_address(settings.base_url, settings.api_key_env, key)
+        if settings.api_key_env and not key and not is_loopback(settings.base_url):
             raise UserError(
                 f"cloud.base_url = `{settings.base_url}` needs a key: set the environment variable "
-                f"{settings.api_key_env} (cloud.api_key_env names it)"
+                f"{settings.api_key_env} (cloud.api_key_env names it; `cloud.api_key_env =` where it needs none)"
             )

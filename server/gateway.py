@@ -7,6 +7,7 @@ that the caller's event loop and this one do not share a core's GIL, and ends wi
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import hmac
 import json
@@ -17,19 +18,28 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
 
 from untether.server.background import Gateway, start_background
 from untether.server.batching import Batcher
 from untether.server.generator import Completion, GenerationRequest, Generator, PromptTooLong, create
+from untether.sim.core import strict_json
 from untether.sim.core.errors import UserError
+from untether.sim.core.text import shown
 from untether.sim.experiment.plugins import load
 from untether.sim.prompts.protocol import NotARequest
 
 __all__ = ["ApiError", "Gateway", "create_app", "serve", "start_background"]
+
+
+MAX_BODY_BYTES, BODY_S = 4 * 2**20, 30.0
+MAX_TOKENS = 131_072
+"""What one request may hold, how long it may take to send it, and how much it may ask for."""
 
 
 class ApiError(Exception):
@@ -50,12 +60,14 @@ def create_app(generator: Generator, api_key: str | None = None, max_wait_s: flo
         max_wait_s: A batched generator gets the requests of this long after the first waiting one in one call.
     """
     batcher = Batcher(generator, max_wait_s) if generator.batched else None
+    thread = ThreadPoolExecutor(1, thread_name_prefix="generator")
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         if batcher is not None:
             await batcher.close()
+        thread.shutdown(wait=False)
 
     app = FastAPI(title="untether cloud", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
@@ -63,11 +75,12 @@ def create_app(generator: Generator, api_key: str | None = None, max_wait_s: flo
     async def chat(request: Request) -> Response:
         try:
             _authorize(request, api_key)
-            wanted = _read(await request.body(), generator)
+            wanted = _read(await _body(request), generator)
             if batcher is not None:
                 done = await batcher.submit(wanted)
-            else:
-                done = generator.generate([wanted])[0]
+            else:  # off the event loop: a long answer keeps nobody else waiting for theirs to be read
+                loop = asyncio.get_running_loop()
+                done = (await loop.run_in_executor(thread, generator.generate, [wanted]))[0]
         except ApiError as error:
             return _json(error.body, error.status)
         except PromptTooLong as error:
@@ -152,28 +165,49 @@ def _authorize(request: Request, api_key: str | None) -> None:
         raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
 
 
+async def _body(request: Request) -> bytes:
+    """A request's body, up to `MAX_BODY_BYTES` and within `BODY_S`. Raises ApiError beyond either."""
+    blocks, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for block in request.stream():
+                size += len(block)
+                if size > MAX_BODY_BYTES:
+                    raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+                blocks.append(block)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {BODY_S:.0f} s") from None
+    except ClientDisconnect:
+        raise ApiError(400, "the body was cut") from None
+    return b"".join(blocks)
+
+
 def _read(body: bytes, generator: Generator) -> GenerationRequest:
     """The request in a body, or an ApiError that names the field."""
     try:
-        asked = json.loads(body)
+        asked = strict_json.loads(body, max_depth=50)
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from error
     if not isinstance(asked, dict):
         raise ApiError(400, "the body must be a JSON object")
     model = asked.get("model")
     if model != generator.model_id:
-        message = f"The model `{model}` does not exist: this endpoint serves `{generator.model_id}`."
+        named = shown(str(model), 100)
+        message = f"The model `{named}` does not exist: this endpoint serves `{generator.model_id}`."
         raise ApiError(404, message, code="model_not_found", param="model")
     messages = asked.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ApiError(400, "messages must be a non-empty list of objects", param="messages")
+    for message in messages:
+        if not isinstance(message.get("content"), (str, list, type(None))) or not isinstance(message.get("role"), str):
+            raise ApiError(400, "each message needs a role, and a content that is text or parts", param="messages")
     if asked.get("stream"):
         raise ApiError(400, "streaming is not supported: leave stream out or set it to false", param="stream")
     if asked.get("n") not in (None, 1):
         raise ApiError(400, "n must be 1", param="n")
     wants = asked.get("response_format") or {}
     if isinstance(wants, dict) and wants.get("type", "text") != "text" and not generator.structured:
-        message = f"{generator.model_id} does not support response_format {wants['type']!r}"
+        message = f"{generator.model_id} does not support response_format {shown(str(wants['type']), 40)!r}"
         raise ApiError(400, message, param="response_format")
     limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
     return GenerationRequest(
@@ -181,7 +215,7 @@ def _read(body: bytes, generator: Generator) -> GenerationRequest:
         int(_number(asked, "seed", secrets.randbits(31), -(2**63), 2**63 - 1)),
         _number(asked, "temperature", 1.0, 0, 2),
         _number(asked, "top_p", 1.0, 0, 1),
-        int(_number({"max_tokens": limit}, "max_tokens", 1024, 1, 2**31)),
+        int(_number({"max_tokens": limit}, "max_tokens", 1024, 1, MAX_TOKENS)),
     )
 
 
@@ -190,7 +224,7 @@ def _number(asked: Mapping[str, Any], name: str, default: float, low: float, hig
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ApiError(400, f"{name} must be a number from {low} to {high}, not {value!r}", param=name)
+        raise ApiError(400, f"{name} must be a number from {low} to {high}, not {shown(repr(value), 60)}", param=name)
     return value
 
 

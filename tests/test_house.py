@@ -82,7 +82,7 @@ def test_the_engine_stands_alone():
     """It needs the ground floor, and how a chat template is told what to print."""
     found = {other for module, others in imports().items() if room(module) == "clients.engine" for other in others}
     outside = {name for name in found if room(name) not in ("clients.engine", "sim.core")}
-    assert outside <= {"sim.prompts", "sim.prompts.chat_template"}
+    assert outside <= {"sim.prompts", "sim.prompts.chat_template", "sim.prompts.checkpoint"}
 
 
 def test_no_module_imports_itself_by_way_of_another():

@@ -172,14 +172,14 @@ class _Refusing(http.server.BaseHTTPRequestHandler):
 def test_an_endpoint_that_refuses_the_key_is_the_users_mistake(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("MY_KEY", "sk-secret-words")
+    monkeypatch.setenv("MY_API_KEY", "sk-secret-words")
     url = f"http://127.0.0.1:{server.server_port}/v1"
     values = {"population.users": "2", "population.tasks": "LaMP_3", "cloud.provider": "openai", "cloud.base_url": url,
-              "cloud.model": "gpt-x", "cloud.api_key_env": "MY_KEY"}  # fmt: skip
+              "cloud.model": "gpt-x", "cloud.api_key_env": "MY_API_KEY"}  # fmt: skip
     done = untether("run", "--out", str(tmp_path / "run"), *settings(values))
     server.shutdown()
     assert done.returncode == 2
-    assert url in done.stderr and "MY_KEY" in done.stderr
+    assert url in done.stderr and "MY_API_KEY" in done.stderr
     assert "sk-secret-words" not in done.stdout + done.stderr + (tmp_path / "run" / "log.txt").read_text()
     assert "Traceback" not in done.stderr
 
@@ -197,7 +197,7 @@ def test_an_endpoint_that_refuses_the_key_is_the_users_mistake(tmp_path, monkeyp
         ({"population.source": "lamp", "population.path": "/nowhere"}, "/nowhere"),
         ({"filters.order": "semantic,length,taste"}, "taste"),
         ({"cloud.provider": "openai", "cloud.base_url": "https://api.example.com/v1", "cloud.model": "m",
-          "cloud.api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY"),
+          "cloud.api_key_env": "NO_SUCH_API_KEY"}, "NO_SUCH_API_KEY"),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_anything_starts(tmp_path, values, said):

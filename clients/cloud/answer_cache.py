@@ -7,6 +7,7 @@ model. A model served under one name with different options must be told apart b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,15 @@ _VERSION = 1
 _BUSY_TIMEOUT_S = 60.0
 
 
+def _value(text: str | None) -> dict[str, Any] | None:
+    """A kept value; None for one that is gone or no value."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def cache_key(**content: Any) -> str:
     """sha256 over the canonical JSON of `content`."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
@@ -31,11 +41,14 @@ def cache_key(**content: Any) -> str:
 class AnswerCache:
     """A table key -> JSON. Write-ahead logging and a busy timeout make it safe for several processes of one machine.
 
+    `own`: it is the run's and nobody else's, so a damaged file is set aside and made anew.
     (SQLite's write-ahead log needs shared memory: on a network file system, one machine at a time.)
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, own: bool = False) -> None:
         self.path = Path(path)
+        if own:
+            self._set_aside_if_damaged()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
@@ -47,6 +60,22 @@ class AnswerCache:
                 f"cloud.cache: {self.path} cannot be used as a cache ({error}). "
                 "Give the path of a file that untether made, or of one that does not exist yet"
             ) from error
+
+    def _set_aside_if_damaged(self) -> None:
+        """A run's own cache that cannot be read is kept beside, and made anew: its answers are asked for again."""
+        if not self.path.exists():
+            return
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=_BUSY_TIMEOUT_S)) as database:
+                fine = database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+        except sqlite3.OperationalError:
+            return  # in use, or no access: said when it is opened
+        except sqlite3.DatabaseError:
+            fine = False
+        if not fine:
+            for file in (self.path, *(self.path.with_name(self.path.name + end) for end in ("-wal", "-shm"))):
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(file, file.with_name(f"{file.name}.damaged"))
 
     def _open_patiently(self) -> None:
         """Try on while others open it: the change to a write-ahead log does not heed SQLite's busy timeout."""
@@ -76,8 +105,14 @@ class AnswerCache:
     def several(self, keys: Sequence[str]) -> list[dict[str, Any] | None]:
         """The values of the keys, None for those that are not there."""
         marks = ",".join("?" * len(keys))
-        found = dict(self._database.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", list(keys)))
-        return [json.loads(found[key]) if key in found else None for key in keys]
+        query = f"SELECT key, value FROM answers WHERE key IN ({marks})"
+        try:
+            found = dict(self._database.execute(query, list(keys)))
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"cloud.cache: {self.path} is damaged ({error}). Put it aside: what is in it will be asked for again"
+            ) from error
+        return [_value(found.get(key)) for key in keys]
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
         """Keep a value; the first one kept under a key stays. Raises ResumableStop where the disk does not take it."""

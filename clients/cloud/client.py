@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 
@@ -23,12 +24,14 @@ from untether.clients.cloud.answer import CloudAnswer, Unusable, read_answer, sp
 from untether.clients.cloud.answer_cache import AnswerCache, cache_key
 from untether.clients.cloud.dialect import Dialect
 from untether.clients.cloud.faults import Fault, classify, is_too_long
+from untether.clients.cloud.journal import Journal
 from untether.clients.cloud.records import TRANSPORT_OUTCOMES, Attempt, CloudReply, CloudRequest, CloudSettings
-from untether.clients.cloud.wire import check_address, http_client, loop_factory
+from untether.clients.cloud.wire import http_client, loop_factory
 from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.core.records import CUT
 from untether.sim.core.seeding import derive
 from untether.sim.core.text import plain, shown
+from untether.sim.experiment.endpoint import check_address
 from untether.sim.prompts.protocol import ParsedSamples, estimate_tokens, parse_samples, response_format
 
 MAX_BACKOFF_S = 30.0
@@ -55,7 +58,7 @@ class CloudClient:
     for a gateway that the run itself serves. `variant` is whatever else decides the answers (such a gateway's
     fingerprint) and enters the cache's key. With `wall=False` (virtual time) a transport fault that outlives its
     retries raises ResumableStop; with `wall=True` it is the reply's outcome. `backoff_s` is the first retry's wait,
-    `max_wait_s` the longest `Retry-After` that is obeyed.
+    `max_wait_s` the longest `Retry-After` that is obeyed. `journal` is told of each attempt before it is made.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class CloudClient:
         wall: bool = False,
         backoff_s: float = 0.5,
         max_wait_s: float = 120.0,
+        journal: Journal | None = None,
     ) -> None:
         self.config = config
         self.base_url = base_url or config.base_url
@@ -80,6 +84,7 @@ class CloudClient:
         self.max_wait_s = max_wait_s
         self.dialect = Dialect()
         """What of a request this endpoint takes, as far as it is known."""
+        self._journal = journal
         self._cache_path = str(cache if cache is not None else config.cache)
         self._cache: AnswerCache | None = None
         self._not_before = 0.0
@@ -106,7 +111,7 @@ class CloudClient:
         waiting = deque(enumerate(requests))
         http = http_client(self.base_url, self.config.max_tokens)
         if self._cache_path:
-            self._cache = AnswerCache(self._cache_path)
+            self._cache = AnswerCache(self._cache_path, own=not self.config.cache)
             [known] = self._cache.several([self._dialect_key])
             self.dialect = Dialect([*self.dialect.told, *(known or {}).get("changes", ())])
         try:
@@ -149,9 +154,12 @@ class CloudClient:
         attempts: list[Attempt] = []
         draw = 0
         for kept in self._kept(request):  # draws that were paid for before, in their order
-            answer = CloudAnswer(**{**kept["answer"], "text": plain(kept["answer"]["text"])})
+            try:
+                answer = CloudAnswer(**{**kept["answer"], "text": plain(kept["answer"]["text"])})
+                paid = Attempt(**kept["attempt"])
+            except (TypeError, KeyError, AttributeError):
+                break  # no answer of ours: it is asked for
             reply = self._judge(request, answer)
-            paid = Attempt(**kept["attempt"])
             attempts.append(replace(paid, attempt=len(attempts), draw=draw, cached=True, duration_s=0.0))
             reply = replace(reply, attempts=tuple(attempts))
             if self._is_last(reply, answer, draw):
@@ -207,6 +215,8 @@ class CloudClient:
     ) -> _Sent:
         """One attempt, with changes on trial beside those that this endpoint is known to need."""
         parameters = self.dialect.spoken(self._parameters(request, draw), also)
+        if self._journal is not None:
+            self._journal.note(request, draw, urlsplit(self.base_url).netloc)
         begun = time.perf_counter()
         try:
             async with asyncio.timeout(self.config.timeout_s):

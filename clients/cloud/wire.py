@@ -6,7 +6,6 @@ import asyncio
 import os
 import zlib
 from collections.abc import AsyncIterator, Callable
-from urllib.parse import urlsplit, urlunsplit
 
 import httpx2
 import openai
@@ -14,38 +13,15 @@ import openai
 from untether.clients.cloud.answer import Unusable
 from untether.sim.core.errors import UserError
 from untether.sim.core.text import shown
+from untether.sim.experiment.endpoint import is_loopback, without_credentials
 
 BODY_BYTES = 64 * 1024
 BYTES_A_TOKEN = 16
 EVENT_BYTES_A_TOKEN = 512
 """A stream wraps each token into an event of its own."""
 
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
-
-
-def is_loopback(url: str) -> bool:
-    """Whether a URL's host is this machine, by name or by address."""
-    host = urlsplit(url).hostname or ""
-    return host in _LOOPBACK or host.startswith("127.") and host.replace(".", "").isdigit()
-
-
-def check_address(url: str, variable: str, key: str) -> None:
-    """Raises UserError where a URL cannot be asked, or not without showing a secret: nothing was sent."""
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise UserError(f"cloud.base_url = {url!r} is no address: it must be like https://api.example.com/v1")
-    if key and parts.scheme == "http" and not is_loopback(url):
-        raise UserError(
-            f"cloud.base_url = {url} is plain HTTP to another machine, where everyone on the way could read the key in "
-            f"{variable} (cloud.api_key_env). Give an https:// address, a tunnel on 127.0.0.1, or, if the endpoint "
-            'needs no key, cloud.api_key_env = ""'
-        )
 
 
 def http_client(url: str, max_tokens: int) -> httpx2.AsyncClient:
@@ -121,31 +97,6 @@ def _set(names: tuple[str, ...]) -> str:
     for name in (*names, *(name.lower() for name in names)):
         if value := os.environ.get(name):
             return f"{name}={without_credentials(value)}"
-    return ""
-
-
-def without_credentials(url: str) -> str:
-    """A URL as it may be shown: no user, no password, no query."""
-    try:
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        return shown(urlunsplit((parts.scheme, host, parts.path, "", "")) if parts.netloc else url, 200)
-    except ValueError:
-        return "(an address that cannot be read)"
-
-
-def secret_in(url: str) -> str:
-    """What in a URL is a credential: `a user or password`, or a query field such as `api_key`; empty for none."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return ""
-    if "@" in parts.netloc:
-        return "a user name or password"
-    for field in parts.query.split("&"):
-        name = field.partition("=")[0].lower()
-        if name and any(word in name for word in ("key", "token", "secret", "password", "sig", "auth")):
-            return f"the field `{shown(name, 30)}`"
     return ""
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from untether.clients.cloud.privacy import masking, shown_items
 from untether.clients.cloud.records import CloudReply, CloudRequest
 from untether.clients.device.device import Device
 from untether.sim.core.records import Interaction, Query, Sample
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import CLOUD, records
 from untether.sim.population.tasks import get_task
-from untether.sim.prompts.protocol import TaskLike, build_answer_request, build_samples_request
+from untether.sim.prompts.protocol import Mask, TaskLike, build_answer_request, build_samples_request
 from untether.sim.rounds.messages import Order
 
 
@@ -28,6 +29,7 @@ def samples_requests(
     samples_per_request: int = 8,
     show_items: int = 16,
     show_chars: int = 12_000,
+    mask: Mask | None = None,
 ) -> list[CloudRequest]:
     """Splits an order for synthetic samples of one task into requests, named `request_id`, `request_id+1`, ...
 
@@ -46,7 +48,9 @@ def samples_requests(
     """
     requests = []
     for part, wanted in enumerate(_split(count, samples_per_request)):
-        prompt = build_samples_request(task, items, wanted, max_items=show_items, max_chars=show_chars)
+        prompt = build_samples_request(
+            task, items, wanted, max_items=show_items, max_chars=show_chars, mask=mask
+        )  # fmt: skip
         requests.append(
             CloudRequest(
                 request_id=request_id if part == 0 else f"{request_id}+{part}",
@@ -77,6 +81,7 @@ def answer_request(
     show_items: int = 16,
     show_chars: int = 12_000,
     temperature: float = 0.0,
+    mask: Mask | None = None,
 ) -> CloudRequest:
     """Returns a request for the cloud model's answer to a query, with the history in its prompt (the `cloud` arm).
 
@@ -93,7 +98,7 @@ def answer_request(
         temperature: 0 is greedy.
     """
     prompt = build_answer_request(
-        task, items, query, query_id=query_id, max_items=show_items, max_chars=show_chars
+        task, items, query, query_id=query_id, max_items=show_items, max_chars=show_chars, mask=mask
     )  # fmt: skip
     return CloudRequest(
         request_id=request_id,
@@ -116,12 +121,12 @@ def sample_orders(experiment: Experiment, order: Order, device: Device) -> list[
     cloud = experiment.cloud
     if not cloud.samples or not any(arm.needs_samples for arm in records(experiment.arms)):
         return []
-    items = device.real_items(experiment, order.round)
+    items, mask = device.real_items(experiment, order.round), masking(experiment.privacy)
     return [
         request
         for task in device.user.tasks
         for request in samples_requests(
-            get_task(task), [item for item in items if item.task == task], cloud.samples,
+            get_task(task), _shown(experiment, order, device, items, task), cloud.samples, mask=mask,
             request_id=f"s{order.seed}-r{order.round}-{device.device_id}-{task}", device_id=device.device_id,
             seed=order.seed, round=order.round, samples_per_request=cloud.samples_per_request,
             show_items=cloud.show_items, show_chars=cloud.show_chars,
@@ -134,19 +139,26 @@ def questions(experiment: Experiment, order: Order, device: Device) -> list[tupl
     cloud = experiment.cloud
     if CLOUD not in experiment.arms:
         return []
-    items = device.real_items(experiment, order.round)
+    items, mask = device.real_items(experiment, order.round), masking(experiment.privacy)
     return [
         (
             answer_request(
-                get_task(query.task), [item for item in items if item.task == query.task], query.input, query.query_id,
+                get_task(query.task), _shown(experiment, order, device, items, query.task), query.input, query.query_id,
                 request_id=f"s{order.seed}-r{order.round}-{device.device_id}-{query.task}-q{number}",
                 device_id=device.device_id, seed=order.seed, round=order.round, show_items=cloud.show_items,
-                show_chars=cloud.show_chars,
+                show_chars=cloud.show_chars, mask=mask,
             ),
             query,
         )
         for number, query in enumerate(device.queries(order.round))
     ]
+
+
+def _shown(
+    experiment: Experiment, order: Order, device: Device, items: Sequence[Interaction], task: str
+) -> list[Interaction]:
+    own = [item for item in items if item.task == task]
+    return shown_items(own, experiment.privacy, order.seed, device.device_id)
 
 
 def asking_again(
@@ -157,13 +169,13 @@ def asking_again(
     They show what the sample's own request has shown, to the same cloud.
     """
     cloud = experiment.cloud
-    items = device.real_items(experiment, order.round)
+    items, mask = device.real_items(experiment, order.round), masking(experiment.privacy)
     return [
         (
             answer_request(
-                get_task(sample.task), [item for item in items if item.task == sample.task], sample.input,
+                get_task(sample.task), _shown(experiment, order, device, items, sample.task), sample.input,
                 sample.sample_id, request_id=f"{sample.sample_id}~", device_id=device.device_id, seed=order.seed,
-                round=order.round, show_items=cloud.show_items, show_chars=cloud.show_chars,
+                round=order.round, show_items=cloud.show_items, show_chars=cloud.show_chars, mask=mask,
             ),
             sample,
         )

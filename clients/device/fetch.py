@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from untether.clients.cloud.client import CloudClient
+from untether.clients.cloud.journal import Journal
 from untether.clients.cloud.records import CloudReply, CloudRequest
 from untether.clients.device.augmentation import (
     asking_again,
@@ -28,8 +29,9 @@ from untether.clients.filters import Beside, create_filters, judge
 from untether.clients.filters.beside import Review, decided, simulated
 from untether.clients.filters.self_consistency import agreement as agreement_of
 from untether.sim.core.clock import DAY_S
+from untether.sim.core.learning import LoraSpec
 from untether.sim.core.records import LEAK, NOT_RECEIVED, Interaction, JudgedSample, Query, Sample, User
-from untether.sim.experiment.arms import CLOUD
+from untether.sim.experiment.arms import CLOUD, trained
 from untether.sim.population.leaks import LeakChecker
 from untether.sim.population.others import shared_items
 from untether.sim.population.source import FromWorld
@@ -75,6 +77,8 @@ def fetch(worker: Worker, order: Fetch, inputs: Inputs) -> Outcome:
         for device in devices
     }
     requests = [r for index in orders for r in (*orders[index], *(request for request, _ in asked[index]))]
+    if requests and experiment.cloud.provider == "openai":
+        _check_model(worker)
     replies = _ask(worker, requests, len(devices)) if requests else []
     candidates = {device.index: samples_from(orders[device.index], replies) for device in devices}
     by_id = {reply.request_id: reply for reply in replies}
@@ -133,6 +137,15 @@ def _reply(
     return Reply(columns, events, models=models)
 
 
+def _check_model(worker: Worker) -> None:
+    """Raises UserError for a model that cannot be used, before a cloud is paid for what nobody could learn from."""
+    from untether.clients.engine.adapters import target_names
+
+    experiment = worker.experiment
+    for arm in trained(experiment.arms):
+        target_names(worker.base, LoraSpec.of(experiment.for_arm(arm)[0]))
+
+
 def _ask(worker: Worker, requests: Sequence[CloudRequest], devices: int) -> list[CloudReply]:
     waiting = Counter(request.device_id for request in requests)
     owner = {request.request_id: request.device_id for request in requests}
@@ -148,6 +161,7 @@ def _ask(worker: Worker, requests: Sequence[CloudRequest], devices: int) -> list
     client = CloudClient(
         cloud, base_url=worker.endpoint.base_url, model=worker.endpoint.model, variant=worker.endpoint.fingerprint,
         cache=cloud.cache or worker.scratch / "answers.sqlite",
+        journal=Journal(worker.scratch / "sent.jsonl"),
         api_key=None if cloud.provider == "openai" else "",  # the run's own gateway never sees the user's key
     )
     return client.ask_sync(requests, on_done)

@@ -37,6 +37,6 @@ def ledger_rows(
                     rows.append({
                         "time_s": time_s, "device_id": device.device_id, "request_id": request_id, "attempt": number,
                         "kind": item.kind, "item_id": item.item_id, "chars": chars,
-                        "tokens": -(-chars // CHARS_PER_TOKEN), "masked": 0,
+                        "tokens": -(-chars // CHARS_PER_TOKEN), "masked": item.masked,
                     })  # fmt: skip
     return rows

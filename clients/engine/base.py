@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
 
 from untether.clients.engine import lora_layers
 from untether.clients.engine.decoder import LeanDecoder
+from untether.clients.engine.door.trial import try_out
 from untether.sim.core.errors import UserError
 from untether.sim.prompts import chat_template
+from untether.sim.prompts.checkpoint import read_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _UNBOUNDED_CONTEXT = 1 << 20
@@ -55,7 +55,10 @@ class FrozenBase:
         self.lean = LeanDecoder(model, self.routing) if lean and LeanDecoder.supports(model) else None
         self.targets: dict[tuple[str, ...] | str, tuple[str, ...]] = {}
         self._select: Callable[[Tensor], Tensor] | None = None
-        getattr(model, model.base_model_prefix).register_forward_hook(self._keep_selected)
+        head = model.get_output_embeddings()
+        if head is None:
+            raise UserError(f"a {type(model).__name__} has no output layer to decode with; give another model")
+        head.register_forward_pre_hook(self._keep_selected)
 
     @classmethod
     def load(
@@ -67,24 +70,16 @@ class FrozenBase:
         dtype: `float32`, `bfloat16`, `float64`, or `auto`: float32 on a CPU, bfloat16 on a GPU that has it.
         device: `auto` takes the GPU if there is one. attention: Hugging Face's `attn_implementation`.
         template_args: what the chat template is given (`sim.prompts.chat_template`).
-        Raises UserError if there is no such model or the names above are unknown.
+        Raises UserError if there is no such model, the names above are unknown, or the model is not what it says
+        (`sim.prompts.checkpoint`, `clients.engine.door`).
         """
         where = _device(device)
         number = _dtype(dtype, where)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                name_or_path, dtype=number, trust_remote_code=False, attn_implementation=attention
-            )
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-            config_file = cached_file(str(name_or_path), "config.json")
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"base model {str(name_or_path)!r} cannot be loaded ({reason}); give a folder with config.json, "
-                "weights and tokenizer files, or the name of a causal LM on the Hugging Face hub"
-            ) from error
-        source = Path(config_file).parent if config_file else None
-        return cls(model.to(where), tokenizer, source, template_args=template_args)
+        model, tokenizer, source = read_checkpoint(str(name_or_path), "model.base", number, attention)
+        base = cls(model.to(where), tokenizer, source, template_args=template_args)
+        if base.lean is None:  # the leaner way is for few architectures, each of which is known to be right
+            try_out(base.model, base.logits_at, f"model.base = {str(name_or_path)!r}")
+        return base
 
     @cached_property
     def fingerprint(self) -> str:
@@ -141,8 +136,11 @@ class FrozenBase:
             if whole is not None:
                 rows = torch.div(positions, input_ids.shape[1], rounding_mode="floor")
                 self.routing.route = whole.select(rows)
+                self.routing.route.tokens = 1
             return hidden.reshape(-1, 1, hidden.shape[-1])[positions.to(hidden.device)]
 
+        if whole is not None:
+            whole.tokens = input_ids.shape[1]
         try:
             if self.lean is not None:
                 hidden = self.lean.hidden_at(positions, input_ids, **inputs)
@@ -153,14 +151,20 @@ class FrozenBase:
             self._select = None
             self.routing.route = whole
 
-    def _keep_selected(self, module: nn.Module, arguments, output):
+    def _keep_selected(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """What the output layer sees, whichever way the model comes to it."""
         if self._select is None:
             return None
-        output.last_hidden_state = self._select(output.last_hidden_state)
-        return output
+        return (self._select(arguments[0]), *arguments[1:])
 
 
 def _context_length(config) -> int:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond, one long row would change all others of its batch
+        name = "original_max_position_embeddings"
+        value = rope.get(name) or getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
@@ -170,6 +174,8 @@ def _context_length(config) -> int:
 
 def _end_ids(model: nn.Module, tokenizer) -> frozenset[int]:
     found: set[int] = set()
+    if tokenizer is not None and (end := chat_template.turn_end(tokenizer)) is not None:
+        found.add(end)
     for holder in (tokenizer, getattr(model, "generation_config", None), model.config):
         value = getattr(holder, "eos_token_id", None)
         if value is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from untether.sim.core.errors import UserError
-from untether.sim.prompts.chat_template import render, template_of
+from untether.sim.prompts.chat_template import encode, encode_text, turn_end
 
 _HEAD_SHARE = 0.75
 """Instructions come first and the generation prompt last; of a prompt that is too long the middle says least."""
@@ -18,22 +18,21 @@ _HEAD_SHARE = 0.75
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Returns the token ids of a prompt: chat template with generation prompt, or [bos] + text + newline without one.
+
+    A control token that the text spells stays text, here and in answers.
     """
-    written = render(tokenizer, [{"role": "user", "content": text}])
-    if template_of(tokenizer):
-        return list(tokenizer(written, add_special_tokens=False)["input_ids"])
-    ids = tokenizer(written + "\n", add_special_tokens=False)["input_ids"]
-    return ([tokenizer.bos_token_id] if _adds_bos(tokenizer) else []) + list(ids)
+    return encode(tokenizer, [{"role": "user", "content": text}])
 
 
 def encode_answer(tokenizer, text: str) -> list[int]:
-    """Returns the token ids of an answer: the text without special tokens, then the end of sequence."""
-    if tokenizer.eos_token_id is None:
+    """Returns the token ids of an answer: the text without special tokens, then the token that ends a turn."""
+    end = turn_end(tokenizer)
+    if end is None:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so an answer could never end; "
             "set eos_token in its tokenizer_config.json"
         )
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return [*encode_text(tokenizer, text), end]
 
 
 def decode_answer(tokenizer, ids: Sequence[int]) -> str:
@@ -53,10 +52,3 @@ def truncate_prompt(ids: Sequence[int], limit: int) -> list[int]:
     head = max(1, int(limit * _HEAD_SHARE))
     tail = limit - head
     return [*ids[:head], *ids[len(ids) - tail :]]
-
-
-def _adds_bos(tokenizer) -> bool:
-    if tokenizer.bos_token_id is None:
-        return False
-    probe = tokenizer("a")["input_ids"]
-    return bool(probe) and probe[0] == tokenizer.bos_token_id

@@ -22,9 +22,9 @@ from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.encoding import truncate_prompt
 from untether.clients.engine.kernels.gemm import fast_products
+from untether.clients.engine.kernels.kv_cache import PreallocatedCache
 from untether.clients.engine.kernels.lines import Line, Prefixes, fill
 from untether.clients.engine.kernels.packing import pack
-from untether.clients.engine.kv_cache import PreallocatedCache
 from untether.clients.engine.lora_layers import Route
 from untether.clients.engine.memory import give_back, is_out_of_memory, keep_heap
 from untether.sim.core.seeding import generator
@@ -224,6 +224,7 @@ class _Prompts:
         self.mask = mask.to(device)
         self.position = self.mask[:, :longest].sum(1)
         self.cache = PreallocatedCache(base.model.config, longest + room)
+        self._seen = 0
         if self.slots and stack is not None:
             whole = self.slots == list(range(len(stack)))
             self._flat = stack.flat if whole else stack.flat[torch.tensor(self.slots, device=device)]
@@ -241,6 +242,7 @@ class _Prompts:
         left-padded, so that all go on in the same column.
         """
         assert self.base.lean is not None
+        self._seen = longest
         rows = self._rows(prompts)
         worn = [adapter for adapter in rows if adapter is not None]
         by_row = [[index for line in row for index in line.texts] for of_one in rows.values() for row in of_one]
@@ -276,8 +278,8 @@ class _Prompts:
 
     def read(self, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
         """Feed tokens [rows, n] and return the logits at flattened places `at`; the cache grows by n."""
-        seen = self.cache.get_seq_length() + ids.shape[1]
-        mask = {"attention_mask": self.mask[:, :seen]} if self.padded else {}
+        self._seen += ids.shape[1]
+        mask = {"attention_mask": self.mask[:, : self._seen]} if self.padded else {}
         return self._logits_at(at, ids, self._route(ids.shape[0]), position_ids=positions, **mask)
 
     def _logits_at(self, at: Tensor, ids: Tensor, route: Route | None, **inputs) -> Tensor:

@@ -65,6 +65,8 @@ class Route:
     ):
         self.counts, self.rows, self.parts, self.scale, self.dropout = list(counts), rows, parts, scale, dropout
         self.groups, self.adapted = len(self.counts), sum(self.counts)
+        self.tokens = 0
+        """Tokens of each row of the batch that is being read, for layers that see all rows end to end."""
         self.depth = max(self.counts, default=0)
         self.regular = all(count == self.depth for count in self.counts)
         if not self.regular and self.depth > 2 * _ROUND_DEPTH:
@@ -124,7 +126,10 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def is_linear(module: nn.Module) -> bool:
     """Returns whether adapters can be attached to this module."""
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
+    if isinstance(module, Conv1D) or type(module) is nn.Linear:
+        return True
+    # A subclass (Falcon's) that computes what its parent does, and only writes it otherwise.
+    return isinstance(module, nn.Linear) and type(module).__name__ in ("FalconLinear",)
 
 
 def attach(model: nn.Module) -> Routing:
@@ -163,9 +168,12 @@ def adapted_linears(
     if part is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     if x.shape[0] != route.rows:
+        if x.dim() == 2 and route.tokens and x.shape[0] == route.rows * route.tokens:  # OPT lays rows end to end
+            apart = adapted_linears(x.view(route.rows, route.tokens, -1), weights, biases, route, key)
+            return tuple(y.flatten(0, 1) for y in apart)
         raise NotImplementedError(
-            f"layer {key} sees {x.shape[0]} leading rows where the batch has {route.rows}: adapters on layers that "
-            "regroup tokens (mixtures of experts) are not supported"
+            f"layer {key} sees {x.shape[0]} leading rows where the batch has {route.rows}: it regroups tokens, as the "
+            "experts of a mixture do"
         )
     if torch.is_grad_enabled():
         return _AdaptedLinears.apply(x, route.anchor, weights, biases, part, route)

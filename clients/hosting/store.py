@@ -11,6 +11,7 @@ from typing import Any
 from untether.clients.device.materials import donors, needs_others
 from untether.clients.device.worker import Inputs, Outcome
 from untether.clients.stores.adapter_store import AdapterStore
+from untether.sim.core.errors import UserError
 from untether.sim.core.records import Part
 from untether.sim.population.source import device_id
 from untether.sim.rounds.messages import Learn, Order, Refilter, Reply, Update
@@ -51,6 +52,11 @@ class DeviceStore:
                 continue
             if found is not None:
                 target[version] = found
+            elif version.round < order.round:
+                raise UserError(
+                    f"{self.adapters.root}: the adapter of device {name}, arm {version.arm}, trained in round "
+                    f"{version.round}, is gone. Put the run's `adapters` back from a copy, or start the run anew"
+                )
         return Inputs(
             self._rows(order, "samples", order.samples, lenders), self._rows(order, "answers", order.answers, mine),
             adapters, starts, self._private(order),

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from untether.sim.core.durable import written
 from untether.sim.rounds.messages import FIRST
+from untether.sim.run.whole import damaged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +69,8 @@ class AdapterStore:
             stacked = {name: np.stack([states[device][name] for device in devices]) for name in names}
             path = self.root / f"round-{round}" / arm / f"{block}.safetensors"
             with written(path, SafetensorError) as temporary:
-                save_file(stacked, temporary, metadata={"devices": json.dumps(devices)})
+                sums = [adapter_version(states[device]) for device in devices]
+                save_file(stacked, temporary, metadata={"devices": json.dumps(devices), "versions": json.dumps(sums)})
             paths.append(str(path.relative_to(self.root)))
             self._index.pop((round, arm), None)
         return paths
@@ -119,8 +121,15 @@ class AdapterStore:
 
     @staticmethod
     def _read(path: Path, row: int) -> dict[str, np.ndarray]:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_slice(name)[row] for name in file.keys()}
+        try:
+            with safe_open(path, framework="numpy") as file:
+                found = {name: file.get_slice(name)[row] for name in file.keys()}
+                sums = json.loads((file.metadata() or {}).get("versions", "null"))
+        except (OSError, RuntimeError, SafetensorError, ValueError, IndexError) as error:
+            raise damaged(path, error) from error
+        if sums is not None and adapter_version(found) != sums[row]:
+            raise damaged(path, "an adapter in it is not the one that was written")
+        return found
 
     def _rounds(self) -> list[int]:
         return [int(path.name.removeprefix("round-")) for path in self.root.glob("round-*")]
@@ -132,9 +141,9 @@ class AdapterStore:
                 try:
                     with safe_open(path, framework="numpy") as file:
                         devices = json.loads(file.metadata()["devices"])
-                except (OSError, RuntimeError):
+                except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, KeyError) as error:
                     if path.exists():
-                        raise
+                        raise damaged(path, error) from error
                     continue  # another worker has just pruned it
                 found |= {device: (path, row) for row, device in enumerate(devices)}
             self._index[round, arm] = found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from untether.clients.base_model import resolve
-from untether.clients.engine.adapters import save_peft
+from untether.clients.engine.adapters import AdapterStack, save_peft
 from untether.clients.engine.base import FrozenBase
 from untether.clients.stores.adapter_store import AdapterStore, as_tensors
 from untether.sim.core.errors import UserError, unknown
@@ -31,5 +33,9 @@ def export_adapter(run: RunDirectory, device: str, arm: str, out: Path, seed: in
         there = f"its devices run from {devices[0]} to {devices[-1]}" if devices else "it has no adapters of that arm"
         raise UserError(f"{run.path}: no adapter of device `{device}`, arm `{arm}`, seed {seed}; {there}")
     base = FrozenBase.load(resolve(experiment.model.base), dtype="float32", device="cpu")
-    save_peft(out, LoraSpec.of(experiment.for_arm(arm)[0]).fitting(state), as_tensors(state), base)
+    spec = LoraSpec.of(experiment.for_arm(arm)[0]).fitting(state)
+    if odd := [name for name, array in state.items() if array.dtype.kind != "f" or not np.isfinite(array).all()]:
+        raise UserError(f"{store.root}: {odd[0]!r} of device `{device}` holds what are no numbers: it is damaged")
+    AdapterStack.of_states(base, [spec], [as_tensors(state)])  # names and shapes are this base's
+    save_peft(out, spec, as_tensors(state), base)
     return out

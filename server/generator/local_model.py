@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from untether.server.generator import Completion, GenerationRequest, PromptTooLong, system_fingerprint
 from untether.sim.core import limits
-from untether.sim.core.errors import UserError
 from untether.sim.prompts import chat_template
+from untether.sim.prompts.checkpoint import read_checkpoint
 
 
 class LocalModelGenerator:
@@ -49,18 +49,13 @@ class LocalModelGenerator:
         self.max_batch = max_batch
         self.model_id = Path(model).name if Path(model).exists() else model
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-            self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self._device).eval()
-        except (OSError, ValueError, AttributeError, RuntimeError, KeyError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"cloud.model = {model!r} does not load as a causal language model: {first}. "
-                "Give a Hugging Face name that this machine can reach, or the path of a saved model with its tokenizer"
-            ) from error
+        self._model, self._tokenizer, _ = read_checkpoint(model, "cloud.model", dtype, padding_side="left")
+        self._model.to(self._device)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)
         self._ends = _end_tokens(self._model, self._tokenizer)
+        # What a call leaves unsaid, generate() takes from here: nothing but what ends an answer is the model's to say.
+        self._model.generation_config = GenerationConfig()
         self._context = int(getattr(self._model.config, "max_position_embeddings", 0) or 2**30)
         heads = [parameter.detach().flatten()[:32].float().tolist() for parameter in self._model.parameters()]
         chat_template.tell(self._tokenizer, template_args or {})
@@ -75,10 +70,8 @@ class LocalModelGenerator:
         Raises:
             PromptTooLong: A prompt leaves no space for an answer.
         """
-        prompts = [self.prompt(request.messages) for request in batch]
-        # A chat template writes its own special tokens; doubling them changes the answer.
-        special = self._tokenizer.chat_template is None
-        encoded = self._tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=special)
+        prompts = [chat_template.encode(self._tokenizer, _turns(request.messages), "\n\n") for request in batch]
+        encoded = self._tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding=True)
         encoded = {name: encoded[name].to(self._device) for name in ("input_ids", "attention_mask")}
         sizes = encoded["attention_mask"].sum(1).tolist()
         rooms = [min(request.max_tokens, self._context - size) for request, size in zip(batch, sizes, strict=True)]
@@ -97,8 +90,7 @@ class LocalModelGenerator:
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> str:
         """Returns the text that the model continues."""
-        turns = [{"role": m.get("role", "user"), "content": _text(m.get("content"))} for m in messages]
-        written = chat_template.render(self._tokenizer, turns)
+        written = chat_template.render(self._tokenizer, _turns(messages))
         return written if chat_template.template_of(self._tokenizer) else f"{written}\n\n"
 
     def _completion(self, row: list[int], room: int, tokens_in: int) -> Completion:
@@ -141,9 +133,12 @@ def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Every token that ends a turn, by the model's generation config and its tokenizer."""
     ends = getattr(model.generation_config, "eos_token_id", None)
-    found = set(ends if isinstance(ends, list) else [ends])
-    found.add(tokenizer.eos_token_id)
+    found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id, chat_template.turn_end(tokenizer)}
     return {end for end in found if end is not None}
+
+
+def _turns(messages: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{"role": str(m.get("role") or "user"), "content": _text(m.get("content"))} for m in messages]
 
 
 def _text(content: Any) -> str:

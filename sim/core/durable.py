@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from untether.sim.core.errors import ResumableStop, disk_is_full
+from untether.sim.core.errors import ResumableStop, UserError, disk_is_full
+from untether.sim.core.text import shown
+
+
+def possible(path: str | Path) -> Path:
+    """Returns the path. Raises UserError where no file can have this name, whether or not there is one."""
+    try:
+        os.lstat(path)
+    except (ValueError, OSError) as error:
+        name_error = isinstance(error, ValueError) or error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
+        if name_error:
+            raise UserError(f"{shown(str(path), 80)}: no file can have this name ({shown(str(error), 60)})") from None
+    return Path(path)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -16,10 +16,12 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import tomlkit
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from untether.sim.core.durable import possible
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import NAMED, STRATEGIES
-from untether.sim.experiment.arms import ARMS, FEDERATED, check_arms
+from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, check_arms
 from untether.sim.experiment.plugins import load, located, resolved
+from untether.sim.experiment.privacy import Privacy
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.sections import (
     ArmSettings,
@@ -57,6 +59,7 @@ class Experiment(Section):
     training: Training = Training()
     generation: Generation = Generation()
     cloud: CloudSection = CloudSection()
+    privacy: Privacy = Privacy()
     filters: Filters = Filters()
     network: Network = Network()
     hardware: Hardware = Hardware()
@@ -111,6 +114,14 @@ class Experiment(Section):
                         registry.check(name)
                     named.append(name)
             object.__setattr__(self, "settings", resolved(named, self.settings))  # frozen from here on
+        return self
+
+    @model_validator(mode="after")
+    def _private(self) -> Experiment:
+        if "input" in self.privacy.never and CLOUD in self.arms:
+            raise ValueError(
+                f'privacy.never has "input", and arms has {CLOUD}, which shows the cloud its questions. Leave one out'
+            )
         return self
 
     @model_validator(mode="after")
@@ -198,7 +209,7 @@ class Experiment(Section):
         """
         where, data = "the default experiment", {}
         if path is not None:
-            where = str(path)
+            where = str(possible(path))
             try:
                 data = located(tomllib.loads(Path(path).read_text(encoding="utf-8")), Path(path).parent)
             except FileNotFoundError:

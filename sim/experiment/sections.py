@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from untether.sim.core.learning import ALL_LINEAR, LoraSpec, RateSchedule, TrainSettings
+from untether.sim.experiment.endpoint import check_key_name, check_url
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.virtual_sections import CloudCapacity
 
@@ -162,7 +163,10 @@ class CloudSection(Section):
     template_args: TemplateArgs = Field(
         {}, description="transformers: what the model's chat template is given (see model.template_args)"
     )
-    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="environment variable that holds the key: ..._API_KEY, UNTETHER_... or HF_TOKEN; "
+        "empty: send none"
+    )
     samples: int = Field(16, ge=0, description="synthetic samples asked for a user and task")
     samples_per_request: int = Field(8, ge=1, description="larger orders are split into requests of so many")
     show_items: int = Field(16, ge=1, description="most history items shown in a request (latest first)")
@@ -187,6 +191,8 @@ class CloudSection(Section):
 
     @model_validator(mode="after")
     def _endpoint(self) -> CloudSection:
+        check_key_name(self.api_key_env)
+        check_url(self.base_url)
         if self.provider == "openai" and not (self.base_url and self.model):
             raise ValueError('provider = "openai" needs cloud.base_url and cloud.model')
         if self.provider != "openai" and self.base_url:

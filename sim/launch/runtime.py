@@ -24,6 +24,7 @@ from untether.sim.core import limits
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import Failure, ResumableStop, UserError, disk_is_full
 from untether.sim.experiment import Experiment, key_values
+from untether.sim.experiment.endpoint import without_credentials
 from untether.sim.experiment.plugins import fingerprints
 from untether.sim.launch.cluster import join_cluster, start_here
 from untether.sim.launch.console import LiveProgress
@@ -32,6 +33,10 @@ from untether.sim.rounds.planner import Rounds
 from untether.sim.run.directory import RunDirectory
 from untether.sim.run.environment import describe
 from untether.sim.run.lock import RunLock
+
+STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that stop a run resumably: Ctrl-C, a batch system's, a terminal that is closed."""
+_HANDLERS: list[Callable[[int, Any], None]] = []
 
 GRACE_S = 6.0
 """How long an interrupted run may take to end by itself."""
@@ -82,10 +87,15 @@ def reopen(path: Path, experiment: Experiment | None = None) -> RunDirectory:
     """
     run = RunDirectory.open(path)
     run.check_resumable(experiment)
+    run.check_state()
     if experiment is not None:
         run.take_over(experiment)
     check(run.experiment)
-    environment = run.read_json("environment.json") or describe(run.experiment)
+    try:
+        environment = run.read_json("environment.json") or {}
+    except UserError:  # what can be made again is made again
+        environment = {}
+    environment = environment or describe(run.experiment)
     now = fingerprints(run.experiment.plugins)
     changed = [name for name, digest in environment.get("plugins", {}).items() if now.get(name) != digest]
     if changed:
@@ -185,6 +195,9 @@ def _simulate(runs: Sequence[RunDirectory], progress: LiveProgress, stop: thread
         "TOKENIZERS_PARALLELISM": "false", "RAY_DEDUP_LOGS": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "RAY_worker_niceness": "0",  # its default of 15 starves the workers on a machine with anything else to do
     })
+    for line in dict.fromkeys(key_goes_to(run.experiment) for run in runs):
+        if line:
+            progress.note(line)
     progress.note("starting Flower and Ray ...")
     import ray
     from flwr.simulation import run_simulation
@@ -205,6 +218,7 @@ def _simulate(runs: Sequence[RunDirectory], progress: LiveProgress, stop: thread
         hosts = max(min(pair) for pair in zip(wanted, devices, strict=True))
     else:
         start_here(max(2, hosts), gpus, workers)
+    renew_signals()  # Ray has put a handler of its own in their place, which ends the process at once
     healing = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # a dead actor comes back; `exchange` asks again
     failed: list[BaseException] = []
     try:
@@ -221,6 +235,15 @@ def _simulate(runs: Sequence[RunDirectory], progress: LiveProgress, stop: thread
         raise
     finally:
         ray.shutdown()
+
+
+def key_goes_to(experiment: Experiment) -> str:
+    """Which variable's value a run shows to which host; empty for one that asks nobody, or without a key."""
+    cloud = experiment.cloud
+    if cloud.provider != "openai" or not os.environ.get(cloud.api_key_env):
+        return ""
+    host = without_credentials(cloud.base_url)
+    return f"the key in {cloud.api_key_env} (cloud.api_key_env) goes to {host}, and to no other host"
 
 
 class _Turns:
@@ -294,7 +317,7 @@ def redirected(log: Path) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def stopping(stop: threading.Event, leave: Callable[[], None] | None = None) -> Iterator[None]:
-    """Makes Ctrl-C and SIGTERM set `stop` while the context is open; a second Ctrl-C interrupts at once.
+    """Makes Ctrl-C, SIGTERM and SIGHUP set `stop` while the context is open; a second one interrupts at once.
 
     Args:
         stop: The event.
@@ -312,14 +335,23 @@ def stopping(stop: threading.Event, leave: Callable[[], None] | None = None) -> 
             timers[-1].start()
 
     main = threading.current_thread() is threading.main_thread()
-    before = [(number, signal.signal(number, handle)) for number in (signal.SIGINT, signal.SIGTERM)] if main else []
+    before = [(number, signal.signal(number, handle)) for number in STOPS] if main else []
+    _HANDLERS[:] = [handle] if main else []
     try:
         yield
     finally:
+        _HANDLERS.clear()
         for number, old in before:
             signal.signal(number, old)
         for timer in timers:
             timer.cancel()
+
+
+def renew_signals() -> None:
+    """Puts the handlers of `stopping` back where a library has put its own; nothing outside of it."""
+    if _HANDLERS and threading.current_thread() is threading.main_thread():
+        for number in STOPS:
+            signal.signal(number, _HANDLERS[0])
 
 
 def from_run_config(config: Mapping[str, Any]) -> tuple[RunDirectory, int, LiveProgress]:

@@ -19,7 +19,7 @@ def parse_date(value: object) -> float | None:
     """Returns the seconds since 1970 (UTC) of a year, a month, an ISO day or a full ISO datetime.
 
     A year or a month is its first instant, a datetime without zone is in UTC. Numbers between 1000 and 9999 are years,
-    other numbers seconds since 1970. None or an empty string gives None.
+    other numbers seconds since 1970, up to the year 2200. None or an empty string gives None.
 
     Raises:
         ValueError: The value is anything else; the message has the accepted forms.
@@ -28,7 +28,7 @@ def parse_date(value: object) -> float | None:
         return None
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         if not (1000 <= value <= 9999 and value == int(value)):
-            return float(value)
+            return _instant(float(value))
         value = str(int(value))
     text = str(value).strip()
     if _YEAR.match(text):
@@ -40,6 +40,20 @@ def parse_date(value: object) -> float | None:
     except ValueError:
         raise ValueError(f"{value!r} is no date: write YYYY, YYYY-MM, YYYY-MM-DD or YYYY-MM-DDTHH:MM:SS") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+_LATEST = datetime(2200, 1, 1, tzinfo=UTC).timestamp()
+_EARLIEST = datetime(1, 1, 2, tzinfo=UTC).timestamp()
+_SCALES = {"milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9}
+
+
+def _instant(value: float) -> float:
+    """Seconds since 1970, where a number is such; pandas and JavaScript count finer, which is told, not guessed."""
+    if _EARLIEST <= value <= _LATEST:
+        return value
+    finer = next((name for name, scale in _SCALES.items() if _EARLIEST <= value / scale <= _LATEST), "")
+    hint = f"; it reads as {finer}: divide by {_SCALES[finer]:.0f}" if finer else ""
+    raise ValueError(f"{value:g} is no number of seconds since 1970 in the years 1 to 2200{hint}")
 
 
 def date_span(value: object) -> tuple[float | None, float | None]:

@@ -76,7 +76,11 @@ def read_lamp(
     for files in sources:
         for user_id in _eligible(files, golds[files.task.name], min_history, exclusions, replay):
             eligible[user_id].add(files.task.name)
-    drawn = _draw(sorted(eligible), users, skip, seed_index, draw_seed, fewer, path, _needs(min_history, replay))
+    needs = _needs(min_history, replay)
+    without = sum(one.reason in (NO_GOLD, NO_LABEL) for one in exclusions)
+    if without and not eligible:
+        needs += f" and a question with a usable gold ({without} questions have none, or one that is no label)"
+    drawn = _draw(sorted(eligible), users, skip, seed_index, draw_seed, fewer, path, needs)
     collected: dict[str, dict[str, Collected]] = {user_id: {} for user_id in drawn}
     for files in sources:
         _load(files, golds[files.task.name], {u for u in drawn if files.task.name in eligible[u]}, collected)
@@ -90,6 +94,9 @@ def read_lamp(
         if user.queries:
             loaded.append(user)
     return loaded, list(dict.fromkeys(exclusions))
+
+
+NO_GOLD, NO_LABEL = "question without gold", "gold is no label of the task"
 
 
 class _OneShot:
@@ -113,21 +120,24 @@ class _OneShot:
 
 
 def _eligible(
-    files: TaskFiles, golds: dict[str, str], min_history: int, exclusions: list[Exclusion], replay: Replay | None
+    files: TaskFiles, golds: dict[str, str | None], min_history: int, exclusions: list[Exclusion], replay: Replay | None
 ) -> list[str]:
     """First pass: the users with enough history before what they are asked."""
     task = files.task
     seen: dict[str, _OneShot | Outlook] = {}
     asked: set[str] = set()
     dated = False
+    unusable: list[str] = []
     for question in stream_questions(files):
         asked.add(question["id"])
         if (gold := golds.get(question["id"])) is None:
-            exclusions.append(Exclusion("question without gold", f"{task.name} {question['id']}"))
+            exclusions.append(Exclusion(NO_GOLD, f"{task.name} {question['id']}"))
+            unusable.append(f"question {question['id']!r} has no gold")
             continue
         query, key = _query(files, question, gold)
         if task.labels and query.gold not in task.labels:
-            exclusions.append(Exclusion("gold is no label of the task", f"{task.name} {question['id']}: {gold!r}"))
+            exclusions.append(Exclusion(NO_LABEL, f"{task.name} {question['id']}: {gold!r}"))
+            unusable.append(f"the gold {gold!r} of question {question['id']!r} is no label of {task.name}")
             continue
         profile = _profile(files, question, exclusions)
         dated = dated or any(item_key for _, item_key in profile)
@@ -137,6 +147,12 @@ def _eligible(
         raise UserError(
             f"{files.outputs}: {len(strangers)} golds without a question in {files.questions.name}, the first is "
             f"{strangers[0]!r}: both files must be of the same split; remove it or download both again"
+        )
+    if not seen and unusable:
+        labels = f" Its labels are {', '.join(task.labels)}." if task.labels else ""
+        raise UserError(
+            f"{files.outputs}: no question of {task.name} can be scored: {unusable[0]}, and the same of all "
+            f"{len(unusable)}.{labels} Give each question its gold as the task writes it"
         )
     if replay and seen and not dated:
         raise UserError(
@@ -148,7 +164,9 @@ def _eligible(
     return [user_id for user_id, reason in lacking.items() if not reason]
 
 
-def _load(files: TaskFiles, golds: dict[str, str], asked: set[str], into: dict[str, dict[str, Collected]]) -> None:
+def _load(
+    files: TaskFiles, golds: dict[str, str | None], asked: set[str], into: dict[str, dict[str, Collected]]
+) -> None:
     """Second pass: the questions of the drawn users alone."""
     task = files.task
     for question in stream_questions(files) if asked else ():
@@ -195,6 +213,8 @@ def _query(files: TaskFiles, question: dict, gold: str) -> tuple[Query, Calendar
     except ValueError as error:
         raise UserError(f"{files.questions}: question {question['id']!r}: date: {error}") from None
     gold = clean_rating(gold) if task.kind == "rating" else gold.strip()
+    if task.labels and task.kind != "rating" and gold not in task.labels:  # written in another case
+        gold = {label.lower(): label for label in task.labels}.get(gold.lower(), gold)
     return Query(question["id"], task.name, task.content(question["input"]), gold, time_s), key
 
 
@@ -205,6 +225,10 @@ def _profile(files: TaskFiles, question: dict, exclusions: list[Exclusion]) -> l
         where = f"{files.questions}: question {question['id']!r}, profile item {position + 1}"
         if not isinstance(item, dict):
             raise UserError(f"{where} is a {type(item).__name__}: expected an object with {_needed(files.task)}")
+        for name in files.task.fields:
+            if isinstance(item.get(name), (list, dict, bool)):
+                kind = type(item[name]).__name__
+                raise UserError(f"{where}: {name} is a {kind}: write one text, or null to leave the item out")
         try:
             made, key = files.task.interactions(item), calendar_key(item.get("date"))
         except KeyError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import ijson
 
+from untether.sim.core import strict_json
 from untether.sim.core.errors import UserError
+from untether.sim.core.text import plain, shown
 from untether.sim.population.tasks import Task, get_task, task_names
 
 _LOCATE_UP_TO_BYTES = 256 * 2**20
@@ -79,7 +82,7 @@ def stream_questions(files: TaskFiles) -> Iterator[dict]:
             raise UserError(f"{where} is a {type(question).__name__}: expected an object with id, input and profile")
         for name, kind in (("id", str), ("input", str), ("profile", list)):
             value = question.get(name)
-            if name == "id" and isinstance(value, int):
+            if name == "id" and isinstance(value, int) and not isinstance(value, bool):
                 question["id"] = str(value)
             elif not isinstance(value, kind):
                 raise UserError(f"{where} (id {question.get('id')!r}): field {name!r} is missing or no {kind.__name__}")
@@ -91,22 +94,36 @@ def stream_questions(files: TaskFiles) -> Iterator[dict]:
         yield question
 
 
-def read_golds(files: TaskFiles) -> dict[str, str]:
-    """Reads the gold texts by question id, as written.
+def read_golds(files: TaskFiles) -> dict[str, str | None]:
+    """Reads the gold texts by question id, as written; None for one that is null or empty.
 
     Raises:
-        UserError: The file is malformed.
+        UserError: The file is malformed, or a gold is no text.
     """
-    golds: dict[str, str] = {}
+    golds: dict[str, str | None] = {}
     for index, gold in enumerate(_stream(files.outputs, "golds.item", b"{")):
         if not isinstance(gold, Mapping) or "id" not in gold or "output" not in gold:
             raise UserError(f"{files.outputs}: gold {index + 1} needs the fields id and output")
         if (key := str(gold["id"])) in golds:
             raise UserError(f"{files.outputs}: gold {key!r} appears twice: ids must be unique, remove one")
-        golds[key] = str(gold["output"])
+        golds[key] = _gold_text(gold["output"], f"{files.outputs}: gold {key!r}")
     if not golds:
         raise UserError(f'{files.outputs}: no golds: expected {{"task": ..., "golds": [{{"id": ..., "output": ...}}]}}')
     return golds
+
+
+def _gold_text(value: object, where: str) -> str | None:
+    """A gold as text: a whole number is its digits; None where there is nothing to score against."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(int(value)) if value == int(value) else str(value)
+    raise UserError(
+        f"{where}: output is a {type(value).__name__} ({shown(str(value), 60)}), and a question has one answer: write "
+        "one text, or null to leave the question out"
+    )
 
 
 def _questions(folder: Path, split: str) -> Path | None:
@@ -167,7 +184,9 @@ def _stream(path: Path, prefix: str, opening: bytes) -> Iterator[object]:
             for item in ijson.items(file, prefix, use_float=True):
                 count += 1
                 yield item
-        except ijson.JSONError as error:
+        except (ijson.JSONError, ValueError, OverflowError, RecursionError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{path}{_position(path, skip, count)}. Download or write the file again") from error
 
 
@@ -175,9 +194,13 @@ def _position(path: Path, skip: int, count: int) -> str:
     """`:LINE:COLUMN: why` of malformed JSON, read anew; for a file too large to hold, after how many records."""
     if path.stat().st_size <= _LOCATE_UP_TO_BYTES:
         try:
-            json.loads(path.read_bytes()[skip:].decode("utf-8"))
+            text = path.read_bytes()[skip:].decode("utf-8")
+            json.loads(text)
+            strict_json.loads(text)
         except json.JSONDecodeError as error:
             return f":{error.lineno}:{error.colno}: malformed JSON: {error.msg} (character {error.pos})"
         except UnicodeDecodeError as error:
             return f": no UTF-8 at byte {error.start + skip}"
+        except (ValueError, RecursionError) as error:
+            return f": {str(error)[:200]}"
     return f": malformed or truncated JSON after record {count}"

@@ -117,6 +117,8 @@ class Task:
         source, target = (str(item[name] if item[name] is not None else "").strip() for name in self.fields)
         if self.kind == "rating":
             target = clean_rating(target)
+        elif self.labels and target not in self.labels:  # written in another case
+            target = {label.lower(): label for label in self.labels}.get(target.lower(), target)
         return (source, target) if source and target else None
 
     def _template(self, form: str) -> str:

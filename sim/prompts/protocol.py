@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -50,8 +50,15 @@ __all__ = [
 ]
 
 
+MAX_PAIRS = 1024
+"""Most pairs that one request may ask for."""
+
 CHARS_PER_TOKEN = 4
 """About, of English text; where no tokenizer is known."""
+
+
+Mask = Callable[[str], tuple[str, int]]
+"""A text as it may be uploaded, and how many places of it were masked."""
 
 
 class TaskLike(Protocol):
@@ -70,7 +77,7 @@ class Uploaded:
     """One item that a request carries: `chars` of its content that leave the device, `cut` if it was shortened.
 
     `kind`: `history`, or `question` for the query to answer. `begins`, `ends`: its place in the messages, as shares of
-    their characters.
+    their characters. `masked`: how many places of it were masked.
     """
 
     item_id: str
@@ -79,6 +86,7 @@ class Uploaded:
     kind: str = "history"
     begins: float = 0.0
     ends: float = 1.0
+    masked: int = 0
 
     def sent(self, copies: float) -> int:
         """Returns how many of its characters so many copies of the messages carry; the last copy may be partial."""
@@ -138,6 +146,7 @@ def build_samples_request(
     max_items: int = 16,
     max_chars: int = 8000,
     max_item_chars: int = 2000,
+    mask: Mask | None = None,
 ) -> Prompt:
     """Returns a prompt that asks for `count` new pairs in the style of `items`.
 
@@ -148,10 +157,11 @@ def build_samples_request(
         max_items: Most items that are shown.
         max_chars: Most characters of content that are shown.
         max_item_chars: Most characters of an item: an input is cut to what its output leaves of them.
+        mask: Masks each text before it is cut; None: nothing is masked.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    shown, uploaded = _choose(items, max_items, max_chars, max_item_chars)
+    shown, uploaded = _choose(items, max_items, max_chars, max_item_chars, mask)
     user = SAMPLES_USER.format(count=count, **_frame(task, shown))
     return _prompt(SAMPLES_SYSTEM, user, uploaded, task)
 
@@ -165,6 +175,7 @@ def build_answer_request(
     max_items: int = 16,
     max_chars: int = 8000,
     max_item_chars: int = 2000,
+    mask: Mask | None = None,
 ) -> Prompt:
     """Returns a prompt that asks the cloud model to answer `query`, with the history in it.
 
@@ -173,12 +184,13 @@ def build_answer_request(
         items: In history order, oldest first.
         query: Its content; it counts as uploaded, whole.
         query_id: Its name in the privacy ledger.
-        max_items, max_chars, max_item_chars: As in `build_samples_request`.
+        max_items, max_chars, max_item_chars, mask: As in `build_samples_request`.
     """
-    shown, uploaded = _choose(items, max_items, max_chars, max_item_chars)
-    query = clean(query)
+    shown, uploaded = _choose(items, max_items, max_chars, max_item_chars, mask)
+    query, masked = (mask or _unmasked)(clean(query))
     user = ANSWER_USER.format(query=_dumps({"input": query}), **_frame(task, shown))
-    return _prompt(ANSWER_SYSTEM, user, (*uploaded, Uploaded(query_id, len(query), kind="question")), task)
+    question = Uploaded(query_id, len(query), kind="question", masked=masked)
+    return _prompt(ANSWER_SYSTEM, user, (*uploaded, question), task)
 
 
 _HEAD = re.compile(r"\ATask: (?P<name>\S+) \(")
@@ -210,6 +222,8 @@ def parse_request(messages: Sequence[dict[str, Any]]) -> Request:
         found = re.search(r"exactly one of these labels: (\[.*\])$", before, re.MULTILINE)
         labels = tuple(map(str, json.loads(found[1]))) if found else ()
         if count := _COUNT.search(after):
+            if len(count[1]) > 4 or int(count[1]) > MAX_PAIRS:
+                raise NotARequest(f"it asks for more than {MAX_PAIRS} pairs at once")
             return Request("samples", task, items, int(count[1]), "", labels)
         lines_after = [line for line in after.split("\n") if line.startswith("{")]
         query = json.loads(lines_after[-1] if lines_after else "")["input"]
@@ -350,8 +364,12 @@ def _content(message: dict[str, Any]) -> str:
     return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
 
 
+def _unmasked(text: str) -> tuple[str, int]:
+    return text, 0
+
+
 def _choose(
-    items: Sequence[Interaction], max_items: int, max_chars: int, max_item_chars: int
+    items: Sequence[Interaction], max_items: int, max_chars: int, max_item_chars: int, mask: Mask | None
 ) -> tuple[list[Interaction], tuple[Uploaded, ...]]:
     """The newest items that fit, newest first, as shown, and what each of them uploads."""
     shown: list[Interaction] = []
@@ -359,7 +377,7 @@ def _choose(
     left = max_chars
     for item in list(reversed(items))[: max(max_items, 0)]:
         limit = max_item_chars if shown else min(max_item_chars, left)
-        text, output = clean(item.input), clean(item.output)
+        (text, inside), (output, beside) = map(mask or _unmasked, (clean(item.input), clean(item.output)))
         kept_output = output[:limit]
         kept = text[: max(limit - len(kept_output), 0)]
         size = len(kept) + len(kept_output)
@@ -367,7 +385,7 @@ def _choose(
             break
         left -= size
         shown.append(Interaction(item.item_id, item.task, kept, kept_output, item.time_s, item.form))
-        uploaded.append(Uploaded(item.item_id, size, size < len(text) + len(output)))
+        uploaded.append(Uploaded(item.item_id, size, size < len(text) + len(output), masked=inside + beside))
     return shown, tuple(uploaded)
 
 

@@ -11,8 +11,10 @@ import pandas as pd
 
 from untether.sim.core.clock import WallClock
 from untether.sim.core.records import CUT
+from untether.sim.evaluation.metrics import mostly_unseen, unicode_rouge
 from untether.sim.evaluation.statistics import summarize
 from untether.sim.population.source import FromWorld, open_population
+from untether.sim.population.tasks import get_task
 from untether.sim.report import write_report
 from untether.sim.run.directory import RunDirectory
 from untether.sim.run.shared import SharedAdapters
@@ -59,6 +61,7 @@ def finish(
             "exclusions": dict(sorted((exclusions + left_out).items())),
             "order": "time" if orders == {"time"} else "unknown",
             "cloud": dict(cloud),
+            "unseen": _unseen(run.read("predictions", ("arm", "task", "user_id", "prediction", "gold"))),
             "answers": _answers(run.read("events", ASKED)),
             "failures": [failure for commit in commits if commit for failure in commit["facts"]["failures"]],
             "placebos": {
@@ -81,6 +84,21 @@ def finish(
     write_report(run)
     run.write_json("environment.json", {**environment, **ended, "usage": usage.facts()})
     run.drop_parts()
+
+
+def _unseen(predictions: pd.DataFrame) -> dict[str, Any]:
+    """Tasks whose golds the official ROUGE hardly sees: how many, and what ROUGE over any script says of each arm."""
+    found: dict[str, Any] = {}
+    for task, rows in predictions.groupby("task"):
+        if "rouge1" not in get_task(str(task)).metrics:
+            continue
+        golds = rows.drop_duplicates(["user_id", "gold"])["gold"]
+        unseen = int(golds.map(mostly_unseen).sum())
+        if unseen:
+            scores = [unicode_rouge(p or "", g) for p, g in zip(rows["prediction"], rows["gold"], strict=True)]
+            means = pd.DataFrame(scores, columns=["rouge1", "rougeL"]).groupby(rows["arm"].to_numpy()).mean()
+            found[str(task)] = {"unseen": unseen, "golds": len(golds), "rouge": means.round(4).to_dict("index")}
+    return found
 
 
 def _answers(events: pd.DataFrame) -> dict[str, int]:

@@ -27,6 +27,7 @@ from untether.sim.report.funnel import Funnel, faults, precision
 from untether.sim.report.summary import Summary
 from untether.sim.report.tables import write_tables
 from untether.sim.run.directory import TABLES, RunDirectory
+from untether.sim.run.whole import refuse_links
 
 TEXTS = ("input", "output", "prediction", "gold")
 """Columns that the report counts nothing in: most of a large fleet's bytes."""
@@ -34,6 +35,7 @@ TEXTS = ("input", "output", "prediction", "gold")
 
 def write_report(run: RunDirectory) -> Path:
     """As `sim.report.write_report`."""
+    refuse_links(run.path, ("tables", "figures", "report.html"))
     experiment = run.experiment
     summary = Summary(run.read_json("summary.json"))
     environment = run.read_json("environment.json") or {}

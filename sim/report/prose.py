@@ -168,6 +168,7 @@ def notes(summary: Summary, experiment: Experiment, environment: Mapping[str, An
     if facts.get("order") == "unknown":
         found.append("Order unknown: the data carry no dates, so it is asserted that no scored item was trained on, "
                      "not that queries are later than what was.")  # fmt: skip
+    found += _unseen(facts.get("unseen") or {})
     found += _silence(facts.get("answers") or {}, summary)
     found += _placebos(facts.get("placebos") or {})
     few = [task for task in summary.tasks if (summary.users(task) or 0) < _FEW_USERS]
@@ -180,6 +181,19 @@ def notes(summary: Summary, experiment: Experiment, environment: Mapping[str, An
     if len(experiment.seeds) == 1:
         found.append("One seed: the spread between draws of users is not measured.")
     return found + [str(note) for note in facts.get("notes") or []]
+
+
+def _unseen(counted: Mapping[str, Any]) -> list[str]:
+    """Golds that the official ROUGE does not read, and the scores over any script."""
+    found = []
+    for task, facts in counted.items():
+        scores = ", ".join(
+            f"{arm} {number(score['rouge1'])} / {number(score['rougeL'])}" for arm, score in facts["rouge"].items()
+        )
+        found.append(f"{facts['unseen']} of {facts['golds']} golds on {_name(task)} are in letters that ROUGE's "
+                     "official definition does not read (ASCII letters and digits alone), so they score near 0 "
+                     f"whatever is answered. ROUGE-1 / ROUGE-L over words of any script: {scores}.")  # fmt: skip
+    return found
 
 
 def _silence(counted: Mapping[str, int], summary: Summary) -> list[str]:

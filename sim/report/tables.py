@@ -16,6 +16,7 @@ from untether.sim.core.durable import write_atomically
 from untether.sim.population.tasks import higher_is_better
 from untether.sim.report.summary import Contrast, Summary, interval, metric_name, number, p_value
 from untether.sim.run.directory import RunDirectory
+from untether.sim.run.whole import plain_name
 
 SUMMARY_COLUMNS = (
     "task", "metric", "arm", "mean", "ci_low", "ci_high", "n_users", "n_clusters", "n_queries", "steps", "tokens",
@@ -121,6 +122,8 @@ def write_predictions(run: RunDirectory) -> None:
             {"id": query, "output": "" if pd.isna(answer) else answer}
             for query, answer in zip(group["query_id"], group["prediction"], strict=True)
         ]
+        table = run.path / "predictions.parquet"
+        arm, task = plain_name(arm, "the arm", table), plain_name(task, "the task", table)
         path = run.path / "tables" / "predictions" / f"seed-{seed}" / arm / f"{task}.json"
         write_atomically(path, json.dumps({"task": task, "golds": golds}, ensure_ascii=False, indent=1) + "\n")
 

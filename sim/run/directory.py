@@ -10,6 +10,7 @@ when the round is; a receipt makes no part count.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -22,11 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from untether.sim.core.durable import make_folder, write_atomically, written
+from untether.sim.core.durable import make_folder, possible, write_atomically, written
 from untether.sim.core.errors import UserError
 from untether.sim.core.records import Part
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import device_id
+from untether.sim.run.whole import REMEDY, commit_of, damaged, is_whole, read_json, read_table, to_json
 
 SCHEMA_VERSION = "3"
 
@@ -95,7 +97,7 @@ class RunDirectory:
         Raises:
             UserError: The path holds another run.
         """
-        run = cls(path)
+        run = cls(possible(path))
         if (run.path / "experiment.toml").exists():
             raise UserError(f"{run.path} already holds a run. Give another --out, or go on with --resume {run.path}")
         try:
@@ -103,7 +105,7 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{run.path}: cannot make this folder: {error.strerror}. Give another --out") from error
         run.write_json("state/versions.json", versions())
-        write_atomically(run.path / "experiment.toml", experiment.to_toml())
+        run._write_experiment(experiment)
         return run
 
     @classmethod
@@ -113,7 +115,7 @@ class RunDirectory:
         Raises:
             UserError: There is none.
         """
-        run = cls(path)
+        run = cls(possible(path))
         if not (run.path / "experiment.toml").is_file():
             raise UserError(f"{run.path}: not a run directory (no experiment.toml in it)")
         return run
@@ -145,7 +147,37 @@ class RunDirectory:
     def take_over(self, experiment: Experiment) -> None:
         """Writes the experiment of a resuming run; `check_resumable` decides which fields may differ."""
         if experiment != self.experiment:
-            write_atomically(self.path / "experiment.toml", experiment.to_toml())
+            self._write_experiment(experiment)
+
+    def _write_experiment(self, experiment: Experiment) -> None:
+        """The experiment, and the sum of its text: a file that was cut at a line's end is still TOML."""
+        text = experiment.to_toml()
+        write_atomically(self.path / "state" / "experiment.sha256", hashlib.sha256(text.encode()).hexdigest())
+        write_atomically(self.path / "experiment.toml", text)
+
+    def check_state(self) -> None:
+        """Raises UserError, naming the file, where what an unfinished run goes on from is damaged or gone."""
+        path = self.path / "experiment.toml"
+        kept = self.path / "state" / "experiment.sha256"
+        if kept.exists() and kept.read_text(errors="replace").strip() != hashlib.sha256(path.read_bytes()).hexdigest():
+            raise damaged(path, f"it is not what the run began with, by its sum in state/{kept.name}")
+        if self.finished:
+            return
+        experiment = self.experiment
+        for seed in experiment.seeds:
+            done = [self.committed(seed, round) for round in range(experiment.rounds)]
+            last = max((round for round, commit in enumerate(done) if commit), default=-1)
+            for round, commit in enumerate(done[: last + 1]):
+                if commit is None:
+                    raise UserError(f"{self._commit_path(seed, round)}: this file of the run is gone. {REMEDY}")
+                for name in (part for parts in commit["parts"].values() for part in parts):
+                    if not is_whole(self.path / name):
+                        raise damaged(self.path / name, "it cannot be read to its end")
+            if self._carried_path(seed, last + 1).exists():  # written just before the commit, which then deletes another
+                if not self._carried_path(seed, last).exists():
+                    raise UserError(f"{self._commit_path(seed, last + 1)}: this file of the run is gone. {REMEDY}")
+            elif 0 <= last < experiment.rounds - 1:
+                read_json(self._carried_path(seed, last))
 
     @property
     def finished(self) -> bool:
@@ -187,19 +219,19 @@ class RunDirectory:
 
     def read_parts(self, parts: Iterable[str]) -> pd.DataFrame:
         """Returns the rows of staged or committed parts as one frame."""
-        frames = [pq.read_table(self.path / part).to_pandas() for part in parts]
+        frames = [read_table(self.path / part).to_pandas() for part in parts]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
     def read_rows(self, parts: Iterable[str], devices: Collection[str] | None = None) -> list[dict[str, Any]]:
         """Returns the rows of staged or committed parts, of all devices or of some."""
         only = None if devices is None else [("device_id", "in", list(devices))]
-        return [row for part in sorted(parts) for row in pq.read_table(self.path / part, filters=only).to_pylist()]
+        return [row for part in sorted(parts) for row in read_table(self.path / part, filters=only).to_pylist()]
 
     def replace_rows(self, parts: Sequence[str], devices: Collection[int], by: Sequence[str]) -> list[str]:
         """Returns staged parts without the rows of some devices, and the parts `by` that hold those instead."""
         gone, kept = pa.array([device_id(device) for device in devices]), []
         for part in parts:
-            table = pq.read_table(self.path / part)
+            table = read_table(self.path / part)
             rest = table.filter(pc.invert(pc.is_in(table.column("device_id"), gone)))
             if len(rest) < len(table):
                 part = part.removesuffix(".parquet") + ".rest.parquet"
@@ -210,7 +242,7 @@ class RunDirectory:
     def read_table(self, parts: Iterable[str], devices: Collection[str] | None = None) -> pa.Table | None:
         """Returns the rows as `read_rows` does, by column; None where there is no part."""
         only = None if devices is None else [("device_id", "in", list(devices))]
-        tables = [pq.read_table(self.path / part, filters=only) for part in sorted(parts)]
+        tables = [read_table(self.path / part, filters=only) for part in sorted(parts)]
         return pa.concat_tables(tables) if tables else None
 
     @staticmethod
@@ -262,12 +294,12 @@ class RunDirectory:
     def committed(self, seed: int, round: int) -> dict[str, Any] | None:
         """Returns the commit of a round, or None."""
         path = self._commit_path(seed, round)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return commit_of(path) if path.exists() else None
 
     def carried(self, seed: int, round: int) -> dict[str, Any] | None:
         """Returns the state that the round after `round` starts from; None before the first."""
         path = self._carried_path(seed, round)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def _carried_path(self, seed: int, round: int) -> Path:
         return self.path / "state" / "carried" / f"seed-{seed}-round-{round}.json"
@@ -283,10 +315,10 @@ class RunDirectory:
         """Returns the reply of a shard that was finished before, if all its parts exist."""
         try:
             reply = json.loads(self._receipt_path(seed, round, name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        found = self.parts(seed, round, reply["parts"])
-        return reply if all((self.path / part).exists() for paths in found.values() for part in paths) else None
+            found = self.parts(seed, round, reply["parts"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None  # the shard is run again
+        return reply if all(is_whole(self.path / part) for paths in found.values() for part in paths) else None
 
     def _receipt_path(self, seed: int, round: int, name: str) -> Path:
         return self.path / "state" / "parts" / f"seed-{seed}" / f"round-{round}" / "receipts" / f"{name}.json"
@@ -309,7 +341,7 @@ class RunDirectory:
                         paths = commit["parts"].get(table, []) if commit else []
                         if not paths:
                             continue
-                        rows = pa.concat_tables([pq.read_table(self.path / path) for path in paths])
+                        rows = pa.concat_tables([read_table(self.path / path) for path in paths])
                         if table == "samples" and truth:
                             texts = zip(*(rows.column(c).to_pylist() for c in ("task", "input", "output")), strict=True)
                             known = pa.array(map(truth.get, texts), pa.string())
@@ -331,10 +363,16 @@ class RunDirectory:
         """
         path = self.path / f"{table}.parquet"
         names = list(columns) if columns is not None else TABLES[table].names if table in TABLES else None
-        if names is None:
-            return pq.read_table(path).to_pandas()
-        there = set(pq.read_schema(path).names)
-        return pq.read_table(path, columns=[name for name in names if name in there]).to_pandas().reindex(columns=names)
+        if names is None and path.exists():
+            return read_table(path).to_pandas()
+        names = names or []
+        try:
+            there = set(pq.read_schema(path).names)
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise damaged(path, error) from error
+        return read_table(path, columns=[name for name in names if name in there]).to_pandas().reindex(columns=names)
 
     def drop_parts(self) -> None:
         """Deletes the staged parts once the tables hold their rows (the commits stay: the run is finished)."""
@@ -343,16 +381,20 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file of the run directory atomically."""
-        write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_atomically(self.path / name, to_json(value))
 
     def read_json(self, name: str) -> Any:
-        """Returns a JSON file of the run directory; None where it does not exist."""
+        """Returns a JSON file of the run directory; None where it does not exist.
+
+        Raises:
+            UserError: The file is damaged.
+        """
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def _write_table(self, table: pa.Table, path: Path) -> None:
         with written(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
+from untether.sim.core.durable import possible
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import ANALYSES
 from untether.sim.experiment import Experiment, fields, parse_plain
@@ -126,7 +128,7 @@ class Study:
         Raises:
             UserError: A name, key, field, axis or value is unknown.
         """
-        path = Path(name_or_path) if name_or_path.endswith(".toml") else FOLDER / f"{name_or_path}.toml"
+        path = possible(name_or_path if name_or_path.endswith(".toml") else FOLDER / f"{name_or_path}.toml")
         if not path.is_file():
             known = sorted(file.stem for file in FOLDER.glob("*.toml"))
             what = unknown("study", name_or_path, known) if path.parent == FOLDER else f"{path}: no such study file"
@@ -205,10 +207,20 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
+MAX_CELLS = 2000
+"""Each is a run; they are counted before the first is built."""
+
+
 def _cells(
     spec: StudyFile, axes: Mapping[str, Sequence[Point]], overrides: Mapping[str, str] | None, where: str
 ) -> Iterator[Cell]:
     seen: set[str] = set()
+    many = math.prod(map(len, axes.values()))
+    if many > MAX_CELLS:
+        raise UserError(
+            f"{where}: its axes make {many} cells, and a study has at most {MAX_CELLS}. "
+            "Give fewer values (--grid AXIS=V1,V2)"
+        )
     for points in itertools.product(*axes.values()):
         if _repeats(spec, axes, dict(zip(axes, points, strict=True))):
             continue

@@ -273,3 +273,11 @@ def test_studies_that_come_with_the_package_are_valid():
     assert names and all(Study.read(name).spec.name == name for name in names)
     with pytest.raises(UserError, match="Did you mean `history`"):
         Study.read("histori")
+
+
+def test_a_grid_is_counted_before_it_is_built(tmp_path, monkeypatch):
+    (tmp_path / "toy.toml").write_text(TEXT)
+    monkeypatch.setattr("untether.sim.studies.study.MAX_CELLS", 3)
+    monkeypatch.setattr("untether.sim.studies.study.Experiment.build", None)  # nothing may be built
+    with pytest.raises(UserError, match="its axes make 4 cells, and a study has at most 3"):
+        Study.read(str(tmp_path / "toy.toml"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -59,10 +59,12 @@ class PreallocatedCache(DynamicCache):
         self._capacity = capacity
 
     def take(self, rows: Sequence[int] | Tensor) -> None:
-        """Keeps (or repeats) these rows only, in every layer."""
+        """Keeps (or repeats, in order) these rows only, in every layer, whether it has keys and values or a state."""
         for layer in self.layers:
-            index = torch.as_tensor(rows, device=layer.keys.device)
+            index = torch.as_tensor(rows, device=layer.device)
             if isinstance(layer, PreallocatedLayer):
                 layer.take(index)
+            elif isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.reorder_cache(index)
             else:
                 layer.batch_select_indices(index)

@@ -1,0 +1,162 @@
+"""Damage to what a run has on disk: made again where that is possible, else one sentence that names the file."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+
+import numpy as np
+import pytest
+
+from untether.clients.cloud.answer_cache import AnswerCache
+from untether.clients.stores.adapter_store import AdapterStore
+from untether.sim.core.errors import UserError
+from untether.sim.experiment import Experiment
+from untether.sim.run.directory import RunDirectory
+from untether.sim.run.whole import plain_name, refuse_links
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "junk": lambda path: path.write_bytes(np.random.default_rng(1).bytes(path.stat().st_size)),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A run of three rounds, stopped after the second."""
+    experiment = Experiment.model_validate({"rounds": 3, "population": {"replay": True}})
+    run = RunDirectory.create(tmp_path / "run", experiment)
+    for round in (0, 1):
+        rows = [{"device_id": "d00000", "metric": "accuracy", "value": float(row), "n": 1} for row in range(300)]
+        part = run.write_part("metrics", experiment.seeds[0], round, "learn-0", rows)
+        run.commit(experiment.seeds[0], round, {"metrics": [part]}, {"totals": {}}, carried={"round": round})
+    run.check_state()
+    return run
+
+
+FILES = (
+    "state/commits/seed-{seed}-round-0.json", "state/commits/seed-{seed}-round-1.json",
+    "state/carried/seed-{seed}-round-1.json", "state/parts/seed-{seed}/round-0/metrics/learn-0.parquet",
+    "experiment.toml",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_run_does_not_go_on_from_a_damaged_file(stopped, name, damage):
+    path = stopped.path / name.format(seed=stopped.experiment.seeds[0])
+    DAMAGES[damage](path)
+    with pytest.raises(UserError, match=path.name.replace(".", r"\.")):
+        RunDirectory.open(stopped.path).check_state()
+
+
+def test_an_experiment_cut_at_the_end_of_a_line_is_not_filled_up_with_defaults(stopped):
+    path = stopped.path / "experiment.toml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) // 2]))
+    with pytest.raises(UserError, match="not what the run began with"):
+        stopped.check_state()
+
+
+def test_a_number_that_changed_within_a_part_is_found(stopped):
+    seed = stopped.experiment.seeds[0]
+    path = stopped.path / f"state/parts/seed-{seed}/round-0/metrics/learn-0.parquet"
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(40, 200, 16):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            stopped.read_parts([str(path.relative_to(stopped.path))])
+        except UserError as error:
+            assert path.name in str(error)
+            refused += 1
+    assert refused >= 5  # the rest changes nothing that is read
+
+
+def test_a_shard_whose_part_is_damaged_is_run_again(stopped):
+    seed = stopped.experiment.seeds[0]
+    part = stopped.write_part("metrics", seed, 2, "learn-0", [{"device_id": "d00000", "value": 1.0}])
+    stopped.write_receipt(seed, 2, "learn-0", {"columns": {}, "parts": {"metrics": ["learn-0"]}})
+    assert stopped.read_receipt(seed, 2, "learn-0")
+    DAMAGES["cut"](stopped.path / part)
+    assert stopped.read_receipt(seed, 2, "learn-0") is None
+    receipt = stopped._receipt_path(seed, 2, "learn-0")
+    receipt.write_text("[]")
+    assert stopped.read_receipt(seed, 2, "learn-0") is None
+
+
+def test_a_commit_cannot_name_a_file_elsewhere(stopped):
+    path = stopped.path / f"state/commits/seed-{stopped.experiment.seeds[0]}-round-0.json"
+    for name in ("/etc/hostname", "state/parts/../../../x.parquet", 5):
+        path.write_text(json.dumps({"parts": {"metrics": [name]}, "facts": {}}))
+        with pytest.raises(UserError, match="is no part of this run"):
+            stopped.check_state()
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "gone"])
+def test_a_damaged_adapter_is_an_error_that_names_its_file(tmp_path, damage):
+    states = {f"d{row:05}": {"lora_A": np.full((2, 64), row, dtype=np.float32)} for row in range(3)}
+    [name] = AdapterStore(tmp_path, 0).save(0, "block", {"local": states})
+    path = AdapterStore(tmp_path, 0).root / name
+    DAMAGES[damage](path)
+    with pytest.raises(UserError, match="block.safetensors"):
+        AdapterStore(tmp_path, 0).load(0, "d00001", "local")
+
+
+def test_a_weight_that_changed_within_an_adapter_is_found(tmp_path):
+    states = {f"d{row:05}": {"lora_A": np.full((2, 64), row, dtype=np.float32)} for row in range(3)}
+    store = AdapterStore(tmp_path, 0)
+    [name] = store.save(0, "block", {"local": states})
+    path = store.root / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8] + b"\x00\x00\x80\x3f" * 2)
+    assert np.array_equal(store.load(0, "d00001", "local")["lora_A"], states["d00001"]["lora_A"])
+    with pytest.raises(UserError, match="not the one that was written"):
+        store.load(0, "d00002", "local")
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "junk"])
+def test_a_runs_own_cache_is_set_aside_and_made_anew_and_anothers_is_left_alone(tmp_path, damage):
+    path = tmp_path / "answers.sqlite"
+    cache = AnswerCache(path)
+    for key in range(400):
+        cache.put(str(key), {"answer": "x" * 100})
+    cache.close()
+    DAMAGES[damage](path)
+    with pytest.raises(UserError, match="answers.sqlite"):
+        AnswerCache(path).several([str(key) for key in range(400)])
+    anew = AnswerCache(path, own=True)
+    assert len(anew) == 0 and (tmp_path / "answers.sqlite.damaged").exists()
+    anew.close()
+
+
+def test_a_value_that_is_none_of_ours_is_asked_for_again(tmp_path):
+    cache = AnswerCache(tmp_path / "answers.sqlite")
+    cache.put("a", {"answer": 1})
+    cache.close()
+    with sqlite3.connect(tmp_path / "answers.sqlite") as database:
+        database.execute("UPDATE answers SET value = '[1'")
+    assert AnswerCache(tmp_path / "answers.sqlite").several(["a", "b"]) == [None, None]
+
+
+# --- a stranger's run directory ---------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "run" / "tables").mkdir(parents=True)
+    refuse_links(tmp_path / "run", ("tables", "report.html"))
+    (tmp_path / "run" / "tables" / "predictions").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="predictions is a link"):
+        refuse_links(tmp_path / "run", ("tables", "report.html"))
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".x", None, "x\x1b[2J", "a b"])
+def test_a_name_that_becomes_a_file_is_plain(tmp_path, name):
+    with pytest.raises(UserError, match="is no name that untether gives"):
+        plain_name(name, "the task", tmp_path / "predictions.parquet")
+    assert plain_name("LaMP_2N", "the task", tmp_path) == "LaMP_2N"
