@@ -28,7 +28,8 @@ class LocalModelGenerator:
     Args:
         model: Name or path.
         device: Empty: a GPU if there is one.
-        dtype: `auto` (as saved) or a torch name.
+        dtype: A torch name, or `auto`: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is several times slower
+            unless the processor multiplies it.
         max_batch: Most requests of a batch.
         threads: Torch threads; 0 is torch's choice, within the cores of this process.
         template_args: Arguments of the template (`sim.prompts.chat_template`: no thinking and a fixed date by default).
@@ -51,6 +52,7 @@ class LocalModelGenerator:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+            dtype = dtype if dtype != "auto" else "bfloat16" if self._device.startswith("cuda") else "float32"
             self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self._device).eval()
         except (OSError, ValueError, AttributeError, RuntimeError, KeyError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
