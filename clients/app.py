@@ -89,7 +89,8 @@ def make_executor(settings: ConfigRecord, run: RunDirectory, context: Context) -
         context: Flower's context of this node, which gives its number.
     """
     partition = int(context.node_config["partition-id"])
-    endpoint = Endpoint(str(settings["base_url"]), str(settings["model"]), str(settings["fingerprint"]))
+    where = (str(settings[name]) for name in ("base_url", "model", "fingerprint"))
+    endpoint = Endpoint(*where, float(settings["limit_s"]))
     scratch = str(Path(run.path / "state").resolve())
     run_id, experiment, threads = str(settings["id"]), str(settings["experiment"]), int(settings["threads"])
     post = Post(run_id, experiment, endpoint, scratch, threads, partition)

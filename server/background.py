@@ -25,11 +25,15 @@ _ROOT = str(import_root())
 
 @dataclass
 class Gateway:
-    """A running background gateway; a context manager. `base_url` ends in `/v1`; `model` is the name to request."""
+    """A running background gateway; a context manager. `base_url` ends in `/v1`; `model` is the name to request.
+
+    `limit_s` is how long a request may take by the speed that the generator measured (0: it measured none).
+    """
 
     base_url: str
     model: str
     fingerprint: str
+    limit_s: float
     _process: subprocess.Popen[bytes] = field(repr=False)
 
     @property
@@ -67,6 +71,7 @@ def start_background(
     options: Mapping[str, Any] | None = None,
     *,
     plugins: Sequence[str] = (),
+    load: tuple[int, int] | None = None,
     api_key: str | None = None,
     start_timeout_s: float = 120.0,
 ) -> Gateway:
@@ -78,6 +83,7 @@ def start_background(
         generator: Its registered name.
         options: Its options, which must be JSON.
         plugins: Plug-ins that may have registered the name.
+        load: Most tokens of an answer, and how many requests wait at once.
         api_key: The key that requests must carry, if any.
         start_timeout_s: How long it may take to answer.
 
@@ -90,7 +96,8 @@ def start_background(
     environment.pop("UNTETHER_GATEWAY_KEY", None)
     if api_key is not None:
         environment["UNTETHER_GATEWAY_KEY"] = api_key
-    words = [generator, json.dumps(dict(options or {})), str(os.getpid()), *plugins]
+    words = [*(["--load", *map(str, load), "--"] if load else []), generator]
+    words += [json.dumps(dict(options or {})), str(os.getpid()), *plugins]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "untether.server.gateway", *words],
@@ -105,7 +112,10 @@ def start_background(
             ready = _announcement(process, deadline)
             if "error" in ready:
                 raise UserError(ready["error"]) if ready.get("kind") == "user" else RuntimeError(_words(ready, errors))
-            gateway = Gateway(f"http://127.0.0.1:{ready['port']}/v1", ready["model"], ready["fingerprint"], process)
+            gateway = Gateway(
+                f"http://127.0.0.1:{ready['port']}/v1", ready["model"], ready["fingerprint"],
+                ready.get("limit_s", 0.0), process,
+            )  # fmt: skip
             _wait_until_healthy(gateway, deadline)
         except BaseException:
             process.kill()

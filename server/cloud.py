@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from untether.server.background import start_background
+from untether.sim.core import limits
 from untether.sim.core.errors import UserError
+from untether.sim.core.kinds import GENERATORS
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.endpoint import check_address, is_loopback
+from untether.sim.experiment.sections import CloudSection
 from untether.sim.run.directory import RunDirectory
+
+LOCAL = ("transformers", "llama_cpp")
+"""Providers that run a model on this machine."""
+
+LOADING_S = 600.0
+"""How long a large model may take to be read, on a busy machine."""
 
 WORLD_DIALS = (
     "knowledge", "hallucination_rate", "off_topic_rate", "duplicate_rate", "malformed_rate", "verbosity",
@@ -31,6 +40,7 @@ class OpenCloud:
     fingerprint: str
     provider: str
     truth_path: Path | None = None
+    limit_s: float = 0.0
     dials: Mapping[str, Any] = field(default_factory=dict)
 
     def truth(self) -> dict[tuple[str, str, str], str]:
@@ -48,7 +58,8 @@ class OpenCloud:
             "model": self.model,
             "fingerprint": self.fingerprint,
             "base_url": self.base_url if self.provider == "openai" else "loopback",
-            "wrote_by_language_model": self.provider in ("openai", "transformers"),
+            "wrote_by_language_model": self.provider in ("openai", *LOCAL)
+            or self.provider == "recorded" and self.model not in ("world", "recombine"),
             **({"dials": dict(self.dials)} if self.dials else {}),
         }
 
@@ -66,10 +77,28 @@ def open_cloud(experiment: Experiment, run: RunDirectory) -> Iterator[OpenCloud]
     if truth is not None:
         truth.parent.mkdir(parents=True, exist_ok=True)
         options = {**dials, "truth": str(truth)}
-    if settings.provider == "transformers":
-        options = {"model": settings.model, "template_args": settings.template_args}
-    with start_background(settings.provider, options, plugins=experiment.plugins) as gateway:
-        yield OpenCloud(gateway.base_url, gateway.model, gateway.fingerprint, settings.provider, truth, dials)
+    if settings.provider in LOCAL:
+        options = local_options(settings, settings.provider)
+    if settings.provider == "recorded":
+        other = settings.otherwise
+        rest = local_options(settings, other) if other in LOCAL else dict(experiment.settings.get(other, {}))
+        options = {"path": settings.recording, "otherwise": other, "options": rest}
+    load = settings.max_tokens, settings.concurrency * (experiment.engine.workers or limits.cores())
+    patience_s = LOADING_S if {settings.provider, settings.otherwise} & set(LOCAL) else 120.0
+    with start_background(
+        settings.provider, options, plugins=experiment.plugins, load=load, start_timeout_s=patience_s
+    ) as gateway:
+        yield OpenCloud(
+            gateway.base_url, gateway.model, gateway.fingerprint, settings.provider, truth, gateway.limit_s, dials
+        )
+
+
+def local_options(settings: CloudSection, provider: str) -> dict[str, Any]:
+    """The options of a generator that runs a model on this machine."""
+    options = {"model": settings.model, "template_args": settings.template_args, "threads": settings.threads}
+    if provider == "llama_cpp":
+        return {**options, "context": settings.context, "slots": settings.batch}
+    return {**options, "dtype": settings.dtype, **({"max_batch": settings.batch} if settings.batch else {})}
 
 
 def _truth_path(cache: str, dials: Mapping[str, Any], run: RunDirectory) -> Path:
@@ -88,6 +117,17 @@ def check_cloud(experiment: Experiment) -> None:
         UserError: The address is malformed or the key is missing.
     """
     settings = experiment.cloud
+    if settings.provider == "recorded":
+        from untether.sim.experiment.models.recording import Recording
+
+        Recording.read(Path(settings.recording).expanduser())
+        if settings.otherwise:
+            GENERATORS.check(settings.otherwise)
+    if "llama_cpp" in (settings.provider, settings.otherwise):
+        from untether.server.generator.llama_cpp import check_installed, model_file
+
+        check_installed()
+        model_file(settings.model)
     if settings.provider == "openai":
         key = os.environ.get(settings.api_key_env, "").strip()
         check_address(settings.base_url, settings.api_key_env, key)

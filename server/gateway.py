@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 
 from untether.server.background import Gateway, start_background
 from untether.server.batching import Batcher
-from untether.server.generator import Completion, GenerationRequest, Generator, PromptTooLong, create
+from untether.server.generator import Completion, GenerationRequest, Generator, NotRecorded, PromptTooLong, create
 from untether.sim.core import strict_json
 from untether.sim.core.errors import UserError
 from untether.sim.core.text import shown
@@ -60,14 +60,15 @@ def create_app(generator: Generator, api_key: str | None = None, max_wait_s: flo
         max_wait_s: A batched generator gets the requests of this long after the first waiting one in one call.
     """
     batcher = Batcher(generator, max_wait_s) if generator.batched else None
-    thread = ThreadPoolExecutor(1, thread_name_prefix="generator")
+    threads = ThreadPoolExecutor(max(1, getattr(generator, "slots", 1)), thread_name_prefix="generator")
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         if batcher is not None:
             await batcher.close()
-        thread.shutdown(wait=False)
+        threads.shutdown(wait=False, cancel_futures=True)
+        getattr(generator, "close", lambda: None)()
 
     app = FastAPI(title="untether cloud", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
@@ -80,11 +81,13 @@ def create_app(generator: Generator, api_key: str | None = None, max_wait_s: flo
                 done = await batcher.submit(wanted)
             else:  # off the event loop: a long answer keeps nobody else waiting for theirs to be read
                 loop = asyncio.get_running_loop()
-                done = (await loop.run_in_executor(thread, generator.generate, [wanted]))[0]
+                done = (await loop.run_in_executor(threads, generator.generate, [wanted]))[0]
         except ApiError as error:
             return _json(error.body, error.status)
         except PromptTooLong as error:
             return _json(ApiError(400, str(error), code="context_length_exceeded", param="messages").body, 400)
+        except NotRecorded as error:
+            return _json(ApiError(400, str(error), code="not_recorded").body, 400)
         except NotARequest as error:
             return _json(ApiError(400, f"{generator.model_id} answers untether's own requests only: {error}").body, 400)
         except Exception as error:  # the endpoint must outlive a request that its generator fails on
@@ -216,7 +219,19 @@ def _read(body: bytes, generator: Generator) -> GenerationRequest:
         _number(asked, "temperature", 1.0, 0, 2),
         _number(asked, "top_p", 1.0, 0, 1),
         int(_number({"max_tokens": limit}, "max_tokens", 1024, 1, MAX_TOKENS)),
+        _schema(wants),
     )
+
+
+def _schema(wants: Any) -> Mapping[str, Any] | None:
+    """The JSON schema of a `response_format`; any object's where it asks for JSON only, None where it asks for text."""
+    kind = wants.get("type", "text") if isinstance(wants, dict) else "text"
+    if kind == "json_object":
+        return {"type": "object"}
+    found = (wants.get("json_schema") or {}).get("schema") if kind == "json_schema" else None
+    if kind == "json_schema" and not isinstance(found, dict):
+        raise ApiError(400, "response_format.json_schema.schema must be an object", param="response_format")
+    return found
 
 
 def _number(asked: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
@@ -237,6 +252,7 @@ def _completion(generator: Generator, done: Completion) -> dict[str, Any]:
         "model": done.model or generator.model_id,
         "system_fingerprint": generator.fingerprint,
         "choices": [{"index": 0, "message": message, "finish_reason": done.finish_reason, "logprobs": None}],
+        **({"note": done.note} if done.note else {}),
         "usage": {
             "prompt_tokens": done.tokens_in,
             "completion_tokens": done.tokens_out,
@@ -257,6 +273,7 @@ def _child() -> None:
     parser.add_argument("generator")
     parser.add_argument("options", type=json.loads)
     parser.add_argument("parent", type=int)
+    parser.add_argument("--load", type=int, nargs=2, help="most tokens of an answer, requests that wait at once")
     parser.add_argument("plugins", nargs="*")
     given = parser.parse_args()
     threading.Thread(target=_end_with_parent, args=(given.parent,), daemon=True).start()
@@ -269,6 +286,8 @@ def _child() -> None:
         print(json.dumps({"error": str(error), "kind": kind}), flush=True)
         raise SystemExit(1) from error
     ready = {"port": listening.getsockname()[1], "model": made.model_id, "fingerprint": made.fingerprint}
+    if hasattr(made, "limit_s") and given.load:
+        ready["limit_s"] = made.limit_s(*given.load)
     print(json.dumps(ready), flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads this pipe from now on: never block on it
     _server(made, os.environ.get("UNTETHER_GATEWAY_KEY")).run(sockets=[listening])

@@ -32,7 +32,9 @@ class ErrorInside(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CloudAnswer:
-    """What the endpoint answered. `thought`: whether it also wrote down its reasoning, which is no part of `text`."""
+    """What the endpoint answered. `thought`: whether it also wrote down its reasoning, which is no part of `text`;
+    `note`: what one of our own gateways says of it, such as what of the request was left out.
+    """
 
     text: str
     refusal: str = ""
@@ -42,6 +44,7 @@ class CloudAnswer:
     tokens_in: int | None = None
     tokens_out: int | None = None
     thought: bool = False
+    note: str = ""
 
     @property
     def cut_before_it_began(self) -> bool:
@@ -90,7 +93,7 @@ def _completion(whole: Any, body: bytes) -> CloudAnswer:
     return split_thought(CloudAnswer(
         plain(text), shown(refusal, 300) if isinstance(refusal, str) else "",
         _name(choice.get("finish_reason"), 40), _name(whole.get("model")), _name(whole.get("system_fingerprint")),
-        _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), thought,
+        _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), thought, _name(whole.get("note")),
     ))  # fmt: skip
 
 

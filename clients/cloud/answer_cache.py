@@ -127,6 +127,10 @@ class AnswerCache:
         with self._database:
             self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(value)))
 
+    def values(self) -> list[dict[str, Any]]:
+        """All that is kept, in the order of the keys."""
+        return [json.loads(row[0]) for row in self._database.execute("SELECT value FROM answers ORDER BY key")]
+
     def __len__(self) -> int:
         return self._database.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
 

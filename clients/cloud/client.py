@@ -32,6 +32,7 @@ from untether.sim.core.records import CUT
 from untether.sim.core.seeding import derive
 from untether.sim.core.text import plain, shown
 from untether.sim.experiment.endpoint import check_address
+from untether.sim.experiment.models.recording import request_key
 from untether.sim.prompts.protocol import ParsedSamples, estimate_tokens, parse_samples, response_format
 
 MAX_BACKOFF_S = 30.0
@@ -284,13 +285,12 @@ class CloudClient:
 
     def _parameters(self, request: CloudRequest, draw: int) -> dict[str, Any]:
         config = self.config
-        words = (request.device_id, request.round, request.purpose, draw)
         parameters: dict[str, Any] = {
             "model": self.model,
             "messages": list(request.messages),
             "temperature": config.temperature if request.temperature is None else request.temperature,
             "max_tokens": config.max_tokens,
-            "seed": derive(request.seed, *words) & 0x7FFFFFFF,  # some endpoints take 32 bits only
+            "seed": _seed(request, draw),
         }
         if config.top_p < 1:  # 1 is everybody's default, and some take either this or temperature
             parameters["top_p"] = config.top_p
@@ -408,7 +408,16 @@ class CloudClient:
         """Keep an answer, good or bad: it was paid for. (Faults of the wire are not its history.)"""
         if self._cache is not None:
             said = {name: getattr(answer, name) for name in ("text", "refusal", "finish_reason", "thought")}
-            self._cache.put(self._cache_keys(request)[draw], {"answer": said, "attempt": asdict(attempt)})
+            config = self.config
+            temperature = config.temperature if request.temperature is None else request.temperature
+            sampling = temperature, config.top_p, config.max_tokens, _seed(request, draw)
+            kept = {"answer": said, "attempt": asdict(attempt), "request": request_key(request.messages, *sampling)}
+            self._cache.put(self._cache_keys(request)[draw], kept)
+
+
+def _seed(request: CloudRequest, draw: int) -> int:
+    """The sampling seed that the endpoint is told: some take 32 bits only."""
+    return derive(request.seed, request.device_id, request.round, request.purpose, draw) & 0x7FFFFFFF
 
 
 def _answered(number: int, draw: int, reply: CloudReply, sent: _Sent) -> Attempt:
@@ -417,6 +426,8 @@ def _answered(number: int, draw: int, reply: CloudReply, sent: _Sent) -> Attempt
     notes = [f"{name}={count}" for name, count in sorted(reply.problems.items())]
     if answer.finish_reason == "length":
         notes.insert(0, "finish_reason=length")
+    if answer.note:
+        notes.insert(0, answer.note)
     if answer.cut_before_it_began:
         spent = "its reasoning took" if answer.thought else "were spent on"
         notes.append(f"{CUT}: {spent} all of cloud.max_tokens")

@@ -158,6 +158,8 @@ def _ask(worker: Worker, requests: Sequence[CloudRequest], devices: int) -> list
             worker.progress(ASKING * (devices - len(waiting)))
 
     cloud = worker.experiment.cloud
+    if (limit_s := worker.endpoint.limit_s) > cloud.timeout_s:
+        cloud = cloud.model_copy(update={"timeout_s": limit_s})
     client = CloudClient(
         cloud, base_url=worker.endpoint.base_url, model=worker.endpoint.model, variant=worker.endpoint.fingerprint,
         cache=cloud.cache or worker.scratch / "answers.sqlite",

@@ -69,11 +69,14 @@ def rows_of(table: pa.Table | None) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the cloud is: the configured endpoint, or the gateway that the run itself serves."""
+    """Where the cloud is: the configured endpoint, or the gateway that the run itself serves. `limit_s`: how long a
+    request may take by the speed that was measured there; it lengthens `cloud.timeout_s`.
+    """
 
     base_url: str
     model: str
     fingerprint: str = ""
+    limit_s: float = 0.0
 
 
 class Models:

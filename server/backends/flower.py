@@ -26,6 +26,8 @@ class OpenEndpoint(Protocol):
     def model(self) -> str: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def limit_s(self) -> float: ...
 
 
 class FlowerBackend:
@@ -44,7 +46,7 @@ class FlowerBackend:
         self._deadline_s = 2 * engine.deadline_s  # a host, which waits for a worker that long, says so first
         self._told = ConfigRecord({
             "id": name, "experiment": run.experiment.to_toml(), "base_url": cloud.base_url, "model": cloud.model,
-            "fingerprint": cloud.fingerprint, "threads": threads,
+            "fingerprint": cloud.fingerprint, "limit_s": cloud.limit_s, "threads": threads,
         })  # fmt: skip
         found = nodes(grid, max(1, engine.hosts), self._deadline_s, stop)
         kind = f"{MessageType.QUERY}.hello"

@@ -20,20 +20,25 @@ from untether.sim.experiment.plugins import resolved
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A request for one chat completion. `seed` and the other fields mean what they mean in OpenAI's API."""
+    """A request for one chat completion. `seed` and the other fields mean what they mean in OpenAI's API.
+
+    `schema` is the JSON schema that the answer must follow; None where it may be any text.
+    """
 
     messages: tuple[dict[str, Any], ...]
     seed: int
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 1024
+    schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A completion. `finish_reason` is `stop`, `length` or `content_filter`; `refusal` replaces the text.
 
-    `model` names the model that wrote this one, where that is not the generator as a whole (a fallback).
+    `model` names the model that wrote this one, where that is not the generator as a whole (a fallback). `note` tells
+    the caller what else it should know, such as what of the request was left out.
     """
 
     text: str
@@ -42,10 +47,15 @@ class Completion:
     finish_reason: str = "stop"
     refusal: str | None = None
     model: str | None = None
+    note: str = ""
 
 
 class PromptTooLong(ValueError):
     """The prompt leaves no space for an answer in the model's context."""
+
+
+class NotRecorded(ValueError):
+    """Only recorded answers are given, and none is of this request."""
 
 
 class Generator(Protocol):
@@ -55,6 +65,9 @@ class Generator(Protocol):
         batched: Whether one call with many requests is cheaper than many calls (the gateway then gathers them).
         structured: Whether answers to a samples request are always JSON, so that a `response_format` can be honoured.
         fingerprint: Changes whenever the same request may be answered differently: code version, options, weights.
+
+    A generator may also have `slots`, how many threads may call `generate` at once (otherwise one), `close()`, and
+    `limit_s(max_tokens, waiting)`, how long a request may take where so many wait at once.
     """
 
     name: str

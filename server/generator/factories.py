@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from untether.server.generator import Generator, check_options
+from untether.server.generator import Generator, check_options, create
 from untether.sim.core.errors import UserError
 from untether.sim.experiment.sections import check_template_args
 
@@ -27,6 +27,24 @@ def world(**options: Any) -> Generator:
     return WorldOrRecombine(WorldGenerator(**options))
 
 
+def llama_cpp(
+    model: str, context: int = 0, slots: int = 0, threads: int = 0,
+    template_args: Mapping[str, Any] | str | None = None,
+) -> Generator:  # fmt: skip
+    """A quantised model (GGUF) behind llama.cpp's server."""
+    from untether.server.generator.llama_cpp import LlamaCppGenerator
+
+    given = _template_args(template_args)
+    return LlamaCppGenerator(model, context=context, slots=slots, threads=threads, template_args=given)
+
+
+def recorded(path: str, otherwise: str = "", options: Mapping[str, Any] | None = None) -> Generator:
+    """A file of recorded answers; `otherwise` names the generator, made of `options`, of what is not in it."""
+    from untether.server.generator.recorded import RecordedGenerator
+
+    return RecordedGenerator(path, create(otherwise, options) if otherwise else None)
+
+
 def transformers(
     model: str, device: str = "", dtype: str = "auto", max_batch: int = 8, threads: int = 0,
     template_args: Mapping[str, Any] | str | None = None,
@@ -34,12 +52,15 @@ def transformers(
     """Returns a generator that runs a local causal language model (see `LocalModelGenerator`)."""
     from untether.server.generator.local_model import LocalModelGenerator  # late: it loads torch
 
-    given = template_args or {}
-    try:
-        given = json.loads(given) if isinstance(given, str) else dict(given)
-        check_template_args(given)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"option template_args = {template_args!r}: {error}; give a JSON object") from None
     return LocalModelGenerator(
-        model, device=device, dtype=dtype, max_batch=max_batch, threads=threads, template_args=given
+        model, device=device, dtype=dtype, max_batch=max_batch, threads=threads,
+        template_args=_template_args(template_args),
     )
+
+
+def _template_args(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(given) if isinstance(given, str) else dict(given or {})
+        return check_template_args(found)
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"option template_args = {given!r}: {error}; give a JSON object") from None

@@ -28,7 +28,8 @@ class LocalModelGenerator:
     Args:
         model: Name or path.
         device: Empty: a GPU if there is one.
-        dtype: `auto` (as saved) or a torch name.
+        dtype: A torch name, or `auto`: bfloat16 on a GPU, float32 on a CPU, where bfloat16 is several times slower
+            unless the processor multiplies it.
         max_batch: Most requests of a batch.
         threads: Torch threads; 0 is torch's choice, within the cores of this process.
         template_args: Arguments of the template (`sim.prompts.chat_template`: no thinking and a fixed date by default).
@@ -49,6 +50,7 @@ class LocalModelGenerator:
         self.max_batch = max_batch
         self.model_id = Path(model).name if Path(model).exists() else model
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype if dtype != "auto" else "bfloat16" if self._device.startswith("cuda") else "float32"
         self._model, self._tokenizer, _ = read_checkpoint(model, "cloud.model", dtype, padding_side="left")
         self._model.to(self._device)
         if self._tokenizer.pad_token_id is None:

