@@ -31,7 +31,7 @@ def test_other_variables_of_this_machine_cannot(tmp_path, name):
 
 @pytest.mark.parametrize(
     "url",
-    ["https://me:hunter7@api.example.com/v1", "https://hunter7@api.example.com", "https://api.example.com/v1?api_key=word"],
+    ["https://me:hunter7@api.example.com/v1", "https://hunter7@api.example.com", "https://api.example.com/v1?api_key=hunter7"],
 )
 def test_a_secret_in_an_address_is_refused_and_not_repeated(url):
     with pytest.raises(UserError, match="cloud.api_key_env") as caught:
@@ -52,7 +52,7 @@ def test_what_is_no_address(url):
 
 
 def test_a_run_says_where_a_key_goes(monkeypatch):
-    monkeypatch.setenv("MY_API_KEY", "word")
+    monkeypatch.setenv("MY_API_KEY", "hunter7")
     values = {"cloud.provider": "openai", "cloud.model": "m", "cloud.base_url": "https://api.example.com/v1",
               "cloud.api_key_env": "MY_API_KEY"}  # fmt: skip
     said = key_goes_to(Experiment.read(None, values))
