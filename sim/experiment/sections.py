@@ -309,8 +309,8 @@ class AdversarialFilter(Section):
 
     enabled: bool = Field(True, description="apply this filter where `order` names it")
     reads: Reads = Field("pair", description="what is embedded: input, output or the pair")
-    low: float = Field(0.2, ge=0, le=1, description="least probability of being real that is accepted")
-    folds: int = Field(4, ge=2, description="parts of the synthetic samples; each is judged by the others")
+    low: float = Field(0.1, ge=0, le=1, description="least share of real samples that look no more real than it")
+    folds: int = Field(4, ge=2, description="parts of both kinds; each is judged by a classifier of the others")
 
 
 class SelfConsistencyFilter(Section):

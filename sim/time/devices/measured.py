@@ -256,6 +256,7 @@ def _plain(text: str, keep: str = "") -> str:
 
 _NICKNAMES = {
     "poco-f8-ultra": ("myron", "sm8850"), "galaxy-s25-ultra": ("sm8750",), "galaxy-s24-ultra": ("sm8650",),
+    "raspberry-pi-5": ("bcm2712",), "raspberry-pi-4": ("bcm2711",),
 }  # fmt: skip
 """Codes by which chips and phones go in logs."""
 
@@ -265,14 +266,15 @@ def _tokens(text: str) -> set[str]:
 
 
 def _alike(profile: Profile, device: str, soc: str) -> int:
-    """How surely a row's device is this one: by its name (the longer the surer), else by its chip; 0: not at all."""
+    """How surely a row's device is this one: by name or, less so, by chip (the longer the surer); 0: not at all."""
     name, said = _tokens(profile.name), _tokens(device)
     if name <= said:
         return 10 + len(name)
     if any(nick in _tokens(f"{device} {soc}") for nick in _NICKNAMES.get(profile.name, ())):
         return 9
     chip = _tokens(profile.title.partition("(")[2].partition(",")[0])
-    return 8 if chip and (chip == _tokens(soc) or (len(chip) > 1 and chip <= said)) else 0
+    named = bool(chip) and "gb" not in chip and (chip <= _tokens(soc) or (len(chip) > 1 and chip <= said))
+    return len(chip) if named else 0  # the longest name: `Snapdragon 8 Elite` is in that of its successor
 
 
 def _rate(token_s: float, unit: str) -> float | None:

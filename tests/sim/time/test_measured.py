@@ -97,6 +97,22 @@ def test_rows_in_other_words(tmp_path):
     assert rows[6].checkpointing is False and rows[4].checkpointing is True
 
 
+@pytest.mark.parametrize(
+    ("device", "soc", "found"),
+    [
+        ("poco-myron", "Snapdragon 8 Elite Gen 5", "poco-f8-ultra"),
+        ("a phone", "Snapdragon 8 Elite", "galaxy-s25-ultra"), ("iPhone 17 Pro Max", "", "iphone-17-pro"),
+        ("OnePlus 12 8 GB", "Qualcomm Snapdragon 8 Gen 3", "galaxy-s24-ultra"),
+        ("iPad", "Apple A17 Pro", "iphone-15-pro"), ("Jetson Orin Nano 8GB Super", "Orin", "jetson-orin-nano-super"),
+        ("Jetson Orin Nano 8GB", "Orin", "jetson-orin-nano"), ("a board of 8 GB", "BCM2712", "raspberry-pi-5"),
+        ("iPhone 16", "A18", None), ("Abacus 8 GB", "beads", None),
+    ],
+)  # fmt: skip
+def test_a_row_finds_its_device(tmp_path, device, soc, found):
+    (row,) = rows_of(tmp_path, f"{device},{soc},SmolLM3-3B,3.08,4-bit,,,decode,1,tok/s,somewhere,2026")
+    assert (row.profile and row.profile.name) == found
+
+
 def test_small_models_have_a_ceiling():
     """A fixed cost a layer: a model of no weights still writes at most so many tokens a second."""
     for profile in built_in().values():
