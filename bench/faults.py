@@ -344,7 +344,8 @@ def main() -> None:
         kinds: dict[str, Callable[[], Found]] = {
             "parsers": lambda: parsers(told.inputs, draw), "files": lambda: files(told.inputs // 100, draw),
             "clouds": lambda: clouds(draw), "gateway": lambda: gateway(told.inputs // 10, draw),
-            "commands": lambda: commands(draw), "damages": lambda: damages(draw, folder), "runs": lambda: runs(draw, folder),
+            "commands": lambda: commands(draw), "damages": lambda: damages(draw, folder),
+            "runs": lambda: runs(draw, folder),
         }  # fmt: skip
         for kind in told.kinds.split(","):
             for what, fine in kinds[kind]():
