@@ -10,6 +10,7 @@ in a traceback, hangs, or goes on with another number. Prints a table, and exits
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import io
 import json
@@ -26,6 +27,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import httpx2
 
 from untether.clients.cloud import answer, dialect, faults
 from untether.clients.cloud.client import CloudClient
@@ -202,6 +205,36 @@ def _endpoint(status: int, body: bytes) -> Iterator[str]:
         server.server_close()
 
 
+def gateway(requests: int, draw: random.Random) -> Found:
+    """An endpoint of our own under 100 clients at once, one request in five malformed: no answer may be a 5xx."""
+    from untether.server.gateway import start_background
+
+    items = [Interaction(str(k), "LaMP_4", f"One {k}. Two {k}. Three {k}.", f"title {k}") for k in range(4)]
+    [order] = samples_requests(get_task("LaMP_4"), items, 2, request_id="r", device_id="d", seed=1, round=0)
+    odd = ("", "{", "[]", '{"model": 5}', '{"model": "recombine", "messages": "x"}', "[" * 900, "\x00", '{"n": 1e400}')
+
+    async def ask_all(url: str) -> list[tuple[str, bool]]:
+        found: list[tuple[str, bool]] = []
+        waiting = [number % 5 == 0 for number in range(requests)]
+        limits = httpx2.Limits(max_connections=100)
+        async with httpx2.AsyncClient(timeout=120, limits=limits, trust_env=False) as client:
+
+            async def work() -> None:
+                while waiting:
+                    broken = waiting.pop()
+                    body = {"model": "recombine", "messages": list(order.messages), "seed": len(waiting)}
+                    content = draw.choice(odd) if broken else json.dumps(body)
+                    reply = await client.post(f"{url}/chat/completions", content=content.encode())
+                    fine = 400 <= reply.status_code < 500 if broken else reply.status_code == 200
+                    found.append(("malformed" if broken else "whole", fine))
+
+            await asyncio.gather(*(work() for _ in range(100)))
+        return found
+
+    with start_background("recombine") as served:
+        yield from asyncio.run(ask_all(served.base_url))
+
+
 # --- command lines ----------------------------------------------------------------------------------------------
 
 
@@ -298,7 +331,7 @@ def damages(draw: random.Random, folder: Path) -> Found:
 def main() -> None:
     """Runs the kinds that are asked for and prints what became of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", default="parsers,files,clouds,commands,damages,runs")
+    parser.add_argument("--kinds", default="parsers,files,clouds,gateway,commands,damages,runs")
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     told = parser.parse_args()
@@ -310,8 +343,9 @@ def main() -> None:
         folder = Path(name)
         kinds: dict[str, Callable[[], Found]] = {
             "parsers": lambda: parsers(told.inputs, draw), "files": lambda: files(told.inputs // 100, draw),
-            "clouds": lambda: clouds(draw), "commands": lambda: commands(draw),
-            "damages": lambda: damages(draw, folder), "runs": lambda: runs(draw, folder),
+            "clouds": lambda: clouds(draw), "gateway": lambda: gateway(told.inputs // 10, draw),
+            "commands": lambda: commands(draw), "damages": lambda: damages(draw, folder),
+            "runs": lambda: runs(draw, folder),
         }  # fmt: skip
         for kind in told.kinds.split(","):
             for what, fine in kinds[kind]():

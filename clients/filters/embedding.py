@@ -84,7 +84,11 @@ class Encoder:
     @cached_property
     def fingerprint(self) -> str:
         """A digest of the weights as loaded, the dtype and the length limit: equal digests, equal vectors."""
-        digest = hashlib.blake2b(f"{self.dtype} {self._model.max_seq_length}".encode(), digest_size=16)
+        model = self._model
+        words = [self.dtype, str(model.max_seq_length)]
+        if not self._is_plain:  # what else turns a text into its vector
+            words += [str(getattr(model, name, None)) for name in ("prompts", "default_prompt_name", "truncate_dim")]
+        digest = hashlib.blake2b(" ".join(words).encode(), digest_size=16)
         for key, tensor in sorted(self._model.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -167,7 +171,7 @@ class Encoder:
     @torch.inference_mode()
     def _forward(self, texts: list[str]) -> np.ndarray:
         """One batch through the model, pooled and normalised in float32. `[texts, dim]`"""
-        features = self._model.preprocess(texts) if self.dtype != "float32" else {}
+        features = self._model.preprocess(texts) if self.dtype != "float32" and self._is_plain else {}
         if "attention_mask" in features and "input_ids" in features:
             vectors = self._model(self._fixed_shape(features))["sentence_embedding"][: len(texts)]
         else:
@@ -176,6 +180,16 @@ class Encoder:
                 normalize_embeddings=False,
             )  # fmt: skip
         return torch.nn.functional.normalize(vectors.float(), dim=1).cpu().numpy()
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Whether the model reads a text as it is, padded on the right, and gives all of its vector: with a prompt of
+        its own, or a shorter vector, only its `encode` means what the model means.
+        """
+        model = self._model
+        prompt = (getattr(model, "prompts", None) or {}).get(getattr(model, "default_prompt_name", None) or "", "")
+        right = getattr(getattr(model, "tokenizer", None), "padding_side", "right") == "right"
+        return not prompt and getattr(model, "truncate_dim", None) is None and right
 
     def _fixed_shape(self, features: dict[str, Any]) -> dict[str, Any]:
         """Tokenized texts padded to a batch's shape; the rows added repeat the first one's beginning."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from untether.clients.base_model import resolve
 from untether.clients.engine.adapters import AdapterStack, save_peft
 from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.lora_layers import weight_of
 from untether.clients.stores.adapter_store import AdapterStore, as_tensors
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.learning import LoraSpec
@@ -38,4 +41,40 @@ def export_adapter(run: RunDirectory, device: str, arm: str, out: Path, seed: in
         raise UserError(f"{store.root}: {odd[0]!r} of device `{device}` holds what are no numbers: it is damaged")
     AdapterStack.of_states(base, [spec], [as_tensors(state)])  # names and shapes are this base's
     save_peft(out, spec, as_tensors(state), base)
+    lines = [
+        f"LoRA adapter of device {device}, arm {arm}, seed {seed}, for {experiment.model.base}.",
+        "It may hold what it was trained on: treat it as you would that user's data.",
+        *merging_loses(base, spec, state),
+    ]  # fmt: skip
+    (Path(out) / "README.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     return out
+
+
+def merging_loses(base: FrozenBase, spec: LoraSpec, state: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns what a merge of an adapter into its base's weights would lose, in sentences; none where it loses nothing.
+
+    Args:
+        base: The base, in float32.
+        spec: The adapter's shape.
+        state: Its arrays under PEFT's keys.
+    """
+    notes, kept, changed = [], 0, 0
+    for key in (key for key in state if ".lora_A." in key):
+        name = key.removeprefix("base_model.model.").partition(".lora_A.")[0]
+        weight = weight_of(base.routing.names[name]).float()
+        A, B = (torch.from_numpy(np.array(state[key.replace("lora_A", side)])).float() for side in ("lora_A", "lora_B"))
+        delta = spec.scaling * (B @ A)
+        kept += int(((weight + delta).bfloat16() != weight.bfloat16()).sum())
+        changed += int((delta != 0).sum())
+    if changed and kept < 0.9 * changed:
+        notes.append(
+            f"Merged into bfloat16 weights, only {kept / changed:.0%} of the weights that it changes would change: the "
+            "rest of its effect is below their precision. Merge in float32, or keep the adapter apart."
+        )
+    tied = getattr(base.model.config, "tie_word_embeddings", False)
+    if tied and any(".lm_head." in key or ".embed_out." in key for key in state):
+        notes.append(
+            "It adapts the output layer, which shares its weights with the embeddings: merging would change the "
+            "embeddings too. Keep the adapter apart."
+        )
+    return notes

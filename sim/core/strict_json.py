@@ -1,11 +1,12 @@
-"""JSON from elsewhere, read within bounds: what Python's reader takes beside the standard, and what would exhaust
-memory or time, is a ValueError that says the place.
+"""JSON and TOML from elsewhere, read within bounds: what Python's reader takes beside the standard, and what would
+exhaust memory or time, is a ValueError that says the place.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import tomllib
 from typing import Any
 
 MAX_DEPTH = 200
@@ -40,6 +41,14 @@ def loads(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
     if _deeper(value, max_depth):
         raise ValueError(f"it is nested deeper than {max_depth} lists and objects")
     return value
+
+
+def toml(text: str) -> dict[str, Any]:
+    """Returns the table of a TOML text. Raises `tomllib.TOMLDecodeError`, also for what is nested without end."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise tomllib.TOMLDecodeError("it is nested too deep") from None
 
 
 class _NoNumber(ValueError):

@@ -17,9 +17,11 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import tomlkit
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from untether.sim.core import strict_json
 from untether.sim.core.durable import possible
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import NAMED, STRATEGIES
+from untether.sim.core.text import shown, valid
 from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, check_arms
 from untether.sim.experiment.plugins import load, located, resolved
 from untether.sim.experiment.privacy import Privacy
@@ -221,7 +223,7 @@ class Experiment(Section):
         if path is not None:
             where = str(possible(path))
             try:
-                data = located(tomllib.loads(Path(path).read_text(encoding="utf-8")), Path(path).parent)
+                data = located(strict_json.toml(Path(path).read_text(encoding="utf-8")), Path(path).parent)
             except FileNotFoundError:
                 raise UserError(f"{path}: no such experiment file. `untether experiment show` prints one.") from None
             except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
@@ -231,12 +233,14 @@ class Experiment(Section):
     @classmethod
     def parse(cls, text: str) -> Experiment:
         """Returns the experiment from which `to_toml` made this text."""
-        return cls.build(tomllib.loads(text), None, "the experiment")
+        return cls.build(strict_json.toml(text), None, "the experiment")
 
     @classmethod
     def build(cls, data: dict[str, Any], overrides: Mapping[str, str] | None, where: str) -> Experiment:
         """Returns an experiment from TOML data and dotted overrides; `where` names the source in a UserError."""
         for key, text in (overrides or {}).items():
+            if valid(f"{key}{text}") != f"{key}{text}":
+                raise UserError(f"--set {shown(f'{key}={text}', 80)}: it has bytes that are no UTF-8. Write it anew")
             _assign(data, key, parse_value(cls, key, text))
         try:
             return cls.model_validate(data)
@@ -296,10 +300,10 @@ def parse_value(model: type[BaseModel], key: str, text: Any) -> Any:
         stripped = text.strip()
         return stripped[1:-1] if len(stripped) > 1 and stripped[0] == stripped[-1] == '"' else text
     if get_origin(annotation) is dict:
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
             return json.loads(text)
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = strict_json.toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
     if wants_list and not isinstance(value, list):

@@ -173,7 +173,7 @@ class RunDirectory:
                 for name in (part for parts in commit["parts"].values() for part in parts):
                     if not is_whole(self.path / name):
                         raise damaged(self.path / name, "it cannot be read to its end")
-            if self._carried_path(seed, last + 1).exists():  # written just before the commit, which deletes another
+            if self._carried_path(seed, last + 1).exists():  # written before its commit, which deletes the one before
                 if not self._carried_path(seed, last).exists():
                     raise UserError(f"{self._commit_path(seed, last + 1)}: this file of the run is gone. {REMEDY}")
             elif 0 <= last < experiment.rounds - 1:

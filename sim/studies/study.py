@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
+from untether.sim.core import strict_json
 from untether.sim.core.durable import possible
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import ANALYSES
@@ -134,7 +135,7 @@ class Study:
             what = unknown("study", name_or_path, known) if path.parent == FOLDER else f"{path}: no such study file"
             raise UserError(f"{what}. Give a name or the path of a TOML file")
         try:
-            spec = StudyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            spec = StudyFile.model_validate(strict_json.toml(path.read_text(encoding="utf-8")))
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{path}: not a TOML file: {error}") from None
         except ValidationError as error:
@@ -255,7 +256,7 @@ def _names(text: str) -> list[str]:
 def _values(text: str) -> list[Any]:
     """`0,8`, `[4,4],[8,8]`, `world,lamp`: TOML values, or words."""
     try:
-        return tomllib.loads(f"values = [{text}]")["values"]
+        return strict_json.toml(f"values = [{text}]")["values"]
     except tomllib.TOMLDecodeError:
         return [parse_plain(name) for name in _names(text)]
 

@@ -139,6 +139,8 @@ def export(
     from untether.sim.run.directory import RunDirectory
 
     path = export_adapter(RunDirectory.open(directory), device, arm, out, seed)
+    for line in (path / "README.md").read_text(encoding="utf-8").split("\n\n")[2:]:
+        typer.echo(line.strip())
     typer.echo(f"wrote {path}")
 
 

@@ -19,6 +19,7 @@ from untether.clients.engine.encoding import decode_answer, encode_answer, encod
 from untether.clients.engine.generation import GenerationRow, generate
 from untether.clients.engine.jobs import Example, TrainJob
 from untether.clients.engine.training import train
+from untether.clients.stores.export import merging_loses
 from untether.sim.core.errors import UserError
 from untether.sim.core.learning import LoraSpec, TrainSettings
 
@@ -272,6 +273,27 @@ def test_a_control_token_that_a_text_spells_stays_text(checkpoint):
             ids = encode_prompt(tokenizer, text)
             assert sum(one in control for one in ids) == sum(plain)
     assert encode_answer(tokenizer, "half \ud83d of it") == encode_answer(tokenizer, "half \ufffd of it")
+
+
+def test_what_a_merge_would_lose_is_what_it_loses(checkpoint, tmp_path):
+    """The oracle is PEFT's own merge, in the dtype that the sentence speaks of."""
+    folder = checkpoint()
+    base = load(folder)
+    spec = LoraSpec(rank=2, alpha=2, target_modules=("q_proj", "v_proj"))
+    stack = AdapterStack.create(base, [spec], [1])
+    draw = torch.Generator().manual_seed(2)
+    state = {key: value + 2e-3 * torch.randn(value.shape, generator=draw) for key, value in stack.state(0).items()}
+    stack.load(0, state)
+    stack.save_peft(0, tmp_path)
+    [said] = merging_loses(base, spec, {key: value.numpy() for key, value in state.items()})
+    plain = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    before = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    merged = peft.PeftModel.from_pretrained(plain, tmp_path).merge_and_unload().state_dict()
+    names = [name for name in before if "q_proj" in name or "v_proj" in name]
+    share = sum((merged[n] != before[n]).sum().item() for n in names) / sum(before[n].numel() for n in names)
+    told = int(said.partition("%")[0].rpartition(" ")[2]) / 100
+    assert told < 0.9 and abs(told - share) < 0.1
+    assert merging_loses(base, spec, {key: 50 * value.numpy() for key, value in state.items()}) == []
 
 
 # --- adapters from elsewhere ----------------------------------------------------------------------------------

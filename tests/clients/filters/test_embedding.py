@@ -136,3 +136,22 @@ def test_a_file_that_is_no_store_is_named(tmp_path):
     (tmp_path / "embeddings.sqlite").write_text("something else, " * 100)
     with pytest.raises(UserError, match="engine.cache: .*embeddings.sqlite"):
         Encoder(dtype="float32", device="cpu", folder=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change", [{"truncate_dim": 128}, {"prompts": {"own": "query: "}, "default_prompt_name": "own"}]
+)
+def test_a_model_with_a_prompt_or_a_shorter_vector_means_the_same_in_bfloat16(change):
+    texts = TEXTS[:4]
+    oracle = SentenceTransformer(locate(DEFAULT_ENCODER), device="cpu")
+    encoder = Encoder(dtype="bfloat16", device="cpu", remembered_texts=0)
+    plain = encoder.fingerprint
+    for name, value in change.items():
+        setattr(oracle, name, value)
+        setattr(encoder._model, name, value)
+    for kept in ("fingerprint", "_is_plain"):
+        encoder.__dict__.pop(kept, None)
+    expected = oracle.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    vectors = encoder.encode(texts)
+    assert vectors.shape == expected.shape and encoder.fingerprint != plain
+    assert (vectors * expected).sum(1).min() > 0.99 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)

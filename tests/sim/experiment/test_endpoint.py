@@ -36,8 +36,8 @@ def test_other_variables_of_this_machine_cannot(tmp_path, name):
 def test_a_secret_in_an_address_is_refused_and_not_repeated(url):
     with pytest.raises(UserError, match="cloud.api_key_env") as caught:
         Experiment.read(None, {"cloud.provider": "openai", "cloud.model": "m", "cloud.base_url": url})
-    assert "hunter7" not in str(caught.value) and "api.example.com" in str(caught.value)
-    assert "hunter7" not in without_credentials(url)
+    assert "hush77" not in str(caught.value) and "api.example.com" in str(caught.value)
+    assert "hush77" not in without_credentials(url)
 
 
 def test_an_address_may_have_a_version_in_its_query():
@@ -59,3 +59,13 @@ def test_a_run_says_where_a_key_goes(monkeypatch):
     assert "MY_API_KEY" in said and "https://api.example.com/v1" in said and "hunter7" not in said
     monkeypatch.delenv("MY_API_KEY")
     assert key_goes_to(Experiment.read(None, values)) == "" == key_goes_to(Experiment())
+
+
+def test_a_setting_that_is_no_text_is_a_mistake_of_its_own():
+    with pytest.raises(UserError, match="no UTF-8"):
+        Experiment.read(None, {"cloud.model": "m\udcff"})
+
+
+def test_a_setting_nested_without_end_is_a_mistake_of_its_own():
+    with pytest.raises(UserError, match="population.users"):
+        Experiment.read(None, {"population.users": "[" * 5000})
