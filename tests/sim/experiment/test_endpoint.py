@@ -36,8 +36,8 @@ def test_other_variables_of_this_machine_cannot(tmp_path, name):
 def test_a_secret_in_an_address_is_refused_and_not_repeated(url):
     with pytest.raises(UserError, match="cloud.api_key_env") as caught:
         Experiment.read(None, {"cloud.provider": "openai", "cloud.model": "m", "cloud.base_url": url})
-    assert "hush77" not in str(caught.value) and "api.example.com" in str(caught.value)
-    assert "hush77" not in without_credentials(url)
+    assert "hunter7" not in str(caught.value) and "api.example.com" in str(caught.value)
+    assert "hunter7" not in without_credentials(url)
 
 
 def test_an_address_may_have_a_version_in_its_query():
