@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from untether.clients.device.answering import LiveAdapter, Owner, answer, cloud_answers, questions_due
 from untether.clients.device.arms import TrainingData, training_pairs
@@ -18,7 +18,6 @@ from untether.clients.device.ledger import ledger_rows
 from untether.clients.device.materials import Materials
 from untether.clients.device.scoring import error, metric_rows, train_event_rows, training_rows
 from untether.clients.device.sharing.disjoint import shared_adapters
-from untether.clients.device.sharing.federated import Beginning, beginning, federated_adapters, worn
 from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.engine.encoding import encode_answer, encode_prompt
 from untether.clients.engine.jobs import tokens_a_step
@@ -34,7 +33,9 @@ from untether.sim.population.order import latest_s
 from untether.sim.population.source import device_id
 from untether.sim.rounds.material import watched
 from untether.sim.rounds.messages import Learn, Reply, Version
-from untether.strategies.factors import Factors
+
+if TYPE_CHECKING:
+    from untether.strategies.factors import Factors
 
 TRAINING = 0.8
 """Share of the pass that training takes, for the progress display."""
@@ -56,7 +57,11 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     versions = _by_device(order.versions)
     materials = Materials(experiment, order, inputs)
     begun = [a for a in trained(experiment.arms) if experiment.for_arm(a)[1].needs_shared]
-    below = worn(worker, order, devices, inputs) if begun else {}
+    below: Mapping[Device, Factors] = {}
+    if begun:
+        from untether.clients.device.sharing.federated import worn  # with Flower, which no other run's workers need
+
+        below = worn(worker, order, devices, inputs)
     jobs = list(_jobs(worker, order, devices, versions, materials, inputs, below, placebos))
     engine = experiment.engine
     worker.progress(0.0, tokens=0, answers=0, answers_due=questions_due(experiment, order, devices))
@@ -68,6 +73,8 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     if SHARED in experiment.arms:
         adapters |= shared_adapters(worker, order.arrays)
     if FEDERATED in experiment.arms:
+        from untether.clients.device.sharing.federated import federated_adapters
+
         adapters |= federated_adapters(worker, order, devices, inputs)
     answers = cloud_answers(worker, order, devices, inputs) if CLOUD in experiment.arms else []
     answers += answer(worker, order, devices, adapters)
@@ -142,18 +149,21 @@ def _jobs(
                 steps = TrainSettings.of(experiment.for_arm(like)[1]).total_steps(len(theirs))
                 settings = TrainSettings.of(training, steps=steps)
             spec, start = LoraSpec.of(lora), inputs.starts.get(version)
-            begun = Beginning(spec, start)
+            trainable = None
             if training.needs_shared and device in below:
+                from untether.clients.device.sharing.federated import beginning
+
                 begun = beginning(worker, version.arm, below[device], derive(*words, "adapter"), start)
+                spec, start, trainable = begun.spec, begun.state, begun.trainable
             yield TrainJob(
                 key=version,
                 examples=[Example(encode_prompt(tokenizer, p), encode_answer(tokenizer, a)) for p, a in pairs],
                 settings=settings,
-                spec=begun.spec,
+                spec=spec,
                 seed=derive(*words, order.round, "train"),
                 init_seed=derive(*words, "adapter"),
-                state=None if begun.state is None else as_tensors(begun.state),
-                trainable=begun.trainable,
+                state=None if start is None else as_tensors(start),
+                trainable=trainable,
             )
 
 
