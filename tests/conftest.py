@@ -1,9 +1,12 @@
-"""One small finished run, really run through the command, that several test files look at."""
+"""One small finished run, really run through the command, the command in this process, and the order of the files."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -23,11 +26,46 @@ SMALL = {
 }  # fmt: skip
 
 
+LONGEST_FIRST = (
+    "test_survival", "test_cluster", "test_studies_for_real", "test_main_job", "test_drift", "test_determinism",
+    "test_hosts", "test_api", "test_flower_run", "test_what_is_trained_on", "test_invariants", "test_app",
+    "test_embedding", "test_package", "test_extending",
+)  # fmt: skip
+"""Files that take long, in that order; all others follow."""
+
+
+def pytest_configure(config):
+    """Where files are run two at a time, xdist would begin with those that hold the most tests, and wait in the end for
+    the few that really run something.
+    """
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def untether(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess:
     """Runs the `untether` command as a user would."""
     environment = {**os.environ, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "untether", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+
+
+def untether_here(*arguments: str) -> subprocess.CompletedProcess:
+    """The same command in this process, for what ends before a run starts: importing it anew takes seconds."""
+    from untether.sim.terminal.cli import main
+
+    code, printed, said = 0, io.StringIO(), io.StringIO()
+    words = mock.patch.object(sys, "argv", ["untether", *arguments])
+    with words, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as leave:
+            code = leave.code or 0
+    return subprocess.CompletedProcess(arguments, code, printed.getvalue(), said.getvalue())
 
 
 def settings(values: dict[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from untether.clients.device.worker import Endpoint, Worker
+from untether.clients.device.worker import Endpoint, Models, Worker
 from untether.clients.hosting.executors import InProcess
 from untether.clients.hosting.in_process import InProcessBackend
 from untether.clients.hosting.process import Post
@@ -15,6 +15,8 @@ from untether.sim.rounds.loop import run_rounds
 from untether.sim.run.directory import RunDirectory
 from untether.strategies import open_strategy
 
+MODELS = Models()
+"""Those of the runs in this process, loaded once."""
 NOWHERE = Endpoint("http://127.0.0.1:9/v1", "none")
 KEYS = ["seed", "round", "device_id", "arm", "task", "query_id"]
 
@@ -48,7 +50,7 @@ def run_in_process(
 
 def make_worker(run: RunDirectory, endpoint: Endpoint, like: Worker | None = None) -> Worker:
     """A worker of a run in this process, with the models of another one."""
-    models = like.models if like is not None else None
+    models = like.models if like is not None else MODELS
     return Worker(run.experiment, endpoint, run.path / "state", threads=1, models=models)
 
 

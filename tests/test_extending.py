@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from fleet import NOWHERE, make_worker, run_in_process, tiny
 
-from tests.conftest import untether
+from tests.conftest import untether_here
 from tests.sim.population.lamp_files import write
 from tests.test_docs_hold import blocks
 from untether.clients.device.worker import Endpoint
@@ -240,7 +240,7 @@ def test_settings_are_checked_as_they_are_read(tmp_path, settings, said):
 
 
 def test_the_command_ends_with_exit_code_2(tmp_path):
-    done = untether("run", "--set", "plugins=nowhere.py", "--out", str(tmp_path / "run"))
+    done = untether_here("run", "--set", "plugins=nowhere.py", "--out", str(tmp_path / "run"))
     assert done.returncode == 2
     assert "plugins: `nowhere.py`: no such file" in done.stderr and "Traceback" not in done.stderr
 

@@ -8,12 +8,15 @@ import threading
 import numpy as np
 import pytest
 import torch
+from fleet import run_in_process
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import ARMS, settings, untether
+from tests.conftest import ARMS, settings, untether, untether_here
 from tests.sim.population.lamp_files import article, question, write
 from untether.clients.base_model import resolve
+from untether.clients.device.worker import Endpoint
+from untether.server.background import start_background
 from untether.sim.core.clock import DAY_S
 from untether.sim.experiment import Experiment
 from untether.sim.population.order import over_s
@@ -80,9 +83,9 @@ def test_queries_are_later_than_all_that_was_uploaded(tmp_path):
         "cloud.provider": "recombine", "training.steps": "1", "arms": "rag,local,collaborative,cloud",
         "generation.max_new_tokens": "4", "evaluation.resamples": "100",
     }  # fmt: skip
-    done = untether("run", "--out", str(tmp_path / "run"), *settings(values))
-    assert done.returncode == 0, done.stderr
-    run = RunDirectory.open(tmp_path / "run")
+    with start_background("recombine", {}) as gateway:
+        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
+        run = run_in_process(tmp_path / "run", Experiment.read(None, values), endpoint)
     check_order(run)
     ledger = run.read("ledger")
     augmentation = ledger[~ledger["request_id"].str.contains("-q")]
@@ -152,7 +155,7 @@ def test_a_finished_run_can_be_reported_again_and_is_not_overwritten(finished):
     path, shown = finished
     again = untether("report", str(path))
     assert again.returncode == 0 and "collaborative" in again.stdout
-    refused = untether("run", "--out", str(path), *settings({"population.users": "3"}))
+    refused = untether_here("run", "--out", str(path), *settings({"population.users": "3"}))
     assert refused.returncode == 2 and "already holds a run" in refused.stderr
 
 
@@ -201,14 +204,14 @@ def test_an_endpoint_that_refuses_the_key_is_the_users_mistake(tmp_path, monkeyp
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_anything_starts(tmp_path, values, said):
-    done = untether("run", "--out", str(tmp_path / "run"), *settings(values))
+    done = untether_here("run", "--out", str(tmp_path / "run"), *settings(values))
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_a_lamp_folder_without_outputs(tmp_path):
     (tmp_path / "dev_questions.json").write_text("[]")
-    done = untether("run", *settings({"population.source": "lamp", "population.path": str(tmp_path)}))
+    done = untether_here("run", *settings({"population.source": "lamp", "population.path": str(tmp_path)}))
     assert done.returncode == 2 and "dev_outputs.json" in done.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import fleet
 import pytest
 from fleet import answers, losses, make_post, metrics, run_in_process, tiny
 from pandas.testing import assert_frame_equal
@@ -76,6 +77,7 @@ def test_a_cell_that_fails_is_named(tmp_path):
 
 def test_a_cell_like_another_trains_embeds_and_decodes_nothing(tmp_path, monkeypatch):
     trained, embedded, decoded = [], [], []
+    monkeypatch.setattr(fleet, "MODELS", Models())
     forward = Encoder._forward
 
     def spy(base, jobs, **options):

@@ -13,6 +13,7 @@ from pandas.testing import assert_frame_equal
 from survival import Untether, commits, wait_for
 from test_determinism import assert_same_results
 
+from tests.conftest import untether_here
 from untether.clients.device.worker import Endpoint
 from untether.server.background import start_background
 from untether.sim.run.directory import RunDirectory
@@ -77,9 +78,9 @@ def test_a_run_killed_three_times_ends_like_an_undisturbed_one(tmp_path, undistu
         wait_for(lambda: second.workers(), second)
         moment(2)
         second.workers()[0].kill()
-        with Untether("--resume", str(path)) as intruder:
-            code, said = intruder.end()
-            assert code == 2 and f"in use by another run (process {second.process.pid} on" in said
+        intruder = untether_here("run", "--resume", str(path))
+        assert intruder.returncode == 2
+        assert f"in use by another run (process {second.process.pid} on" in intruder.stderr
         wait_for(lambda: commits(path) >= 2, second)
         second.interrupt()
         code, said = second.end(timeout_s=120)
@@ -99,9 +100,8 @@ def test_a_run_killed_three_times_ends_like_an_undisturbed_one(tmp_path, undistu
     died = events[events["kind"] == "worker_died"]
     assert len(died) >= 1 and set(died["outcome"]) == {"crashed"} and died["detail"].str.len().min() > 40
 
-    with Untether("--resume", str(path), "--set", "rounds=4") as other:
-        code, said = other.end()
-        assert code == 2 and "rounds: 3 there, 4 here" in said
+    other = untether_here("run", "--resume", str(path), "--set", "rounds=4")
+    assert other.returncode == 2 and "rounds: 3 there, 4 here" in other.stderr
     with Untether("--resume", str(path)) as again:  # nothing is left to do
         code, said = again.end()
         assert code == 0 and "report:" in said

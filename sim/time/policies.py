@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from statistics import pvariance
 from typing import Any
 
-from river.drift import ADWIN, PageHinkley
-
 from untether.sim.core.kinds import DETECTORS, POLICIES
 from untether.sim.experiment.virtual_sections import Drift
 
@@ -118,6 +116,8 @@ def adwin(errors: Sequence[float], drift: Drift) -> int | None:
 
     It finds changes both ways; only a rise counts.
     """
+    from river.drift import ADWIN  # with scikit-learn and SciPy: more than all else that a run starts with
+
     detector = ADWIN(delta=drift.false_alarms, clock=1, min_window_length=5, grace_period=10)
     before = 0.0
     for place, error in enumerate(errors):
@@ -134,6 +134,8 @@ def page_hinkley(errors: Sequence[float], drift: Drift) -> int | None:
     A walk that falls by `TOLERANCE` a step, with that variance, rises by `threshold` with a chance of at most exp(-2
     TOLERANCE threshold / variance) from each of `LONGEST` starts (Lundberg's bound for a Gaussian walk).
     """
+    from river.drift import PageHinkley
+
     if len(errors) < FIRST:
         return None
     variance = (FIRST * pvariance(errors[:FIRST]) + PRIOR * 0.25) / (FIRST + PRIOR)
