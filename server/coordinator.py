@@ -36,6 +36,7 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
     strategy = open_strategy(run.experiment)
     with Usage() as usage, announced(run) as name, open_cloud(run.experiment, run) as cloud:
         run_rounds(run, FlowerBackend(grid, run, name, strategy, cloud, threads, stop), strategy, progress)
+        progress.update("report", {}, 0)
         truth = cloud.truth()
         finish(run, truth, cloud.facts(), usage)
 

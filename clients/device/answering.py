@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,15 @@ def answer(
     return rows
 
 
+def questions_due(experiment: Experiment, order: Learn, devices: Sequence[Device]) -> int:
+    """How many answers the base model is to write for these devices."""
+    arms = [arm for arm in records(experiment.arms) if arm.answers not in ("cloud", "majority")]
+    return sum(
+        arm.answers_kind(get_task(query.task).kind)
+        for device in devices for query in device.queries(order.round) for arm in arms
+    )  # fmt: skip
+
+
 def cloud_answers(
     worker: Worker, order: Learn, devices: Sequence[Device], inputs: Inputs
 ) -> list[dict[str, Any]]:
@@ -185,7 +194,13 @@ def _decode(worker: Worker, order: Learn, questions: Sequence[_Question]) -> lis
     answers = {content: _Answer(*json.loads(value)) for content, value in kept.items()}
     missing = [one for content, one in asked.items() if content not in answers]
     if missing:
-        new = {one.content: found for one, found in zip(missing, _decoded(worker, missing), strict=True)}
+        told, share = worker.work.get("devices", 0.0), len(order.devices) / len(questions)
+
+        def progress(done: int) -> None:
+            answers = len(questions) - len(missing) + done
+            worker.progress(max(told, answers * share), answers=answers, answers_due=len(questions))
+
+        new = {one.content: found for one, found in zip(missing, _decoded(worker, missing, progress), strict=True)}
         if store:
             store.put({content: json.dumps(astuple(found)).encode() for content, found in new.items()})
         answers |= new
@@ -219,7 +234,7 @@ def _prepared(worker: Worker, order: Learn, question: _Question) -> _Prepared:
     return _Prepared(adapter, prompt_ids, labels, limit, seed, digest.digest())
 
 
-def _decoded(worker: Worker, asked: Sequence[_Prepared]) -> list[_Answer]:
+def _decoded(worker: Worker, asked: Sequence[_Prepared], progress: Callable[[int], None]) -> list[_Answer]:
     worn = list({id(one.adapter): one.adapter for one in asked if one.adapter is not None}.values())
     stack = AdapterStack.of_states(
         worker.base, [adapter.spec for adapter in worn], [dict(adapter.state) for adapter in worn]
@@ -235,6 +250,7 @@ def _decoded(worker: Worker, asked: Sequence[_Prepared]) -> list[_Answer]:
             max_new_tokens=[asked[number].limit for number in generated],
             temperature=worker.experiment.generation.temperature,
             seeds=[asked[number].seed for number in generated],
+            progress=lambda done, total: progress(done),
         )  # fmt: skip
         for number, ids in zip(generated, tokens, strict=True):
             text = decode_answer(worker.base.tokenizer, ids)

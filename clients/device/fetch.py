@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from untether.clients.cloud.client import CloudClient
 from untether.clients.cloud.journal import Journal
@@ -149,13 +151,19 @@ def _check_model(worker: Worker) -> None:
 def _ask(worker: Worker, requests: Sequence[CloudRequest], devices: int) -> list[CloudReply]:
     waiting = Counter(request.device_id for request in requests)
     owner = {request.request_id: request.device_id for request in requests}
+    came: Counter[str] = Counter()
+    took_s = 0.0
+    worker.progress(0.0, requests=0, requests_due=len(requests), samples_due=sum(r.count for r in requests))
 
     def on_done(reply: CloudReply) -> None:
+        nonlocal took_s
         device = owner[reply.request_id]
         waiting[device] -= 1
         if not waiting[device]:
             del waiting[device]
-            worker.progress(ASKING * (devices - len(waiting)))
+        came[f"cloud.{reply.outcome}"] += 1
+        took_s += sum(attempt.duration_s or 0.0 for attempt in reply.attempts)
+        worker.progress(ASKING * (devices - len(waiting)), requests=came.total(), cloud_s=took_s, **came)
 
     cloud = worker.experiment.cloud
     if (limit_s := worker.endpoint.limit_s) > cloud.timeout_s:
@@ -232,15 +240,34 @@ def _judge(
 
     judged: dict[int, list[JudgedSample]] = {device.index: [] for device in devices}
     beside = _beside(worker, order, devices, agreement) if owner else {}
+    judging = 0
     for start in range(0, len(devices) if owner else 0, COHORT):
-        worker.progress(ASKING * len(devices) + (1 - ASKING) * start)
+        worker.progress(ASKING * len(devices) + (1 - ASKING) * start, samples=judging, samples_due=len(owner))
         some = devices[start : start + COHORT]
         real = {device.index: device.real_items(worker.experiment, order.round) for device in some}
         theirs = {device.index: candidates[device.index] for device in some}
-        judged |= judge(
-            theirs, real, worker.experiment.filters, worker.encoder, leaks, worker.experiment.settings, beside
-        )
+        samples = sum(map(len, theirs.values()))
+        encoder = _Watched(worker, judging, samples)
+        judged |= judge(theirs, real, worker.experiment.filters, encoder, leaks, worker.experiment.settings, beside)
+        judging += samples
+    worker.progress(len(devices), samples=judging, samples_due=len(owner))
     return judged
+
+
+class _Watched:
+    """The worker's encoder, which says how many of so many samples it has embedded, `before` others."""
+
+    def __init__(self, worker: Worker, before: int, samples: int):
+        self._worker, self._before, self._samples = worker, before, samples
+
+    def encode(self, texts: Sequence[str], *, remember: Collection[str] | None = None) -> np.ndarray:
+        """See `clients.filters.embedding.Encoder`."""
+        worker = self._worker
+
+        def progress(done: int, total: int) -> None:
+            worker.progress(worker.work["devices"], samples=self._before + self._samples * done // max(1, total))
+
+        return worker.encoder.encode(texts, remember=remember, progress=progress)
 
 
 def _answer_row(device: Device, query: Query, reply: CloudReply) -> dict[str, Any]:

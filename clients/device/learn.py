@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from untether.clients.device.answering import LiveAdapter, Owner, answer, cloud_answers
+from untether.clients.device.answering import LiveAdapter, Owner, answer, cloud_answers, questions_due
 from untether.clients.device.arms import TrainingData, training_pairs
 from untether.clients.device.device import Device
 from untether.clients.device.ledger import ledger_rows
@@ -21,6 +21,7 @@ from untether.clients.device.sharing.disjoint import shared_adapters
 from untether.clients.device.sharing.federated import Beginning, beginning, federated_adapters, worn
 from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.engine.encoding import encode_answer, encode_prompt
+from untether.clients.engine.jobs import tokens_a_step
 from untether.clients.engine.training import Example, TrainJob, TrainResult
 from untether.clients.stores.adapter_cache import train_once
 from untether.clients.stores.adapter_store import AdapterArrays, adapter_version, as_arrays, as_tensors
@@ -58,9 +59,10 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     below = worn(worker, order, devices, inputs) if begun else {}
     jobs = list(_jobs(worker, order, devices, versions, materials, inputs, below, placebos))
     engine = experiment.engine
+    worker.progress(0.0, tokens=0, answers=0, answers_due=questions_due(experiment, order, devices))
     results = train_once(
         worker.base, jobs, engine.cache, memory_bytes=int(engine.memory_gib * 2**30) or None,
-        max_cohort=engine.cohort or None, progress=_reporter(worker, len(devices)),
+        max_cohort=engine.cohort or None, progress=_reporter(worker, len(devices), tokens_a_step(jobs)),
     )  # fmt: skip
     adapters = _adapters(worker, order, devices, versions, results, inputs)
     if SHARED in experiment.arms:
@@ -102,15 +104,12 @@ def _by_device(versions: Iterable[Version]) -> dict[int, list[Version]]:
     return {device: sorted(own, key=lambda version: version.live_s) for device, own in found.items()}
 
 
-def _reporter(worker: Worker, devices: int) -> Callable[[int, int], None]:
-    """Optimizer steps reported as devices, at most once a device."""
-    reported = -1.0
+def _reporter(worker: Worker, devices: int, tokens: float) -> Callable[[int, int], None]:
+    """Optimizer steps told as devices and tokens, of which a step has so many."""
 
     def report(steps: int, total: int) -> None:
-        nonlocal reported
-        if (done := devices * steps // max(1, total)) != reported:
-            reported = done
-            worker.progress(TRAINING * done)
+        done = TRAINING * devices * steps / max(1, total)
+        worker.progress(done, tokens=tokens * steps, tokens_due=tokens * total)
 
     return report
 

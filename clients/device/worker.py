@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from untether.clients.device.device import Device
 from untether.clients.stores.adapter_store import AdapterArrays
+from untether.sim.core.work import Work
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import Population, device_id, open_population
 from untether.sim.rounds.messages import Order, Reply, Version
@@ -55,11 +56,13 @@ class Outcome:
         reply: The reply.
         rows: Rows by table.
         adapters: Adapters by the name under which they are kept and device id.
+        work: What was done, as counted (`sim.core.work`).
     """
 
     reply: Reply
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     adapters: Mapping[str, Mapping[str, AdapterArrays]] = field(default_factory=dict)
+    work: Work = field(default_factory=dict)
 
 
 def rows_of(table: pa.Table | None) -> list[dict[str, Any]]:
@@ -137,7 +140,8 @@ class Worker:
         self.endpoint = endpoint
         self.scratch = Path(scratch)
         self.models = models or Models()
-        self.done = 0.0
+        self.work: Work = {}
+        self._devices = 0
         self._number = number
         self._population: tuple[int, Population] | None = None
         self._timeline: Timeline | None = None
@@ -195,6 +199,13 @@ class Worker:
         population = self.population(order.seed)
         return [Device(index, population.user(index)) for index in order.devices]
 
-    def progress(self, done: float) -> None:
-        """Records how many devices of the order are done; observers read the attribute `done`."""
-        self.done = done
+    def begin(self, devices: int) -> None:
+        """Records that an order for so many devices begins."""
+        self.work, self._devices = {"devices": 0.0}, devices
+
+    def progress(self, done: float, **counts: float) -> None:
+        """Records how many devices of the order are done, about, and what is counted; observers read the attribute
+        `work` (`sim.core.work`).
+        """
+        of = {f"{name.removesuffix('_due')}_of": float(self._devices) for name in counts if name.endswith("_due")}
+        self.work = {**self.work, **counts, **of, "devices": done}

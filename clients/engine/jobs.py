@@ -66,6 +66,18 @@ class TrainJob:
         return self.settings.total_steps(len(self.examples))
 
 
+def tokens_a_step(jobs: Sequence[TrainJob]) -> float:
+    """How many tokens of examples an optimizer step of these jobs reads, on average over their steps."""
+    tokens, steps = 0.0, 0
+    for job in jobs:
+        if job.examples:
+            lengths = [len(example.prompt_ids) + len(example.target_ids) for example in job.examples]
+            rows = min(job.settings.batch_size, len(lengths))
+            tokens += rows * sum(lengths) / len(lengths) * job.total_steps
+            steps += job.total_steps
+    return tokens / steps if steps else 0.0
+
+
 def batch_plan(job: TrainJob) -> list[list[int]]:
     """Returns indices into job.examples for every step.
 

@@ -12,9 +12,10 @@ from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.hosting.process import Post, WorkerProcess, perform
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import ResumableStop
+from untether.sim.core.work import Work
 from untether.sim.rounds.messages import Order
 
-POLL_S = 2.0
+POLL_S = 1.0
 """How often a host looks whether its worker still gets on with its shard."""
 
 SLOT, REPLACEMENT = 0.99, 0.001
@@ -58,11 +59,11 @@ class Executor(Protocol):
     """Makes a worker carry out one order. A dead worker raises WorkerDied and is replaced at the next call."""
 
     def call(
-        self, order: Order, inputs: Inputs, *, deadline_s: float, progress: Callable[[float], None] = ...
+        self, order: Order, inputs: Inputs, *, deadline_s: float, progress: Callable[[Work], None] = ...
     ) -> Outcome: ...
 
 
-def _nobody(done: float) -> None: ...
+def _nobody(work: Work) -> None: ...
 
 
 class InProcess:
@@ -72,7 +73,7 @@ class InProcess:
         self._make, self._worker = make, None
 
     def call(
-        self, order: Order, inputs: Inputs, *, deadline_s: float, progress: Callable[[float], None] = _nobody
+        self, order: Order, inputs: Inputs, *, deadline_s: float, progress: Callable[[Work], None] = _nobody
     ) -> Outcome:
         """Calls the worker directly; there is no other process that could die."""
         self._worker = self._worker or self._make()
@@ -97,7 +98,7 @@ class RayExecutor:
         self._replacing = False
 
     def call(
-        self, order: Order, inputs: Inputs, *, deadline_s: float, progress: Callable[[float], None] = _nobody
+        self, order: Order, inputs: Inputs, *, deadline_s: float, progress: Callable[[Work], None] = _nobody
     ) -> Outcome:
         """Calls the actor and waits while it makes progress; without progress for `deadline_s` it is taken to hang."""
         from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
@@ -124,12 +125,13 @@ class RayExecutor:
             self._kill(actor)
             raise WorkerDied(str(error), "timeout") from error
 
-    def _wait(self, actor: Any, reply: Any, deadline_s: float, progress: Callable[[float], None]) -> Outcome:
+    def _wait(self, actor: Any, reply: Any, deadline_s: float, progress: Callable[[Work], None]) -> Outcome:
         """The reply, while the worker gets on; one that does not say anything does not."""
         import ray
 
         clock = WallClock()
-        seen, since_s = 0.0, clock.now_s()
+        seen: Work = {}
+        since_s = clock.now_s()
         while not ray.wait([reply], timeout=min(POLL_S, deadline_s))[0]:
             now = seen
             with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.RayError):

@@ -7,6 +7,7 @@ run again on a new worker, in halves, until the one that kills it is found and m
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from untether.clients.hosting.lost import lost_rows
 from untether.clients.hosting.store import DeviceStore
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import ResumableStop, UserError, disk_is_full
+from untether.sim.core.work import Work, added, finished, written
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import trained
 from untether.sim.population.source import device_id
@@ -64,7 +66,7 @@ def run_order(
     while queue:
         some = queue.pop()
         shard = order.cut(some)
-        reply = store.kept(shard)
+        reply, outcome = store.kept(shard), None
         if reply is None:
             try:
                 outcome = executor.call(shard, store.inputs(shard), deadline_s=engine.deadline_s, progress=watch)
@@ -87,7 +89,7 @@ def run_order(
                 else:
                     queue.append(some)
                 continue
-        watch.add(len(some))
+        watch.add(len(some), {} if outcome is None else outcome.work)
         replies.append(reply)
     return joined([*replies, _lost_reply(run, order, lost, failures)])
 
@@ -111,19 +113,19 @@ class _Watch:
     """Writes a host's progress into a small file for observers. A full disk is ignored here: other writes report it."""
 
     def __init__(self, path: Path | None):
-        self.path, self.done = path, 0
+        self.path, self._done = path, dict[str, float]()
         if path is not None:
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
-        self(0.0)
+        self({})
 
-    def __call__(self, of_shard: float) -> None:
-        self._write(self.path, f"{self.done + of_shard:g}")
+    def __call__(self, of_shard: Work) -> None:
+        self._write(self.path, written(added([self._done, of_shard])))
 
-    def add(self, devices: int) -> None:
-        """Adds to the number of finished devices."""
-        self.done += devices
-        self(0.0)
+    def add(self, devices: int, work: Work | None = None) -> None:
+        """Adds finished devices, with the work that they took."""
+        self._done = added([self._done, finished(work or {}, devices)])
+        self({})
 
     def deaths(self, count: int) -> None:
         """Writes the number of workers that died."""
@@ -133,7 +135,9 @@ class _Watch:
     def _write(path: Path | None, text: str) -> None:
         if path is not None:
             with contextlib.suppress(OSError):
-                path.write_text(text)
+                whole = path.with_suffix(".new")  # whoever reads meanwhile reads the old one
+                whole.write_text(text)
+                os.replace(whole, path)
 
 
 def _failure(work: str, devices: Sequence[int], death: WorkerDied) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from untether.clients.hosting.executors import Executor
 from untether.clients.hosting.host import run_order
+from untether.sim.core.work import Work
 from untether.sim.rounds.messages import Order, Reply
 from untether.sim.run.directory import RunDirectory
 
@@ -24,11 +25,11 @@ class InProcessBackend:
     def __init__(self, run: RunDirectory, executor: Executor, hosts: int = 1, backwards: bool = False):
         self.run, self.executor, self.hosts, self._turn = run, executor, hosts, -1 if backwards else 1
 
-    def send(self, order: Order, progress: Callable[[float], None]) -> list[Reply]:
+    def send(self, order: Order, progress: Callable[[Work], None]) -> list[Reply]:
         """Carries out an order on every host, as `sim.rounds.loop.Backend` describes."""
         replies, done = [], 0
         for own in list(order.split(self.hosts).values())[:: self._turn]:
             replies.append(run_order(self.executor, self.run, replace(own, devices=own.devices[:: self._turn])))
             done += len(own.devices)
-            progress(done)
+            progress({"devices": float(done)})
         return replies

@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from untether.clients.device.worker import Endpoint, Inputs, Models, Outcome, Worker
+from untether.sim.core.work import Work, finished
 from untether.sim.experiment import Experiment
 from untether.sim.rounds.messages import Order
 
 
 def perform(worker: Worker, order: Order, inputs: Inputs) -> Outcome:
     """Carries out an order. The passes are imported on first use: a host, which imports this module, needs no torch."""
-    worker.progress(0.0)
-    return _PASSES[order.work]()(worker, order, inputs)
+    worker.begin(len(order.devices))
+    outcome = _PASSES[order.work]()(worker, order, inputs)
+    return replace(outcome, work=finished(worker.work, len(order.devices)))
 
 
 def _fetch() -> Callable[..., Outcome]:
@@ -111,9 +113,9 @@ class WorkerProcess:
         """Carries out an order of that run."""
         return perform(self.at(post), order, inputs)
 
-    def look(self) -> float:
-        """Returns how many devices of the current order are done; answered while the order is carried out."""
-        return self._worker.done if self._worker else 0.0
+    def look(self) -> Work:
+        """Returns how much of the current order is done; answered while the order is carried out."""
+        return self._worker.work if self._worker else {}
 
     def pid(self) -> int:
         """Returns this process's id; that it answers shows that it lives."""

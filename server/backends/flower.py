@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from untether.server.backends.exchange import exchange, nodes
+from untether.sim.core.work import Work, added, read
 from untether.sim.rounds.flower_records import order_from, reply_from, to_records
 from untether.sim.rounds.messages import Order, Reply, Update
 from untether.sim.run.directory import RunDirectory
@@ -54,7 +55,7 @@ class FlowerBackend:
         hosts = exchange(grid, hello, self._deadline_s, stop)
         strategy.hosts = {int(m.content["host"]["partition"]): m.metadata.src_node_id for m in hosts}
 
-    def send(self, order: Order, progress: Callable[[float], None]) -> list[Reply]:
+    def send(self, order: Order, progress: Callable[[Work], None]) -> list[Reply]:
         """See `sim.rounds.loop.Backend`. A host that fails in training together is a straggler with all its devices."""
         messages = self._messages(order)
         for message in messages:
@@ -84,20 +85,17 @@ def _failed(message: Message) -> Reply:
 class _Watch:
     """Sums what the hosts have finished, from the small files they leave, and tells the progress display."""
 
-    def __init__(self, run: RunDirectory, progress: Callable[[float], None]):
+    def __init__(self, run: RunDirectory, progress: Callable[[Work], None]):
         self.folder, self.progress = run.path / "state" / "progress", progress
+        self._read: dict[str, Work] = {}
         for path in self.folder.glob("*"):
             path.unlink(missing_ok=True)
 
     def __call__(self) -> object:
         """What is done, and which workers died: while this changes, no host hangs."""
-        done = sum(map(_count, self.folder.glob("*.done")))
+        for path in self.folder.glob("*.done"):
+            with contextlib.suppress(OSError):
+                self._read[path.name] = read(path.read_text())
+        done = added(self._read.values())
         self.progress(done)
         return done, [path.stat().st_size for path in sorted(self.folder.glob("*.deaths"))]
-
-
-def _count(path: Path) -> float:
-    try:
-        return float(path.read_text() or 0)
-    except (OSError, ValueError):
-        return 0.0

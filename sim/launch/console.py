@@ -1,6 +1,6 @@
 """What the terminal shows when a run is done: arms by task, then the contrasts; plain text in a pipe.
 
-`LiveProgress`, which shows the run while it goes on, lives in `sim.launch.progress` and is at home here too.
+`LiveProgress`, which shows the run while it goes on, lives in `sim.launch.progress`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from untether.sim.experiment.arms import METHOD, PRIMARY
-from untether.sim.launch.progress import LiveProgress, make_console
+from untether.sim.launch.progress import make_console
 from untether.sim.report.summary import Contrast, Summary, arrow, interval, metric_name, number, p_value
 
-__all__ = ["LiveProgress", "Results", "arms_table", "make_console"]
+__all__ = ["Results", "arms_table", "make_console"]
 
 
 def arms_table(summary: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Summary) -> Results:

@@ -1,21 +1,30 @@
-"""What the terminal shows while a run goes on: which round, which stage, how many devices, how fast, how long still.
+"""What the terminal shows while a run goes on: which round, which stage, how much work is done, how long still.
 
-It works in three places: a terminal (one line that moves), a pipe or a log (plain lines now and then) and a duplicated
-file descriptor, because the engine sends descriptors 1 and 2 to a log file while Ray talks.
+It works in three places: a terminal (one line that moves, and one of the cloud's health), a pipe or a log (few plain
+lines) and a duplicated file descriptor, because descriptors 1 and 2 go to a log file while Ray talks. Programs are told
+by lines of JSON, an event each.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any, Literal
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
+
+from untether.sim.core.work import Work
+from untether.sim.launch.time_left import NAMES, REPORT, Guess, TimeLeft
+
+Voice = Literal["lines", "json", "quiet"]
+"""How a run speaks: to people, to programs, or not at all."""
 
 _PLAIN_WIDTH = 100
 
@@ -36,39 +45,44 @@ def make_console(file: IO[str] | None = None) -> Console:
 
 
 class LiveProgress:
-    """Progress of a run: seed and round, stage, devices done, devices a second, time elapsed and left.
+    """Progress of a run: seed and round, the step, what is counted in it, time elapsed and left, the cloud's health.
 
-    On a terminal one line that moves; elsewhere a plain line at each change of stage and every `every_s` seconds.
-    Time is read through the console's own clock, so that a test can turn it. Usable as a context manager.
+    On a terminal a line that moves; elsewhere a plain line at each step and every `every_s` seconds. `voice` is `json`
+    for a line of JSON an event, `quiet` for nothing. Time is read through the console's own clock, so that a test can
+    turn it. Usable as a context manager.
     """
 
-    #: The share of a round's time a stage is taken to need until a round has been measured; 0: it comes once a seed.
-    _SHARES = {"fetch": 0.25, "share": 0.0, "learn": 0.75}
-
-    #: The stages in their order. `filter` comes in rounds in which answers were lost, and takes next to nothing.
-    _ORDER = ("fetch", "filter", "share", "learn")
-
-    def __init__(self, console: Console | None = None, file: IO[str] | None = None, every_s: float = 5.0):
+    def __init__(
+        self, console: Console | None = None, file: IO[str] | None = None, every_s: float = 30.0, voice: Voice = "lines"
+    ):
         self.console = console or make_console(file)
+        self.voice = voice
         self._every_s = every_s
-        self._live: Progress | None = None
-        self._total_rounds, self._rounds_done = 1, 0
+        self._live: Live | None = None
+        self._bar: Progress | None = None
         self._seeds: tuple[int, ...] = ()
         self._rounds = 1
-        self._where = ""
-        self._stage, self._done, self._total, self._first_done = "", 0, 0, 0
-        self._spent: dict[str, list[float]] = {}
-        self._printed_s: float | None = None
-        self._said_all = False
-        self._started_s = self._stage_s = self._now()
+        self._at: dict[str, Any] = {}
+        self._stage, self._work = "", dict[str, float]()
+        self._said: tuple[str, str] = ("", "")
+        self._said_s = 0.0
+        self._guess: Guess | None = None
+        self._time = TimeLeft(1)
+        self._step_s, self._step_units = 0.0, 0.0
+        self._cloud: dict[str, float] = {}
+        self._started_s = self._now()
         self._cell: _Cell | None = None
         self._cells_s, self._cells_work = 0.0, 0.0
 
     def _now(self) -> float:
         return self.console.get_time()
 
+    def expect(self, guess: Guess) -> None:
+        """What the next run that starts is expected to take."""
+        self._guess = guess
+
     def cell(self, number: int, of: int, name: str, work: float, ahead: float) -> None:
-        """The next of several runs begins. `work` is its size against the `ahead` of those after it, in any unit."""
+        """One of several runs begins. `work` is its size against the `ahead` of those after it, in any unit."""
         self.stop()
         if self._cell is not None:
             self._cells_s += self._now() - self._cell.begun_s
@@ -80,12 +94,12 @@ class LiveProgress:
         """The run begins: `rounds` rounds for each of `seeds`; `rounds_done` are committed already (a resumed run)."""
         self.stop()
         self._seeds, self._rounds = tuple(seeds), rounds
-        self._total_rounds, self._rounds_done = max(1, len(seeds) * rounds), rounds_done
-        self._spent, self._stage = {}, ""
-        self._stage_s = self._now()
-        if self._cell is None:
-            self._started_s = self._stage_s
-        if self.console.is_terminal:
+        self._time = TimeLeft(max(1, len(seeds) * rounds), rounds_done, rounds, self._guess)
+        self._guess, self._stage, self._cloud = None, "", {}
+        if self._cell is None and not self._at:
+            self._started_s = min(self._started_s, self._now())
+        self._event("start", seeds=list(seeds), rounds=rounds, rounds_done=rounds_done)
+        if self.console.is_terminal and self.voice == "lines":
             columns: list[ProgressColumn] = [
                 TextColumn("{task.fields[where]}", style="bold", table_column=Column(no_wrap=True)),
                 TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -93,56 +107,83 @@ class LiveProgress:
                 TextColumn("{task.fields[count]}", table_column=Column(no_wrap=True)),
                 _Clock(self),
             ]
-            self._live = Progress(*columns, console=self.console, transient=True, expand=True, refresh_per_second=4,
-                                  redirect_stdout=False, redirect_stderr=False)  # fmt: skip
-            self._live.add_task("starting", where="", count="", total=None)
+            self._bar = Progress(*columns, expand=True)
+            self._bar.add_task("starting", where="", count="", total=None)
+            self._live = Live(get_renderable=self._shown, console=self.console, transient=True, refresh_per_second=4,
+                              redirect_stdout=False, redirect_stderr=False)  # fmt: skip
             self._live.start()
+
+    def _shown(self) -> Group:
+        health = self.cloud()
+        lines = [Text(health, style="dim", no_wrap=True, overflow="ellipsis")] if health else []
+        return Group(*([self._bar] if self._bar is not None else []), *lines)
 
     def begin(self, seed: int, round: int) -> None:
         """A round of a seed begins (`round` counts from 0)."""
-        words = [] if self._cell is None else [self._cell.where]
-        if len(self._seeds) > 1:
-            place = self._seeds.index(seed) + 1 if seed in self._seeds else "?"
-            words.append(f"seed {seed} ({place} of {len(self._seeds)})")
-        else:
-            words.append(f"seed {seed}")
-        if self._rounds > 1:
-            words.append(f"round {round + 1} of {self._rounds}")
-        self._where = ", ".join(words)
+        self._at, self._cloud = {"seed": seed, "round": round}, {}
+        self._time.begin(self._now())
+        self._event("round", **self._at)
 
-    def update(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` devices (for "share": users) have finished `stage`, such as "fetch" or "learn"."""
+    @property
+    def _where(self) -> str:
+        words = [] if self._cell is None else [self._cell.where]
+        if self._at:
+            seed, round = self._at["seed"], self._at["round"]
+            several = len(self._seeds) > 1 and seed in self._seeds
+            place = f" ({self._seeds.index(seed) + 1} of {len(self._seeds)})" if several else ""
+            words.append(f"seed {seed}{place}")
+            if self._rounds > 1:
+                words.append(f"round {round + 1} of {self._rounds}")
+        return ", ".join(words)
+
+    def update(self, stage: str, work: Work, total: int) -> None:
+        """So much of a stage is done, such as "fetch" or "learn", of `total` devices (for "share": users)."""
         now = self._now()
-        if stage != self._stage:
-            self._close_stage(now)
-            self._stage, self._stage_s, self._first_done = stage, now, done
-            self._printed_s, self._said_all = None, False
-        self._done, self._total = done, total
-        if self._live is not None:
-            self._live.update(self._live.task_ids[0], description=stage, where=self._where, completed=done,
-                              total=total or None, count=self._count())  # fmt: skip
-            return
-        finished = done == total and not self._said_all
-        if self._printed_s is None or now - self._printed_s >= self._every_s or finished:
-            self._printed_s, self._said_all = now, done == total
-            words = [self._where, stage, self._count(), self.clock()]
-            self.console.print("  ".join(word for word in words if word), soft_wrap=True)
+        self._time.update(now, stage, work, total)
+        self._stage, self._work = stage, dict(work)
+        self._cloud |= {name: count for name, count in work.items() if name.startswith("cloud")}
+        step = self._time.step()
+        key = (stage, step[1] if step else "")
+        done, due = self._time.counts(step) if step else (0.0, None)
+        if key != self._said:
+            self._step_s, self._step_units = now, done
+        if self._bar is not None:
+            share = self._time.share_done()
+            self._bar.update(self._bar.task_ids[0], description=self.stage(), where=self._where, completed=share or 0.0,
+                             total=None if share is None else 1.0, count=self.count())  # fmt: skip
+        elif key != self._said or now - self._said_s >= self._every_s:
+            self._said_s = now
+            words = [self._where, self.stage(), self.count(), self.clock(), self.cloud()]
+            self.note("  ".join(word for word in words if word), event=False)
+            self._event(
+                "progress", **self._at, stage=stage, step=self.stage(), unit=key[1], done=done, due=due,
+                left_s=self.left_s(), cloud=self._outcomes(),
+            )
+        self._said = key
 
     def end(self) -> None:
         """The round that was begun is committed."""
-        self._close_stage(self._now())
-        self._stage, self._done, self._total = "", 0, 0
-        self._rounds_done += 1
+        self._time.end(self._now())
+        self._stage = ""
+        self._event("committed", **self._at, left_s=self.left_s())
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, event: bool = True) -> None:
         """Says something in passing, above the moving line."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        if self.voice == "lines":
+            self.console.print(text, soft_wrap=True, markup=False)
+        elif event:
+            self._event("note", text=text)
+
+    def _event(self, name: str, **facts: Any) -> None:
+        """A line of JSON, for programs."""
+        if self.voice == "json":
+            say_event(self.console, name, elapsed_s=round(self.elapsed_s(), 1), **facts)
 
     def stop(self) -> None:
         """The run is over, finished or not: the moving line goes away."""
         if self._live is not None:
             self._live.stop()
-            self._live = None
+            self._live = self._bar = None
 
     def __enter__(self) -> LiveProgress:
         return self
@@ -150,10 +191,38 @@ class LiveProgress:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def rate(self) -> float | None:
-        """Devices a second in this stage; None before the first has finished."""
-        elapsed = self._now() - self._stage_s
-        return (self._done - self._first_done) / elapsed if elapsed > 0 and self._done > self._first_done else None
+    def stage(self) -> str:
+        """What is being done, in words."""
+        if self._stage == REPORT:
+            return "writing tables and report"
+        step = self._time.step()
+        return NAMES[step] if step else self._stage or "starting"
+
+    def count(self) -> str:
+        """What is counted in this step: "120 of 600 answers, 12/s"."""
+        step = self._time.step()
+        if step is None:
+            return ""
+        done, due = self._time.counts(step)
+        if not done and due is None:
+            return ""
+        elapsed = self._now() - self._step_s
+        rate = (done - self._step_units) / elapsed if elapsed > 0 and done > self._step_units else None
+        of = f" of {_amount(due)}" if due is not None and due >= done else ""
+        return f"{_amount(done)}{of} {step[1]}" + (f", {_amount(rate)}/s" if rate is not None else "")
+
+    def cloud(self) -> str:
+        """How the cloud does: replies by outcome, and how long one took."""
+        outcomes = self._outcomes()
+        if not outcomes:
+            return ""
+        found = ", ".join(f"{count:.0f} {name}" for name, count in outcomes.items())
+        took = self._cloud.get("cloud_s", 0.0) / sum(outcomes.values())
+        return f"cloud: {found}, {took:.2g} s each"
+
+    def _outcomes(self) -> dict[str, float]:
+        found = {name.removeprefix("cloud."): n for name, n in self._cloud.items() if name.startswith("cloud.")}
+        return dict(sorted(found.items(), key=lambda pair: (pair[0] != "ok", -pair[1])))
 
     def elapsed_s(self) -> float:
         """Seconds since the start."""
@@ -164,7 +233,7 @@ class LiveProgress:
 
         Runs that wait are taken to need, for their size, what the finished ones did (the first one's is an estimate).
         """
-        left_s, cell = self._run_left_s(), self._cell
+        left_s, cell = self._time.left_s(self._now()), self._cell
         if cell is None:
             return left_s
         in_cell_s = self._now() - cell.begun_s
@@ -177,50 +246,17 @@ class LiveProgress:
             return None
         return left_s + per_work_s * cell.ahead
 
-    def _run_left_s(self) -> float | None:
-        """Seconds until the last round of this run ends, from what stages took so far."""
-        per_round = {stage: sum(times) / len(times) for stage, times in self._spent.items()}
-        rate = self.rate()
-        current_left = (self._total - self._done) / rate if rate else None
-        known = sum(self._SHARES.get(stage, 0.0) for stage in per_round)
-        if self._stage and self._stage not in per_round:
-            if current_left is not None:
-                per_round[self._stage] = self._now() - self._stage_s + current_left
-            elif known and self._stage in self._SHARES:
-                per_round[self._stage] = sum(per_round.values()) * self._SHARES[self._stage] / known
-            else:
-                return None
-        if not per_round:
-            return None
-        known = sum(self._SHARES.get(stage, 0.0) for stage in per_round)
-        once_s = sum(spent for stage, spent in per_round.items() if self._SHARES.get(stage) == 0)
-        round_s = sum(per_round.values()) - once_s
-        if 0 < known < 1:
-            round_s += sum(per_round[stage] for stage in per_round if self._SHARES.get(stage)) * (1 - known) / known
-        later = self._total_rounds - self._rounds_done - (1 if self._stage else 0)
-        later_s = later * round_s + later // self._rounds * once_s
-        if not self._stage:
-            return later_s
-        if current_left is None:
-            current_left = max(0.0, per_round[self._stage] - (self._now() - self._stage_s))
-        over = {stage for stage in per_round if stage in self._SHARES and _before(stage, self._stage)} | {self._stage}
-        rest_s = round_s - sum(per_round[stage] for stage in over if self._SHARES.get(stage) != 0)
-        return current_left + max(0.0, rest_s) + later_s
-
     def clock(self) -> str:
         """Elapsed and remaining time as text."""
         left_s = self.left_s()
-        left = f", about {_duration(left_s)} left" if left_s is not None else ""
-        return f"{_duration(self.elapsed_s())} elapsed{left}"
+        left = f", about {duration(left_s)} left" if left_s is not None else ""
+        return f"{duration(self.elapsed_s())} elapsed{left}"
 
-    def _count(self) -> str:
-        rate = self.rate()
-        text = f"{self._done}/{self._total} {'users' if self._stage == 'share' else 'devices'}"
-        return f"{text}, {rate:.3g}/s" if rate is not None else text
 
-    def _close_stage(self, now: float) -> None:
-        if self._stage:
-            self._spent.setdefault(self._stage, []).append(now - self._stage_s)
+def say_event(console: Console, name: str, **facts: Any) -> None:
+    """Prints one event as a line of JSON."""
+    told: Mapping[str, Any] = {"event": name, **facts}
+    console.print(json.dumps(told, ensure_ascii=False), soft_wrap=True, markup=False, highlight=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,12 +282,16 @@ class _Clock(ProgressColumn):
         return Text(self._progress.clock(), style="dim")
 
 
-def _before(stage: str, other: str) -> bool:
-    order = LiveProgress._ORDER
-    return other not in order or order.index(stage) < order.index(other)
+def _amount(value: float) -> str:
+    """A count as people read it at a glance: 950, 12k, 3.4M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size * (10 if letter == "k" else 1):
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}" if value >= 10 or value == round(value) else f"{value:.2g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

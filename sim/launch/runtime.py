@@ -27,7 +27,10 @@ from untether.sim.experiment import Experiment, key_values
 from untether.sim.experiment.endpoint import without_credentials
 from untether.sim.experiment.plugins import fingerprints
 from untether.sim.launch.cluster import join_cluster, start_here
-from untether.sim.launch.console import LiveProgress
+from untether.sim.launch.estimate import expected_work, guess_of
+from untether.sim.launch.progress import LiveProgress, Voice
+from untether.sim.launch.speed import speed_of
+from untether.sim.launch.time_left import Guess
 from untether.sim.population.source import open_population
 from untether.sim.rounds.planner import Rounds
 from untether.sim.run.directory import RunDirectory
@@ -154,7 +157,9 @@ def next_run_directory(name: str) -> Path:
     return path
 
 
-def launch(*runs: RunDirectory, terminal: TextIO | None = None, ray_address: str = "", again: str = "") -> None:
+def launch(
+    *runs: RunDirectory, terminal: TextIO | None = None, ray_address: str = "", again: str = "", voice: Voice = "lines"
+) -> None:  # fmt: skip
     """Runs the uncommitted rounds of run directories, one after the other, and writes the report of each as it ends.
 
     All use one Flower simulation runtime.
@@ -165,6 +170,7 @@ def launch(*runs: RunDirectory, terminal: TextIO | None = None, ray_address: str
         ray_address: A Ray cluster to join (`auto`: the one of this machine); empty: Ray is started here and ends with
             the last run.
         again: The command that resumes after a stop, for messages.
+        voice: How progress speaks.
 
     Raises:
         UserError: A mistake in the experiment or the input. With several runs, messages name the run.
@@ -172,7 +178,7 @@ def launch(*runs: RunDirectory, terminal: TextIO | None = None, ray_address: str
         Failure: A defect, with its traceback.
     """
     stop, again = threading.Event(), again or f"untether run --resume {runs[0].path}"
-    with stopping(stop, farewell(again, terminal)), LiveProgress(file=terminal) as progress:
+    with stopping(stop, farewell(again, terminal)), LiveProgress(file=terminal, voice=voice) as progress:
         carry_out(runs, progress, stop, ray_address)
 
 
@@ -269,9 +275,15 @@ class _Turns:
             self.now = run
             if len(self.runs) > 1:
                 self.progress.cell(place + 1, len(self.runs), run.path.name, work[place], sum(work[place + 1 :]))
+            self.progress.expect(self._guess(run.experiment))
             if run.read_json("environment.json") is None:
                 run.write_json("environment.json", describe(run.experiment))
             yield run, self.threads[run]
+
+    def _guess(self, experiment: Experiment) -> Guess:
+        population = open_population(experiment, experiment.seeds[0])
+        speed, workers = speed_of(experiment), Resources.of(experiment, len(population)).workers
+        return guess_of(expected_work(experiment, population, speed.chars_per_token)[0], speed, workers)
 
 
 def _work(experiment: Experiment) -> int:

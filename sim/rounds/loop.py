@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from untether.sim.core.work import Work
 from untether.sim.experiment.arms import FEDERATED, SHARED
 from untether.sim.population.source import open_population
 from untether.sim.rounds.messages import Order, Reply, Share, complete, errors, joined, materials, outcomes
@@ -16,8 +17,8 @@ from untether.sim.run.shared import SharedAdapters, SharedPart
 class Backend(Protocol):
     """How orders reach the hosts of devices, and their replies come back."""
 
-    def send(self, order: Order, progress: Callable[[float], None]) -> list[Reply]:
-        """Has each host do its part of an order. `progress` is told how many devices are done.
+    def send(self, order: Order, progress: Callable[[Work], None]) -> list[Reply]:
+        """Has each host do its part of an order. `progress` is told how far they are.
 
         Raises UserError, ResumableStop or Failure as hosts do.
         """
@@ -42,7 +43,7 @@ class Progress(Protocol):
 
     def begin(self, seed: int, round: int) -> None: ...
 
-    def update(self, stage: str, done: int, total: int) -> None: ...
+    def update(self, stage: str, work: Work, total: int) -> None: ...
 
     def end(self) -> None: ...
 
@@ -55,7 +56,7 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
 
     def send(order: Order, total: int | None = None) -> Reply:
         most = len(order.devices) if total is None else total
-        return joined(backend.send(order, lambda done: progress.update(order.work, min(int(done), most), most)))
+        return joined(backend.send(order, lambda work: progress.update(order.work, work, most)))
 
     for seed in experiment.seeds:
         population, shared = open_population(experiment, seed), SharedAdapters(run, seed)

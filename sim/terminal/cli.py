@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from untether.sim.core.errors import Failure, ResumableStop, UserError
-from untether.sim.experiment import Experiment, fields, key_values
+from untether.sim.experiment import Experiment, key_values
 from untether.sim.experiment.arms import METHOD
+from untether.sim.terminal.compare import compare
+from untether.sim.terminal.completion import complete_setting, complete_study
+from untether.sim.terminal.doctor import doctor
+from untether.sim.terminal.experiments import experiment_app
 from untether.sim.terminal.review import review
+from untether.sim.terminal.speaker import Speaker, Voice
 
 app = typer.Typer(
     help="Simulate a fleet of phones that each personalize a small language model with a cloud model's help.",
     no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
 )  # fmt: skip
-experiment_app = typer.Typer(help="Look at experiments.", no_args_is_help=True)
 cloud_app = typer.Typer(help="The cloud side.", no_args_is_help=True)
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 model_app = typer.Typer(help="Pretrained models by name, and the embedded one.", no_args_is_help=True)
@@ -27,27 +32,43 @@ app.add_typer(experiment_app, name="experiment")
 app.add_typer(cloud_app, name="cloud")
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
-
-
-def _field_list() -> str:
-    lines = [f"**{key}** = `{_show(default)}`: {meaning}" for key, default, meaning in fields()]
-    return "\n\n".join(["**Fields of an experiment** (in the TOML file, or by `--set KEY=VALUE`):", *lines])
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, str):
-        return f'"{value}"'
-    return str(value).lower() if isinstance(value, bool) else str(value)
+app.command()(compare)
+app.command()(doctor)
 
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as `lora.rank=4`. May be repeated."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a field, such as `lora.rank=4`. May be repeated.",
+        autocompletion=complete_setting,
+    ),
 ]
 File = Annotated[Path | None, typer.Argument(metavar="[EXPERIMENT.toml]", help="None: the default one.")]
 
 
-@app.command(epilog=_field_list())
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but where the result is.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a line of JSON an event, for programs.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"untether {importlib.metadata.version('untether')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Simulate a fleet of phones that each personalize a small language model with a cloud model's help."""
+
+
+@app.command(
+    epilog="Fields: `untether experiment show` (all), `untether experiment show lora` (a section), "
+    "`untether experiment explain lora.rank` (one of them). What it will cost: `untether experiment check FILE`."
+)
 def run(
     experiment: File = None,
     set_: Set = None,
@@ -56,17 +77,19 @@ def run(
     ray_address: Annotated[
         str, typer.Option("--ray-address", metavar="HOST:PORT", help="Join a running Ray cluster (`auto`: this one's).")
     ] = "",
+    quiet: Quiet = False,
+    json_: Json = False,
 ) -> None:
     """Run an experiment: users in, personalized adapters, a table of results and a report out.
 
     Without arguments: the default experiment on the embedded users, model and cloud. Ctrl-C stops cleanly; what is
     committed stays, and `--resume DIR` goes on from there (fields of `[engine]` may change on the way).
     """
-    from untether.sim.launch.console import arms_table, make_console
     from untether.sim.launch.runtime import launch, prepare, redirected, reopen
     from untether.sim.run.directory import RunDirectory
 
-    console = make_console()
+    voice = _voice(quiet, json_)
+    speaker = Speaker(voice)
     if resume is not None:
         if out:
             raise UserError("--resume goes on in the run directory it names: leave out --out")
@@ -75,19 +98,17 @@ def run(
         directory = reopen(resume, holds)
     else:
         directory = prepare(Experiment.read(experiment, _overrides(set_)), out)
-    console.print(f"run directory: {directory.path}", soft_wrap=True)
+    speaker.say("run", f"run directory: {directory.path}", path=str(directory.path))
+    speaker.expected(directory)
     log = directory.path / "log.txt"
     with redirected(log) as terminal:
         try:
-            launch(directory, terminal=terminal, ray_address=ray_address)
+            launch(directory, terminal=terminal, ray_address=ray_address, voice=voice)
         except ResumableStop as stop:
             raise ResumableStop(f"{stop}\nResume with: untether run --resume {directory.path}") from None
         except Failure as failure:
             raise Failure(f"{failure}\nThe whole log: {log}") from None
-        console = make_console(terminal)
-        console.print(arms_table(directory.read_json("summary.json")))
-        console.print(f"run directory: {directory.path}", soft_wrap=True)
-        console.print(f"report:        {directory.path / 'report.html'}", soft_wrap=True)
+        Speaker(voice, terminal).done(directory)
 
 
 @app.command()
@@ -124,7 +145,10 @@ def export(
 @app.command()
 def study(
     name: Annotated[
-        str, typer.Argument(metavar="NAME|FILE.toml", help="connectivity, hardware, rank, ..., or your own file")
+        str, typer.Argument(
+            metavar="NAME|FILE.toml", autocompletion=complete_study,
+            help="connectivity, hardware, rank, ..., or your own file",
+        )
     ],
     set_: Set = None,
     grid: Annotated[
@@ -132,39 +156,31 @@ def study(
         typer.Option("--grid", metavar="AXIS=V1,V2", help="Other values of an axis, or which variants. Repeatable."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: studies/NAME.")] = None,
+    quiet: Quiet = False,
+    json_: Json = False,
 ) -> None:
     """Run a study: many runs along a few axes, and the table, figures and findings that answer its question.
 
     The same command again goes on where it stopped; finished cells are not run again.
     """
-    from untether.sim.launch.console import make_console
     from untether.sim.launch.runtime import launch, redirected
     from untether.sim.studies import Study, run_study
 
     found = Study.read(name, _overrides(set_), key_values(grid, "--grid"))
-    folder = out or Path("studies") / found.spec.name
+    folder, voice = out or Path("studies") / found.spec.name, _voice(quiet, json_)
     folder.mkdir(parents=True, exist_ok=True)
     again = shlex.join(["untether", *sys.argv[1:]])
     with redirected(folder / "log.txt") as terminal:
         try:
-            run_study(found, folder, lambda runs: launch(*runs, terminal=terminal, again=again), again)
+            run_study(found, folder, lambda runs: launch(*runs, terminal=terminal, again=again, voice=voice), again)
         except ResumableStop as stop:
             raise ResumableStop(f"{stop}\nGo on with the same command: {again}") from None
         except Failure as failure:
             raise Failure(f"{failure}\nThe whole log: {folder / 'log.txt'}") from None
-        console = make_console(terminal)
-        console.print((folder / "findings.md").read_text(), markup=False)
-        console.print(f"study:  {folder}", soft_wrap=True)
-        console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+        Speaker(voice, terminal).study_done(folder)
 
 
 app.command()(review)
-
-
-@experiment_app.command("show")
-def show(experiment: File = None, set_: Set = None) -> None:
-    """Print an experiment as TOML, resolved, with the meaning of every field. Without arguments: the default one."""
-    typer.echo(Experiment.read(experiment, _overrides(set_)).to_toml(comments=True), nl=False)
 
 
 @cloud_app.command("serve")
@@ -298,6 +314,12 @@ def fetch_models(
             typer.echo(f"{model.name}: {folder_of(gguf, model.folder)}")
         else:
             typer.echo(f"{model.name}: {gguf}")
+
+
+def _voice(quiet: bool, json_: bool) -> Voice:
+    if quiet and json_:
+        raise UserError("--quiet and --json: give one of them")
+    return "json" if json_ else "quiet" if quiet else "lines"
 
 
 def _overrides(pairs: list[str] | None) -> dict[str, str]:

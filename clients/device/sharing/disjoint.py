@@ -10,6 +10,7 @@ import numpy as np
 from untether.clients.device.answering import LiveAdapter, Owner
 from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.engine.encoding import encode_answer, encode_prompt
+from untether.clients.engine.jobs import tokens_a_step
 from untether.clients.engine.training import Example, TrainJob
 from untether.clients.stores.adapter_cache import train_once
 from untether.clients.stores.adapter_store import adapter_version, as_arrays, as_tensors
@@ -46,9 +47,12 @@ def train_shared(worker: Worker, order: Share, inputs: Inputs) -> Outcome:
             seed=derive(order.seed, SHARED, task, "train"),
             init_seed=derive(order.seed, SHARED, task, "adapter"),
         ))
+    each = tokens_a_step(jobs)
     results = train_once(
         worker.base, [job for job in jobs if job.examples], worker.experiment.engine.cache,
-        progress=lambda done, total: worker.progress(len(users) / order.parts * done / total),
+        progress=lambda done, total: worker.progress(
+            len(users) / order.parts * done / total, tokens=each * done, tokens_due=each * total
+        ),
     )  # fmt: skip
     arrays = {
         f"{task}/{key}": array for task, result in results.items() for key, array in as_arrays(result.state).items()

@@ -18,6 +18,7 @@ from untether.clients.device.scoring import train_event_rows, training_rows
 from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.encoding import encode_answer, encode_prompt
+from untether.clients.engine.jobs import tokens_a_step
 from untether.clients.engine.training import Example, Trainable, TrainJob
 from untether.clients.stores.adapter_cache import train_once
 from untether.clients.stores.adapter_store import AdapterArrays, adapter_version, as_arrays, as_tensors
@@ -85,11 +86,13 @@ def update(worker: Worker, order: Update, inputs: Inputs) -> Outcome:
             trainable=Trainable(tuple(A for A, _ in moves), tuple(B for _, B in moves)),
             proximal_mu=strategy.mu,
         ))  # fmt: skip
-    engine = experiment.engine
+    engine, each = experiment.engine, tokens_a_step(jobs)
     results = train_once(
         worker.base, jobs, engine.cache, memory_bytes=int(engine.memory_gib * 2**30) or None,
         max_cohort=engine.cohort or None,
-        progress=lambda done, total: worker.progress(len(order.devices) * done / max(1, total)),
+        progress=lambda done, total: worker.progress(
+            len(order.devices) * done / max(1, total), tokens=each * done, tokens_due=each * total
+        ),
     )  # fmt: skip
     sums, kept = Reply(), defaultdict(dict)
     for version, result in results.items():

@@ -57,7 +57,7 @@ def test_devices_are_handled_in_shards_of_a_bounded_size(tmp_path):
     result = _run(tmp_path, executor)
     assert executor.calls == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
     assert result.columns["device"] == list(range(10))
-    assert (tmp_path / "progress").read_text() == "10"
+    assert json.loads((tmp_path / "progress").read_text()) == {"devices": 10}
 
 
 def test_a_worker_that_dies_once_costs_a_retry_and_nothing_else(tmp_path):

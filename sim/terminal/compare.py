@@ -1,0 +1,5 @@
+"""`untether compare`."""
+
+
+def compare() -> None:
+    pass

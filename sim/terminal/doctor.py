@@ -1,0 +1,5 @@
+"""`untether doctor`."""
+
+
+def doctor() -> None:
+    pass
