@@ -10,6 +10,7 @@ import io
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
@@ -48,6 +49,14 @@ def style():
         yield
 
 
+def bare(axis: plt.Axes, grid: Literal["x", "y"] = "y") -> None:
+    """No frame beside the axes that are read, and a faint grid."""
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.grid(axis=grid, color=FAINT, alpha=0.25, linewidth=0.5)
+    axis.set_axisbelow(True)
+
+
 def save(figure: Figure, folder: Path, name: str, title: str = "") -> str:
     """Writes `name.svg` and `name.pdf` reproducibly, with a title for those who cannot see them; closes the figure and
     returns the SVG's text.
@@ -63,11 +72,12 @@ def save(figure: Figure, folder: Path, name: str, title: str = "") -> str:
     return text.getvalue()
 
 
-def forest(summary: Summary) -> Figure | None:
+def forest(summary: Summary, narrow: bool = False) -> Figure | None:
     """The contrasts by task, gain and 95% interval, a panel a contrast; None where the run compared nothing.
 
     Filled: significant after Holm (primary contrasts) or not worse than the margin (against the cloud). A task whose
-    metric is an error is turned, so that right is better everywhere.
+    metric is an error is turned, so that right is better everywhere. `narrow`: the panels stand below each other, for a
+    column of text or a phone.
     """
     contrasts = [contrast for contrast in summary.contrasts() if contrast.gain is not None]
     panels = [pair for pair in (*PRIMARY, *NON_INFERIORITY) if any((c.arm, c.reference) == pair for c in contrasts)]
@@ -75,8 +85,11 @@ def forest(summary: Summary) -> Figure | None:
         return None
     tasks = [task for task in summary.tasks if any(c.task == task for c in contrasts)]
     with style():
-        figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 1.9 * len(panels), 0.85 + 0.44 * len(tasks)),
-                                    sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+        rows, columns = (len(panels), 1) if narrow else (1, len(panels))
+        high = 0.5 + (0.5 + 0.4 * len(tasks)) * rows if narrow else 0.85 + 0.44 * len(tasks)
+        size = (3.4 if narrow else 1.5 + 1.9 * columns, high)
+        figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+        axes = axes.reshape(1, -1)
         for axis, (arm, reference) in zip(axes[0], panels, strict=True):
             own = {c.task: c for c in contrasts if (c.arm, c.reference) == (arm, reference)}
             _forest_panel(axis, [own.get(task) for task in tasks])
@@ -85,10 +98,12 @@ def forest(summary: Summary) -> Figure | None:
         limits = [limit for axis in tested for limit in axis.get_xlim()]
         for axis in tested:
             axis.set_xlim(min(limits), max(limits))
-        axes[0][0].set_yticks(range(len(tasks)), [_task_label(summary, task) for task in tasks], linespacing=1.25)
+        axes[0][0].set_yticks(range(len(tasks)), [_task_label(summary, task) for task in tasks], linespacing=1.25,
+                              fontsize=7 if narrow else 9)  # fmt: skip
         axes[0][0].set_ylim(len(tasks) - 0.5, -0.5)
-        label = "\N{LEFTWARDS ARROW} worse      gain of collaborative (95% CI)      better \N{RIGHTWARDS ARROW}"
-        figure.supxlabel(label, fontsize=9)
+        gap = "  " if narrow else "      "
+        label = f"\N{LEFTWARDS ARROW} worse{gap}gain of collaborative (95% CI){gap}better \N{RIGHTWARDS ARROW}"
+        figure.supxlabel(label, fontsize=7.5 if narrow else 9)
         figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.03)
     return figure
 

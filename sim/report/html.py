@@ -20,7 +20,7 @@ from untether.sim.core.durable import write_atomically
 from untether.sim.core.package_data import find
 from untether.sim.experiment import Experiment, fields
 from untether.sim.experiment.arms import ARMS, CONTRASTS, METHOD
-from untether.sim.report import figures, prose
+from untether.sim.report import curves, figures, people, prose, texts
 from untether.sim.report import summary as reading
 from untether.sim.report.fleet import FleetSummary
 from untether.sim.report.funnel import Funnel, faults, precision
@@ -45,10 +45,18 @@ def write_report(run: RunDirectory) -> Path:
     truth = faults(tables["samples"], funnel.filters)
 
     write_tables(run, summary)
+    scores = people.user_scores(_read(run, "metrics"), summary)
     drawn = {}
-    for name, figure in (("contrasts", figures.forest(summary)), ("filters", figures.filters(funnel))):
+    captions = prose.captions(summary)
+    for name, figure in (
+        ("contrasts", figures.forest(summary)), ("contrasts-narrow", figures.forest(summary, narrow=True)),
+        ("filters", figures.filters(funnel)), ("users", people.lines(summary, scores)),
+        ("gains", people.gains(summary, scores)), ("learning", curves.learning(_read(run, "training"))),
+        ("outcomes", curves.outcomes(tables["events"])), ("availability", curves.availability(experiment)),
+    ):  # fmt: skip
         if figure is not None:
-            drawn[name] = inline(figures.save(figure, run.path / "figures", name), name)
+            drawn[name] = inline(figures.save(figure, run.path / "figures", name), name, captions.get(name, ""))
+    answer_lengths = texts.lengths(run)
 
     page = template("sim/report/report.html.jinja").render(
         experiment=experiment,
@@ -65,7 +73,12 @@ def write_report(run: RunDirectory) -> Path:
         scale=prose.scale(summary, experiment),
         notes=prose.notes(summary, experiment, environment),
         figures=drawn,
-        captions=prose.captions(summary),
+        captions=captions,
+        beside=texts.samples_beside(run),
+        answered=texts.answers(run),
+        lengths=texts.free_text(answer_lengths),
+        looked_at=texts.LOOKED_AT,
+        price=_price(experiment, tables["events"]),
         funnel=funnel,
         truth=truth,
         precision=lambda name: precision(truth, name),
@@ -106,14 +119,27 @@ def template(path: str) -> jinja2.Template:
     return environment.get_template(place.name)
 
 
-def inline(svg: str, name: str) -> Markup:
-    """An SVG's text for the middle of a page: its ids its own, its ink the page's text colour."""
+def _price(experiment: Experiment, events: pd.DataFrame) -> float | None:
+    """What the cloud's tokens cost in all, by the experiment's prices; None where it names none."""
+    capacity = experiment.cloud.capacity
+    if not (capacity.price_in or capacity.price_out) or not len(events):
+        return None
+    asked = events[events["request_id"].notna()]
+    read, written = (float(asked[name].fillna(0).sum()) for name in ("tokens_in", "tokens_out"))
+    return (read * capacity.price_in + written * capacity.price_out) / 1e6
+
+
+def inline(svg: str, name: str, said: str = "") -> Markup:
+    """An SVG's text for the middle of a page: its ids its own, its ink the page's text colour. `said`: for those who
+    cannot see it.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(xlink:href="|href="|url\()#', rf"\1#{name}-", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = svg.replace(figures.INK, "currentColor").replace(figures.PAPER, "var(--paper)")
-    return Markup(svg.replace("<svg ", '<svg role="img" ', 1))
+    label = f'aria-label="{escape(said)}" ' if said else ""
+    return Markup(svg.replace("<svg ", f'<svg role="img" {label}', 1))
 
 
 def _exclusions(facts: Mapping[str, Any]) -> list[tuple[str, int]]:

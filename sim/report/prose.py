@@ -258,6 +258,12 @@ def captions(summary: Summary) -> dict[str, str]:
         f"correction{against}.",
         "filters": "What became of every synthetic sample asked of the cloud: accepted, rejected by a filter, or not "
         "received as a well-formed pair.",
+        "users": "Every user a line: how the same user fares under each arm. Bold: the mean.",
+        "gains": "Every user a point: what collaborative gives that user beyond the reference. Bar: the mean.",
+        "learning": "Loss on the batch by optimizer step: median and quartiles over devices. It is of what each arm "
+        "trains on, so arms with other data are not compared by it.",
+        "outcomes": "Attempts at the cloud over virtual time, by what became of them.",
+        "availability": "When devices had a link to the cloud: dark is up.",
     }
 
 

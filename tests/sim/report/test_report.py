@@ -3,128 +3,25 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 
-import numpy as np
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from finished_run import TASKS, contrast_row, summary_row, synthetic_run
 
-from untether.sim.core.seeding import generator
 from untether.sim.experiment import Experiment
 from untether.sim.report import write_report
+from untether.sim.report.curves import availability
 from untether.sim.report.fleet import FleetSummary
 from untether.sim.report.funnel import Funnel, faults, precision
+from untether.sim.report.people import gain_of, user_scores
 from untether.sim.report.prose import answer, captions, method, notes
 from untether.sim.report.summary import Summary
+from untether.sim.report.texts import free_text, lengths, repeats, samples_beside
 from untether.sim.run.directory import RunDirectory
-
-TASKS = {"LaMP_2": ("accuracy", "macro_f1"), "LaMP_3": ("mae", "rmse"), "LaMP_4": ("rouge1", "rougeL"),
-         "LaMP_5": ("rouge1", "rougeL")}  # fmt: skip
-_LEVEL = {"frozen": 0.40, "majority": 0.38, "rag": 0.43, "local": 0.47, "local_matched": 0.48, "placebo": 0.49,
-          "unfiltered_matched": 0.52, "collaborative": 0.56, "cloud": 0.60}  # fmt: skip
-_TRUTHS = ("good", "good", "good", "good", "hallucination", "off_topic", "duplicate", "verbose")
-_CAUGHT = {"off_topic": ("semantic", 0.9), "duplicate": ("diversity", 0.95), "verbose": ("length", 0.8),
-           "hallucination": ("semantic", 0.1), "good": ("semantic", 0.08)}  # fmt: skip
-_SYSTEM = "You write <b>new</b> samples & nothing else."
-
-
-def summary_row(task="LaMP_2", arm="collaborative", metric="accuracy", reference=None, mean=None, ci=(None, None),
-                diff=None, diff_ci=(None, None), counts=(None, None, None), p=None, p_holm=None, n=24):  # fmt: skip
-    return {
-        "task": task, "arm": arm, "metric": metric, "reference": reference, "mean": mean, "ci_low": ci[0],
-        "ci_high": ci[1], "diff": diff, "diff_ci_low": diff_ci[0], "diff_ci_high": diff_ci[1], "wins": counts[0],
-        "ties": counts[1], "losses": counts[2], "p": p, "p_holm": p_holm, "n_users": n, "n_queries": 10 * n,
-        "steps": 24.0, "tokens": 4096.0,
-    }  # fmt: skip
-
-
-def contrast_row(task, reference, diff, low, high, p_holm=None, metric="accuracy"):
-    judged = reference == "cloud" and metric in ("accuracy", "mae", "rouge1")
-    margin = {"margin": 0.1 if metric == "mae" else 0.02} if judged else {}
-    return summary_row(task, metric=metric, reference=reference, diff=diff, diff_ci=(low, high), counts=(12, 4, 8),
-                       p=None if p_holm is None else p_holm / 4, p_holm=p_holm) | margin  # fmt: skip
-
-
-def synthetic_summary(rng: np.random.Generator, arms: tuple[str, ...]) -> dict:
-    rows = []
-    for index, (task, metrics) in enumerate(TASKS.items()):
-        sign = -1 if task == "LaMP_3" else 1
-        for metric in metrics:
-            for arm in arms:
-                if arm == "majority" and task in ("LaMP_4", "LaMP_5"):
-                    continue
-                mean = _LEVEL[arm] - 0.05 * index + rng.normal(0, 0.01) + (0.6 if sign < 0 else 0)
-                rows.append(summary_row(task, arm, metric, mean=mean, ci=(mean - 0.04, mean + 0.04)))
-            for reference, gain in (("local_matched", 0.06 - 0.025 * index), ("placebo", 0.05 - 0.02 * index),
-                                    ("cloud", -0.005 - 0.02 * index)):  # fmt: skip
-                low, high = sorted((sign * (gain - 0.025), sign * (gain + 0.025)))
-                tested = reference != "cloud" and metric == metrics[0]
-                rows.append(contrast_row(task, reference, sign * gain, low, high, metric=metric,
-                                         p_holm=float(min(1.0, 0.002 * 6**index)) if tested else None))  # fmt: skip
-    facts = {
-        "exclusions": {"too little history (fewer than 3 items)": 7, "gold without a question": 1},
-        "order": "time",
-        "cloud": {"provider": "world", "model": "world", "wrote_by_language_model": False},
-        "notes": ["Two requests were repeated after a 429."],
-    }
-    return {"rows": rows, "facts": facts}
-
-
-def synthetic_run(path, users: int = 24, **changes) -> RunDirectory:
-    """A finished run directory without a run: seeded numbers through the RunDirectory's own door."""
-    experiment = Experiment.model_validate({"name": "synthetic", "population": {"users": users}, **changes})
-    run = RunDirectory.create(path, experiment)
-    arms = tuple(arm for arm in experiment.arms if arm in _LEVEL)
-    for seed in experiment.seeds:
-        rng = generator(seed, "report fixture")
-        tables = {name: [] for name in ("metrics", "events", "samples", "predictions", "ledger", "training")}
-        for user in range(users):
-            device, user_id = f"d{user:04d}", f"{seed}-{user}"
-            for task, (metric, _) in TASKS.items():
-                request = f"{device}-{task}"
-                late = rng.random() < 0.08
-                tables["events"].append({
-                    "event_id": request, "request_id": request, "attempt": 0, "device_id": device, "arm": None,
-                    "kind": "augment", "outcome": "rate_limited" if late else "ok",
-                    "duration_s": float(rng.gamma(2, 0.6)),
-                    "bytes_up": 2100, "bytes_down": 0 if late else 3300, "tokens_in": 520,
-                    "tokens_out": 0 if late else 790, "time_s": 0.0,
-                })  # fmt: skip
-                for item in range(int(rng.integers(4, 9))):
-                    tables["ledger"].append({"time_s": 0.0, "device_id": device, "request_id": request, "masked": 0,
-                                             "item_id": f"{task}-{item}", "chars": 210, "tokens": 52})  # fmt: skip
-                for index in range(0 if late else 22):
-                    truth = str(rng.choice(_TRUTHS))
-                    caught = _CAUGHT[truth]
-                    verdict = f"rejected_by:{caught[0]}" if rng.random() < caught[1] else "accepted"
-                    tables["samples"].append({
-                        "sample_id": f"{request}-{index}", "request_id": request, "device_id": device,
-                        "user_id": user_id, "task": task, "form": "query", "input": "a film", "output": "comedy",
-                        "semantic": 0.5, "diversity": 0.4, "length_ratio": 1.0, "verdict": verdict, "truth": truth,
-                    })  # fmt: skip
-                for arm in arms:
-                    for query in range(3):
-                        away = arm == "cloud" and rng.random() < 0.03
-                        tables["predictions"].append({
-                            "device_id": device, "user_id": user_id, "arm": arm, "task": task,
-                            "query_id": f"{user_id}-{task}-{query}", "query_time_s": 1.0, "answered_time_s": 1.0,
-                            "input": "a film", "prediction": None if away else "comedy", "gold": "comedy",
-                            "score": float(not away), "outcome": "no_answer" if away else "ok", "answered_by": arm,
-                        })  # fmt: skip
-                    tables["metrics"].append({"time_s": 1.0, "device_id": device, "user_id": user_id, "arm": arm,
-                                              "task": task, "metric": metric, "value": 0.5, "n": 3})  # fmt: skip
-        parts = {name: [run.write_part(name, seed, 0, "0", rows)] for name, rows in tables.items()}
-        run.commit(seed, 0, parts, {})
-    run.merge(experiment)
-    run.write_json("summary.json", synthetic_summary(generator(1, "summary"), arms))
-    run.write_json("environment.json", {
-        "packages": {"torch": "2.13.0", "flwr": "1.41.0"}, "hardware": {"cores": 2, "memory_gib": 8.0},
-        "commit": "0123abcd", "started": "2026-01-01T00:00:00Z", "ended": "2026-01-01T00:04:10Z",
-        "prompts": {"augmentation": {"system": _SYSTEM, "user": "Here are 8 samples:"}},
-        "models": {"base": "embedded", "cloud": "world"},
-    })  # fmt: skip
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +42,7 @@ def page(run):
 def test_the_page_needs_nothing_from_outside(page):
     for attribute in re.findall(r"""(?:src|href|xlink:href|action)\s*=\s*["']([^"']*)""", page):
         assert attribute.startswith("#")
-    assert not re.search(r"@import|<script|<link|url\((?!#)", page)
+    assert not re.search(r"@import|<script\s|<link|url\((?!#)|fetch\(|XMLHttp", page)
 
 
 def test_ids_are_unique_and_references_resolve_in_the_page(page):
@@ -172,7 +69,7 @@ def test_prompts_are_verbatim_and_escaped(page):
 
 def test_settings_that_differ_are_named_before_all_of_them(page):
     changed, _, rest = page.partition("All settings")
-    section = changed[changed.index("<h2>Settings</h2>") :]
+    section = changed[changed.index('<h2 id="settings">') :]
     assert "<code>seeds</code>" in section and "<code>lora.rank</code>" not in section
     assert "<code>lora.rank</code>" in rest
 
@@ -382,7 +279,68 @@ def test_of_a_query_answered_twice_the_last_answer_counts(tmp_path):
 
 
 def test_figures_are_svg_and_pdf(run):
-    for name in ("contrasts", "filters"):
+    for name in ("contrasts", "contrasts-narrow", "filters", "users", "gains", "outcomes"):
         svg = (run.path / "figures" / f"{name}.svg").read_text(encoding="utf-8")
         assert "<svg" in svg and "<dc:date>" not in svg
         assert (run.path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+# --- users, texts, time ----------------------------------------------------------------------------------------------
+
+
+def test_user_scores_weigh_rounds_by_their_answers():
+    rows = [
+        {"seed": 1, "user_id": "u", "arm": "local", "task": "LaMP_2", "metric": "accuracy", "value": 1.0, "n": 3},
+        {"seed": 1, "user_id": "u", "arm": "local", "task": "LaMP_2", "metric": "accuracy", "value": 0.0, "n": 1},
+        {"seed": 2, "user_id": "u", "arm": "local", "task": "LaMP_2", "metric": "accuracy", "value": 0.5, "n": 1},
+    ]  # fmt: skip
+    summary = Summary({"rows": [summary_row(arm="local", mean=0.6)]})
+    assert user_scores(pd.DataFrame(rows), summary)["LaMP_2"]["local"].to_dict() == {(1, "u"): 0.75, (2, "u"): 0.5}
+
+
+def test_gains_are_turned_where_less_is_better():
+    summary = Summary({"rows": [summary_row("LaMP_3", metric="mae", mean=1.0)]})
+    table = pd.DataFrame({"collaborative": [0.5, 1.0], "placebo": [1.0, 0.75]})
+    assert list(gain_of(summary, "LaMP_3", table, "collaborative", "placebo")) == [0.5, -0.25]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the cat sat on the mat and then it went home again", False),
+        ("I like it very very very very very much", True),
+        ("so good to see you so good to see you so good to see you", True),
+        ("comedy", False),
+        ("", False),
+    ],
+)
+def test_repetitions_are_found(text, expected):
+    assert repeats(text) is expected
+
+
+def test_lengths_count_empty_answers_and_leave_labels_out(run):
+    found = lengths(run)
+    by_arm = {(row.task, row.arm): row for row in found}
+    predictions = run.read("predictions", ("arm", "task", "prediction"))
+    cloud = predictions[(predictions["arm"] == "cloud") & (predictions["task"] == "LaMP_2")]["prediction"]
+    assert by_arm["LaMP_2", "cloud"].n == len(cloud)
+    assert by_arm["LaMP_2", "cloud"].empty == pytest.approx(cloud.isna().mean())
+    assert free_text(found) == []
+
+
+def test_samples_are_shown_by_verdict_beside_the_users_own(run, page):
+    beside = samples_beside(run)
+    assert [one.task for one in beside] == sorted(TASKS)
+    verdicts = {verdict for one in beside for verdict, *_ in one.samples}
+    assert {"accepted", "rejected_by:semantic"} <= verdicts
+    assert all(one.own for one in beside), "the world can always be asked for a user's own items"
+    assert beside[0].own[0][1] in html.unescape(page)
+
+
+def test_links_are_drawn_only_where_somebody_lost_one():
+    assert availability(Experiment()) is None
+    away = Experiment.model_validate({"network": {"availability": 0.5, "mean_down_s": 21600.0}, "rounds": 2})
+    figure = availability(away)
+    strip = figure.axes[1].images[0].get_array()
+    assert 0 <= strip.min() < 1 and strip.shape[0] == Experiment().population.users
+    plt.close(figure)
