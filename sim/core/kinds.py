@@ -40,7 +40,8 @@ LINKS: Registry[Any] = Registry("link", "network.kind", {
 
 # sim.population.source: makes a Population of an experiment and a seed.
 POPULATIONS: Registry[Any] = Registry("population", "population.source", {
-    "world": f"{_SOURCE}:FromWorld", "lamp": f"{_SOURCE}:FromFiles"
+    "world": f"{_SOURCE}:FromWorld", "lamp": f"{_SOURCE}:FromFiles",
+    "jsonl": "untether.sim.population.formats.jsonl:FromJsonl",
 })  # fmt: skip
 
 # server.generator: makes a Generator of its options. `openai` is an endpoint that somebody else serves.

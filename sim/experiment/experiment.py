@@ -7,6 +7,7 @@ field, the value, the rule and the fix (exit code 2).
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +35,7 @@ from untether.sim.experiment.sections import (
     Model,
     PopulationSection,
     Strategy,
+    TaskSection,
     Training,
 )
 from untether.sim.experiment.virtual_sections import Drift, Hardware, Network
@@ -54,6 +56,7 @@ class Experiment(Section):
         description="treatments compared on the same devices: " + ", ".join(ARMS),
     )
     population: PopulationSection = PopulationSection()
+    task: TaskSection = TaskSection()
     model: Model = Model()
     lora: Lora = Lora()
     training: Training = Training()
@@ -125,12 +128,19 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _task_declared(self) -> Experiment:
+        if self.task.name:
+            with _refusing():  # the room of tasks stands above this one
+                importlib.import_module("untether.sim.population.declared").declare(self.task)
+        return self
+
+    @model_validator(mode="after")
     def _users_can_change(self) -> Experiment:
         if self.drift.kind == "none":
             return self
         changes = f'drift.kind = "{self.drift.kind}"'
         if self.population.source != "world":
-            source, whose = self.population.source, "real" if self.population.source == "lamp" else "its"
+            source, whose = self.population.source, "real" if self.population.source in ("lamp", "jsonl") else "its"
             raise ValueError(
                 f'{changes} with population.source = "{source}": {whose} users change by themselves. Leave it at "none"'
             )

@@ -23,6 +23,7 @@ CHANGES = {
     "": "the size of the run: its cost grows with seeds, rounds and trained arms",
     "population": "who is simulated: the number of users is what intervals and p-values rest on; histories are what "
     "every arm learns from",
+    "task": "how one's own data are asked and scored",
     "model": "the model that learns and answers on devices, in every arm but `majority` and `cloud`",
     "lora": "the adapter's size (storage, memory, upload where it is shared) and what it can learn; not the samples",
     "training": "how far adapters are trained, and the time and energy of it; not the samples",
@@ -50,7 +51,8 @@ READ_WHOLE = {
     "hardware": ("sim/time/readiness.py", "sim/time/hardware.py"), "drift": ("sim/population/world/drift.py",),
     "strategy": ("strategies/fleet.py",), "evaluation": ("sim/evaluation/statistics.py",),
     "population": ("sim/population/source.py",), "engine": ("sim/launch/runtime.py",),
-    "model": ("clients/device/worker.py",), "generation": ("clients/device/answering.py",),
+    "task": ("sim/population/declared.py",), "model": ("clients/device/worker.py",),
+    "generation": ("clients/device/answering.py",),
     "": ("sim/rounds/loop.py",), "by_arm": ("sim/experiment/experiment.py",), "settings": ("sim/core/registry.py",),
 }  # fmt: skip
 """By section: the modules that are handed it whole, where a field's own name is not to be found."""
@@ -88,8 +90,10 @@ def in_section(section: str) -> list[tuple[str, str, str]]:
     return [(name, shown(value), meaning) for name, value, meaning in fields() if name.startswith(f"{section}.")]
 
 
-def explain(name: str) -> Explained:
-    """Raises UserError, with the nearest name, where there is no such field."""
+def explain(name: str, places: bool = True) -> Explained:
+    """What there is to say of a field; without `places`, not where it is used, which takes a look at the source. Raises
+    UserError, with the nearest name, where there is no such field.
+    """
     found = {field: (default, meaning) for field, default, meaning in fields()}
     if name not in found:
         near = difflib.get_close_matches(name, found, 1, 0.5)
@@ -99,8 +103,9 @@ def explain(name: str) -> Explained:
     default, meaning = found[name]
     section = name.rpartition(".")[0]
     changes = CHANGES.get(name) or CHANGES.get(section) or CHANGES[section.partition(".")[0]]
-    used = tuple(_readers(name)) or READ_WHOLE.get(section, ())
-    return Explained(name, meaning, shown(default), _values(name), changes, used, tuple(_studies(name)))
+    used = (tuple(_readers(name)) or READ_WHOLE.get(section, ())) if places else ()
+    studied = tuple(_studies(name)) if places else ()
+    return Explained(name, meaning, shown(default), _values(name), changes, used, studied)
 
 
 def shown(value: Any) -> str:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from untether.sim.core.errors import unknown
+from untether.sim.core.kinds import METRICS
 from untether.sim.core.learning import ALL_LINEAR, LoraSpec, RateSchedule, TrainSettings
 from untether.sim.experiment.endpoint import check_key_name, check_url
 from untether.sim.experiment.section import Section
@@ -63,8 +65,12 @@ TemplateArgs = Annotated[dict[str, Any], AfterValidator(check_template_args)]
 class PopulationSection(Section):
     """Who the users are."""
 
-    source: str = Field("world", description="`world` (embedded, synthetic) or `lamp` (files)")
-    path: str = Field("", description="folder of LaMP files (one task's, or a parent of several); only for `lamp`")
+    source: str = Field(
+        "world", description="`world` (embedded, synthetic), `lamp` (files) or `jsonl` (a line an interaction)"
+    )
+    path: str = Field(
+        "", description="lamp: folder of files (one task's, or a parent of several); jsonl: a file, or a folder of them"
+    )
     split: str = Field(
         "", description="lamp: file prefix (empty: `dev`); world: `evaluation` or `validation` (empty: `evaluation`)"
     )
@@ -86,8 +92,34 @@ class PopulationSection(Section):
     def _consistent(self) -> PopulationSection:
         if self.source == "lamp" and not self.path:
             raise ValueError('source = "lamp" needs population.path, a folder with LaMP files')
+        if self.source == "jsonl" and not self.path:
+            raise ValueError('source = "jsonl" needs population.path, a .jsonl file or a folder of them')
         if self.history[0] < 1 or self.history[1] < self.history[0]:
             raise ValueError(f"history = {list(self.history)}: give [least, most] with 1 <= least <= most")
+        return self
+
+
+class TaskSection(Section):
+    """A task of one's own, for data in JSON lines: how it is asked and scored."""
+
+    name: str = Field("", pattern=r"^([A-Za-z]\w*)?$", description="what data call it, such as `replies`; empty: none")
+    title: str = Field("", description="its name in reports; empty: `name`")
+    instruction: str = Field("{content}", description="what the model is asked; `{content}` is the line's input")
+    kind: Literal["text", "label", "rating"] = Field("text", description="what is answered")
+    labels: tuple[str, ...] = Field((), description="label: the closed answers; rating: the stars (empty: 1 to 5)")
+    metric: str = Field("", description="what tests are made on; empty: rouge1, accuracy or mae, by kind")
+    max_new_tokens: int = Field(48, ge=1, description="longest answer, in tokens")
+
+    @model_validator(mode="after")
+    def _askable(self) -> TaskSection:
+        if self.instruction.count("{content}") != 1:
+            raise ValueError(f"instruction = {self.instruction!r}: must hold {{content}} once, where the input goes")
+        if self.kind == "label" and len(set(self.labels)) < 2:
+            raise ValueError(f'kind = "label" needs two labels or more, and labels = {list(self.labels)}')
+        if self.kind == "text" and self.labels:
+            raise ValueError('labels are for kind = "label" and "rating". Leave them empty')
+        if self.metric and self.metric not in METRICS:
+            raise ValueError(unknown("metric", self.metric, METRICS))
         return self
 
 

@@ -16,6 +16,7 @@ from untether.sim.experiment import Experiment, key_values
 from untether.sim.experiment.arms import METHOD
 from untether.sim.terminal.compare import compare
 from untether.sim.terminal.completion import complete_setting, complete_study
+from untether.sim.terminal.data import data_app
 from untether.sim.terminal.doctor import doctor
 from untether.sim.terminal.experiments import experiment_app
 from untether.sim.terminal.review import review
@@ -26,7 +27,6 @@ app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
 )  # fmt: skip
 cloud_app = typer.Typer(help="The cloud side.", no_args_is_help=True)
-data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 model_app = typer.Typer(help="Pretrained models by name, and the embedded one.", no_args_is_help=True)
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(cloud_app, name="cloud")
@@ -236,29 +236,6 @@ def record(
     made = read_cache(cache, licence, note)  # type: ignore[arg-type]
     made.write(out)
     typer.echo(f"wrote {len(made.answers)} answers of {made.model} to {out} ({out.stat().st_size:,} bytes)")
-
-
-@data_app.command("world")
-def world(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    users: Annotated[int, typer.Option(min=1, help="how many users")] = 200,
-    seed: Annotated[int, typer.Option(help="other seeds draw other users")] = 1,
-    queries: Annotated[int, typer.Option(min=1, help="questions a user and task")] = 1,
-    rounds: Annotated[int, typer.Option(min=0, help="days that users live on, in which their questions fall")] = 0,
-    arrivals: Annotated[float, typer.Option(min=0, help="with --rounds: new items a user, task and day")] = 0.5,
-    drift: Annotated[str, typer.Option(help="with --rounds: how users change: gradual, abrupt or recurring")] = "none",
-) -> None:
-    """Write users of the embedded world as ordinary LaMP files, with truth.parquet beside them."""
-    from untether.sim.experiment import Experiment
-    from untether.sim.population.world.export import write_lamp
-
-    if drift != "none" and not rounds:
-        raise UserError(f"--drift {drift}: nobody changes in 0 rounds. Give --rounds")
-    experiment = Experiment.build({"drift": {"kind": drift}, "population": {"replay": rounds > 0}}, None, "--drift")
-    write_lamp(
-        out, users=users, seed=seed, queries=queries, rounds=rounds, arrivals=arrivals, drift=experiment.drift,
-    )
-    typer.echo(f"wrote {users} users to {out}")
 
 
 @model_app.command("pretrain")
