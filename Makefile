@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test soak install bench lint clean
+.PHONY: run test soak install bench lint site clean
 
 run: $(STAMP)
 	$(BIN)/untether run
@@ -39,6 +39,12 @@ lint: $(STAMP)
 	ln -sfn $(CURDIR)/server build/typed/untether/server
 	ln -sfn $(CURDIR)/strategies build/typed/untether/strategies
 	$(BIN)/mypy
+
+# The documentation as a site, in build/site.
+site: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/make_fields.py
+	$(BIN)/python -m mkdocs build
 
 clean:
 	rm -rf .venv build *.egg-info
