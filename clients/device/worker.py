@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from untether.clients.device.device import Device
 from untether.clients.stores.adapter_store import AdapterArrays
-from untether.sim.core.work import Work
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import Population, device_id, open_population
 from untether.sim.rounds.messages import Order, Reply, Version
+from untether.sim.rounds.work import Work
 from untether.sim.time.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Outcome:
         reply: The reply.
         rows: Rows by table.
         adapters: Adapters by the name under which they are kept and device id.
-        work: What was done, as counted (`sim.core.work`).
+        work: What was done, as counted (`sim.rounds.work`).
     """
 
     reply: Reply
@@ -205,7 +205,7 @@ class Worker:
 
     def progress(self, done: float, **counts: float) -> None:
         """Records how many devices of the order are done, about, and what is counted; observers read the attribute
-        `work` (`sim.core.work`).
+        `work` (`sim.rounds.work`).
         """
         of = {f"{name.removesuffix('_due')}_of": float(self._devices) for name in counts if name.endswith("_due")}
         self.work = {**self.work, **counts, **of, "devices": done}

@@ -12,8 +12,8 @@ from untether.clients.device.worker import Inputs, Outcome, Worker
 from untether.clients.hosting.process import Post, WorkerProcess, perform
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import ResumableStop
-from untether.sim.core.work import Work
 from untether.sim.rounds.messages import Order
+from untether.sim.rounds.work import Work
 
 POLL_S = 1.0
 """How often a host looks whether its worker still gets on with its shard."""

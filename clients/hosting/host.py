@@ -19,11 +19,11 @@ from untether.clients.hosting.lost import lost_rows
 from untether.clients.hosting.store import DeviceStore
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import ResumableStop, UserError, disk_is_full
-from untether.sim.core.work import Work, added, finished, written
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import trained
 from untether.sim.population.source import device_id
 from untether.sim.rounds.messages import Learn, Order, Reply, joined
+from untether.sim.rounds.work import Work, added, finished, written
 from untether.sim.run.directory import RunDirectory
 
 DETAIL_CHARS = 600

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from untether.clients.hosting.executors import Executor
 from untether.clients.hosting.host import run_order
-from untether.sim.core.work import Work
 from untether.sim.rounds.messages import Order, Reply
+from untether.sim.rounds.work import Work
 from untether.sim.run.directory import RunDirectory
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from untether.clients.device.worker import Endpoint, Inputs, Models, Outcome, Worker
-from untether.sim.core.work import Work, finished
 from untether.sim.experiment import Experiment
 from untether.sim.rounds.messages import Order
+from untether.sim.rounds.work import Work, finished
 
 
 def perform(worker: Worker, order: Order, inputs: Inputs) -> Outcome:

@@ -11,9 +11,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from untether.server.backends.exchange import exchange, nodes
-from untether.sim.core.work import Work, added, read
 from untether.sim.rounds.flower_records import order_from, reply_from, to_records
 from untether.sim.rounds.messages import Order, Reply, Update
+from untether.sim.rounds.work import Work, added, read
 from untether.sim.run.directory import RunDirectory
 from untether.strategies import FleetStrategy
 

@@ -71,7 +71,11 @@ class Network(Section):
     quiet_hour: float = Field(3.0, ge=0, lt=24, description="the quietest hour of the day")
     wifi_only: bool = Field(False, description="only on Wi-Fi: within wifi_hours, or where state traces say so")
     wifi_hours: tuple[float, float] = Field((19.0, 7.0), description="from and to, hours of the day, about an hour off")
-    traces: str = Field("", description="a log or a folder of logs: sabre JSON, Pensieve, mahimahi, FLASH states")
+    traces: str = Field("", description="a log or a folder of logs: sabre JSON, Pensieve, mahimahi, FLASH states, CSV")
+    columns: dict[str, str] = Field(
+        {}, description='of CSV logs, which column is what, the unit behind a colon: {time = "Timestamp", down = '
+        '"DL_bitrate:kbps"}, and `latency`; units: s, ms; mbps (unless said), kbps, bps'
+    )
     scale: float = Field(1.0, gt=0, description="factor on every bandwidth")
     downlink_mbps: float = Field(28.8, gt=0, description="Mbit/s; bandwidth logs take its place")
     uplink_mbps: float = Field(10.0, gt=0, description="Mbit/s; beside a log: in its ratio to downlink_mbps")

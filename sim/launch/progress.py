@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from untether.sim.core.work import Work
 from untether.sim.launch.time_left import NAMES, REPORT, Guess, TimeLeft
+from untether.sim.rounds.work import Work
 
 Voice = Literal["lines", "json", "quiet"]
 """How a run speaks: to people, to programs, or not at all."""

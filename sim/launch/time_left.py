@@ -1,7 +1,7 @@
 """How long a run still takes: from the work that is to be done and what work has cost so far.
 
-A round is made of steps, each counted in a unit of its own (`sim.core.work`). What a unit costs is first a guess, which
-counts less the more is measured; what is not measured yet is taken to deviate from its guess as the rest does.
+A round is made of steps, each counted in a unit of its own (`sim.rounds.work`). What a unit costs is first a guess,
+which counts less the more is measured; what is not measured yet is taken to deviate from its guess as the rest does.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from untether.sim.core.work import Work
+from untether.sim.rounds.work import Work
 
 Step = tuple[str, str]
 """A stage (the order that hosts carry out) and the unit that it is counted in."""

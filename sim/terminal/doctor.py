@@ -31,7 +31,7 @@ SOCKET_CHARS = 107
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Examined:
     """What was found of one thing: fine or not, in words, and what to do where it is not."""
 
     name: str
@@ -40,9 +40,9 @@ class Finding:
     mend: str = ""
 
 
-def examine(experiment: Experiment) -> Iterator[Finding]:
+def examine(experiment: Experiment) -> Iterator[Examined]:
     """Each thing as it is found. Whatever goes wrong is a finding."""
-    checks: tuple[tuple[str, Callable[[Experiment], Finding]], ...] = (
+    checks: tuple[tuple[str, Callable[[Experiment], Examined]], ...] = (
         ("installation", _installation), ("processor", _processor), ("gpu", _gpu), ("memory", _memory),
         ("disk", _disk), ("base model", _base), ("encoder", _encoder), ("endpoint", _endpoint), ("ray", _ray),
         ("flower", _flower),
@@ -51,9 +51,9 @@ def examine(experiment: Experiment) -> Iterator[Finding]:
         try:
             yield check(experiment)
         except (UserError, ResumableStop) as error:
-            yield Finding(name, False, str(error).splitlines()[0], "see the message")
+            yield Examined(name, False, str(error).splitlines()[0], "see the message")
         except Exception as error:
-            yield Finding(name, False, f"{type(error).__name__}: {error}", "reinstall: make install")
+            yield Examined(name, False, f"{type(error).__name__}: {error}", "reinstall: make install")
 
 
 def doctor(
@@ -81,7 +81,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _installation(experiment: Experiment) -> Finding:
+def _installation(experiment: Experiment) -> Examined:
     missing = []
     for line in importlib.metadata.requires("untether") or ():
         wanted = Requirement(line)
@@ -95,10 +95,10 @@ def _installation(experiment: Experiment) -> Finding:
         if not wanted.specifier.contains(version, prereleases=True):
             missing.append(f"{wanted.name} {version} is not {wanted.specifier}")
     text = f"untether {importlib.metadata.version('untether')}, Python {platform.python_version()}"
-    return Finding("installation", not missing, "; ".join([text, *missing]), "Run: make install")
+    return Examined("installation", not missing, "; ".join([text, *missing]), "Run: make install")
 
 
-def _processor(experiment: Experiment) -> Finding:
+def _processor(experiment: Experiment) -> Examined:
     import torch
 
     cores = limits.cores()
@@ -108,34 +108,34 @@ def _processor(experiment: Experiment) -> Finding:
     bfloat = f"bfloat16 products are {'fast' if fast else 'slow (model.dtype auto takes float32)'}"
     slow = experiment.model.dtype == "bfloat16" and not fast and not torch.cuda.is_available()
     text = f"{cores} core{'s' * (cores > 1)}, {kind}; {bfloat}"
-    return Finding("processor", not slow, text, "Set model.dtype = float32")
+    return Examined("processor", not slow, text, "Set model.dtype = float32")
 
 
-def _gpu(experiment: Experiment) -> Finding:
+def _gpu(experiment: Experiment) -> Examined:
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         wanted = experiment.engine.device == "cuda"
-        return Finding("gpu", not wanted, "none" + ("" if wanted else " (not needed)"), "Set engine.device = auto")
+        return Examined("gpu", not wanted, "none" + ("" if wanted else " (not needed)"), "Set engine.device = auto")
     name, memory = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
-    return Finding("gpu", True, f"{count} x {name}, {memory / 2**30:.0f} GiB")
+    return Examined("gpu", True, f"{count} x {name}, {memory / 2**30:.0f} GiB")
 
 
-def _memory(experiment: Experiment) -> Finding:
+def _memory(experiment: Experiment) -> Examined:
     whole, free = limits.memory_bytes(), limits.available_bytes()
     text = f"{free / 2**30:.1f} of {whole / 2**30:.1f} GiB are free, as this container allows"
-    return Finding("memory", free >= LEAST_MEMORY, text, "Close something, or set engine.workers = 1")
+    return Examined("memory", free >= LEAST_MEMORY, text, "Close something, or set engine.workers = 1")
 
 
-def _disk(experiment: Experiment) -> Finding:
+def _disk(experiment: Experiment) -> Examined:
     places = {str(Path.cwd()): "here", tempfile.gettempdir(): "for temporary files"}
     free = {words: shutil.disk_usage(place).free for place, words in places.items()}
     text = ", ".join(f"{count / 1e9:.1f} GB free {words}" for words, count in free.items())
-    return Finding("disk", min(free.values()) >= LEAST_DISK, text, "Free some space, or set TMPDIR")
+    return Examined("disk", min(free.values()) >= LEAST_DISK, text, "Free some space, or set TMPDIR")
 
 
-def _base(experiment: Experiment) -> Finding:
+def _base(experiment: Experiment) -> Examined:
     from untether.clients.base_model import resolve
     from untether.clients.engine.base import FrozenBase
 
@@ -143,24 +143,24 @@ def _base(experiment: Experiment) -> Finding:
     device, given = experiment.engine.device, model.template_args
     base = FrozenBase.load(resolve(model.base), model.dtype, device, template_args=given)
     size, took_s = base.model.num_parameters() / 1e6, WallClock().now_s() - begun
-    return Finding("base model", True, f"{model.base}: {size:.1f} M parameters, {base.dtype}, {took_s:.1f} s to load")
+    return Examined("base model", True, f"{model.base}: {size:.1f} M parameters, {base.dtype}, {took_s:.1f} s to load")
 
 
-def _encoder(experiment: Experiment) -> Finding:
+def _encoder(experiment: Experiment) -> Examined:
     from untether.clients.filters.embedding import Encoder
 
     encoder = Encoder(experiment.filters.encoder, device=experiment.engine.device)
     dim = encoder.encode(["one text"]).shape[1]
-    return Finding("encoder", True, f"{experiment.filters.encoder}: {dim} dimensions, {encoder.dtype}")
+    return Examined("encoder", True, f"{experiment.filters.encoder}: {dim} dimensions, {encoder.dtype}")
 
 
-def _endpoint(experiment: Experiment) -> Finding:
+def _endpoint(experiment: Experiment) -> Examined:
     from untether.server.cloud import check_cloud
 
     cloud = experiment.cloud
     check_cloud(experiment)
     if cloud.provider != "openai":
-        return Finding("endpoint", True, f"served by the run itself ({cloud.provider})")
+        return Examined("endpoint", True, f"served by the run itself ({cloud.provider})")
     from untether.clients.cloud.client import CloudClient
     from untether.clients.device.augmentation import samples_requests
     from untether.sim.core.records import Interaction
@@ -180,24 +180,24 @@ def _endpoint(experiment: Experiment) -> Finding:
         f"refuses {', '.join(sorted(client.left_out))}" if client.left_out else "takes JSON by schema",
     ]  # fmt: skip
     text = "; ".join(filter(None, said))
-    return Finding("endpoint", reply.ok, f"{text} {last.detail}".strip(), "See the key, cloud.model and cloud.base_url")
+    return Examined("endpoint", reply.ok, f"{text} {last.detail}".strip(), "Look at the key and at cloud.model")
 
 
-def _ray(experiment: Experiment) -> Finding:
+def _ray(experiment: Experiment) -> Examined:
     import ray
 
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
     text = f"ray {ray.__version__}" + (f", {shared / 1e9:.1f} GB of shared memory free" if shared is not None else "")
     if len(folder) + 70 > SOCKET_CHARS:
-        return Finding("ray", False, f"{text}; {folder} is too long for Ray's sockets", "Set TMPDIR to a short folder")
-    return Finding("ray", shared is None or shared > 5e7, text, "Give the container more: docker run --shm-size=1g")
+        return Examined("ray", False, f"{text}; {folder} is too long for Ray's sockets", "Set TMPDIR to a short folder")
+    return Examined("ray", shared is None or shared > 5e7, text, "Give the container more: docker run --shm-size=1g")
 
 
-def _flower(experiment: Experiment) -> Finding:
+def _flower(experiment: Experiment) -> Examined:
     import flwr
 
     variable = "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"
     asked = os.environ.get(variable) == "1"
     hint = "" if asked else f"; for `flwr run` set {variable}=1, or Flower downloads every dependency anew"
-    return Finding("flower", True, f"flwr {flwr.__version__}{hint}")
+    return Examined("flower", True, f"flwr {flwr.__version__}{hint}")

@@ -32,7 +32,7 @@ MOST_ASKED = 0.5
 """Of a user's interactions of a task without a `split`, at most this share is asked."""
 
 
-class Line(NamedTuple):
+class JsonLine(NamedTuple):
     """One interaction, as read. `split`: `history`, `query`, or empty where time decides."""
 
     user: str
@@ -72,7 +72,7 @@ class FromJsonl(Population):
         """Everybody who can be asked something, in the order of the draw."""
         population = self.experiment.population
         default = self.experiment.task.name
-        by_user: dict[str, list[Line]] = defaultdict(list)
+        by_user: dict[str, list[JsonLine]] = defaultdict(list)
         for line in read_lines(population.path, default):
             if not population.tasks or line.task in population.tasks:
                 by_user[line.user].append(line)
@@ -84,7 +84,7 @@ class FromJsonl(Population):
                 users.append(user)
         return users
 
-    def _user(self, name: str, lines: list[Line]) -> tuple[User, list[Exclusion]]:
+    def _user(self, name: str, lines: list[JsonLine]) -> tuple[User, list[Exclusion]]:
         population = self.experiment.population
         collected: dict[str, Collected] = {}
         left_out: list[Exclusion] = []
@@ -118,7 +118,7 @@ class FromJsonl(Population):
         return Counter(item.reason for item in dict.fromkeys(self.left_out))
 
 
-def read_lines(path: str | Path, default_task: str = "") -> Iterator[Line]:
+def read_lines(path: str | Path, default_task: str = "") -> Iterator[JsonLine]:
     """The lines of a file or of a folder's `.jsonl` files. Raises UserError naming file and line for what is wrong."""
     root = Path(path).expanduser()
     files = [root] if root.is_file() else sorted(root.glob("*.jsonl")) if root.is_dir() else []
@@ -134,7 +134,7 @@ def read_lines(path: str | Path, default_task: str = "") -> Iterator[Line]:
                 raise UserError(f"{file}: not UTF-8: {error}. Save it as UTF-8") from None
 
 
-def _line(where: str, text: str, default_task: str, item_id: str) -> Line:
+def _line(where: str, text: str, default_task: str, item_id: str) -> JsonLine:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
@@ -161,11 +161,11 @@ def _line(where: str, text: str, default_task: str, item_id: str) -> Line:
     except ValueError as error:
         raise UserError(f"{where}: time: {error}") from None
     words = (str(found[name]).strip() for name in ("input", "output"))
-    return Line(str(found["user"]), task, str(found.get("id") or item_id), *words, date, split, where)
+    return JsonLine(str(found["user"]), task, str(found.get("id") or item_id), *words, date, split, where)
 
 
 def _collect(
-    task: Task, user: str, lines: list[Line], most_queries: int, left_out: list[Exclusion]
+    task: Task, user: str, lines: list[JsonLine], most_queries: int, left_out: list[Exclusion]
 ) -> Collected:
     """A user's interactions of one task as LaMP has them: queries, each with all others as its profile."""
     kept = []
@@ -188,7 +188,7 @@ def _collect(
     return collected
 
 
-def _latest(lines: list[Line], most: int) -> list[Line]:
+def _latest(lines: list[JsonLine], most: int) -> list[JsonLine]:
     """What is asked where no line says: the latest by time (in the file's order where nothing is dated)."""
     dated = [line for line in lines if calendar_key(line.date)]
     among = sorted(dated, key=lambda line: parse_date(line.date) or 0.0) if dated else lines
@@ -196,7 +196,7 @@ def _latest(lines: list[Line], most: int) -> list[Line]:
     return among[len(among) - count :]
 
 
-def _item(task: Task, line: Line) -> tuple[Interaction, Key]:
+def _item(task: Task, line: JsonLine) -> tuple[Interaction, Key]:
     time_s, until_s = date_span(line.date)
     item = Interaction(line.item_id, task.name, line.input, line.output, time_s, task.item_form, until_s=until_s)
     return item, calendar_key(line.date)

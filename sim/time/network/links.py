@@ -48,7 +48,7 @@ class Links:
     def __init__(self, network: Network, seed: int, settings: Mapping[str, Mapping[str, Any]] | None = None):
         self.network, self.seed = network, seed
         self._maker: Maker = LINKS.bind(network.kind, settings or {})
-        self.traces = read_traces(network.traces) if network.traces else []
+        self.traces = read_traces(network.traces, network.columns) if network.traces else []
         self.outages = [Span.parse(text) for text in network.outages]
         self._links: dict[int, Link] = {}
         self._drawn: dict[int, OnOff] = {}

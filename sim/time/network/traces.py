@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
 from untether.sim.time.network.bandwidth import Log, log_of_rates
+from untether.sim.time.network.csv_log import check_columns, columns_of, read_csv
 
 SLOT_BITS = 1500 * 8
 LEAST_MS, MOST = 1e-6, 1e15
@@ -44,8 +46,16 @@ class StateTrace:
     idle: tuple[tuple[float, float], ...]
 
 
-def read_traces(path: str | Path) -> list[Log | StateTrace]:
+class NoTrace(UserError):
+    """A file in no format that is known. Beside traces it is left out, with a warning."""
+
+
+def read_traces(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Log | StateTrace]:
     """Reads all traces of a file or of a folder (and the folders in it), in the order of their names, of one kind.
+
+    Args:
+        path: A file or a folder.
+        columns: What the columns of CSV logs are (`network.columns`).
 
     Raises:
         UserError: The path does not exist, a file is no trace, a folder is empty, or logs are mixed with state traces.
@@ -55,7 +65,20 @@ def read_traces(path: str | Path) -> list[Log | StateTrace]:
         raise UserError(f"network.traces = `{path}`: no such file or folder")
     hidden = [p for p in sorted(root.rglob("*")) if p.is_file()] if root.is_dir() else [root]
     files = [p for p in hidden if not p.name.startswith(".") and not p.name.upper().startswith(SKIPPED)]
-    traces = [trace for file in files for trace in read_trace(file)]
+    check_columns(columns or {})
+    traces: list[Log | StateTrace] = []
+    odd: list[NoTrace] = []
+    for file in files:
+        try:
+            traces += read_trace(file, columns)
+        except NoTrace as error:
+            odd.append(error)
+    if odd and not traces:
+        raise odd[0]
+    if odd:
+        names = sorted(str(error).split(":", 1)[0] for error in odd)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(f"network.traces: left out, in no trace format that is known: {names[0]}{more}", stacklevel=2)
     if not traces:
         raise UserError(f"network.traces = `{path}`: no trace in it. Give a log, or a folder of logs")
     if len({type(trace) for trace in traces}) > 1:
@@ -63,12 +86,17 @@ def read_traces(path: str | Path) -> list[Log | StateTrace]:
     return traces
 
 
-def read_trace(file: Path) -> list[Log | StateTrace]:
+def read_trace(file: Path, columns: Mapping[str, str] | None = None) -> list[Log | StateTrace]:
     """Reads the traces of one file: one log, or a state trace for each device in it."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a text file: {error}") from None
+    if file.suffix.lower() == ".csv":
+        if not columns:
+            there = ", ".join(columns_of(file))
+            raise UserError(f"{file}: a CSV log needs network.columns, which say what its columns are: {there}")
+        return [read_csv(file, columns)]
     if text.lstrip()[:1] in ("[", "{"):
         return _json(file, text)
     lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
@@ -77,9 +105,9 @@ def read_trace(file: Path) -> list[Log | StateTrace]:
         return [_pensieve(file, lines)]
     if widths == {1}:
         return [_mahimahi(file, lines)]
-    raise UserError(
+    raise NoTrace(
         f"{file}: no trace format that is known. Known: sabre JSON, Pensieve (`seconds Mbit/s` a line), mahimahi (a "
-        "millisecond a line), FLASH JSON (`messages`)"
+        "millisecond a line), FLASH JSON (`messages`), CSV (network.columns)"
     )
 
 

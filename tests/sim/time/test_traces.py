@@ -263,3 +263,52 @@ def test_ghent_is_as_fast_as_it_is_known_to_be():
     """Median of all samples: 28.8 Mbit/s."""
     slopes = sorted(slope for log in read_traces(Path(REAL) / "traces" / "ghent-4g") for slope in log.slopes)
     assert slopes[len(slopes) // 2] == pytest.approx(28.8e6, rel=0.02)
+
+
+# --- CSV, and odd files ----------------------------------------------------------------------------------------------
+
+FIVE_G = """Timestamp,Longitude,DL_bitrate,PINGAVG
+2019.12.14_13.40.39,-8.4,8000,30
+2019.12.14_13.40.40,-8.4,0,-
+2019.12.14_13.40.41,-8.4,-,-
+2019.12.14_13.40.43,-8.4,16000,50
+"""
+COLUMNS = {"time": "Timestamp", "down": "DL_bitrate:kbps"}
+
+
+def test_a_csv_log_is_read_by_its_map(tmp_path):
+    (log,) = read_trace(write(tmp_path / "log.csv", FIVE_G), COLUMNS)
+    looped = LoopedLog(log)
+    assert looped.bits(0, 1) == pytest.approx(8e6) and looped.bits(1, 4) == 0
+    assert looped.bits(4, 7) == pytest.approx(3 * 16e6), "the last rate holds as long as the one before"
+    seconds = "seq,Throughput,lat\n0,3,10\n0,5,30\n1,2,20\n"
+    given = {"time": "seq", "down": "Throughput", "latency": "lat"}
+    (log,) = read_trace(write(tmp_path / "lumos.csv", seconds), given)
+    assert LoopedLog(log).bits(0, 2) == pytest.approx(4e6 + 2e6) and log.latency_s == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({}, "needs network.columns, which say what its columns are: Timestamp, Longitude, DL_bitrate, PINGAVG"),
+        ({"time": "Timestamp"}, "which is `down`"),
+        ({"time": "Timestamp", "down": "UL"}, "unknown column `UL`"),
+        ({"time": "Timestamp", "down": "DL_bitrate:mbit"}, "unknown unit `mbit`"),
+        ({"when": "Timestamp", "down": "DL_bitrate"}, "unknown column `when`"),
+        ({"time": "Timestamp", "down": "Longitude"}, "line 2: Longitude = `-8.4`"),
+    ],
+)
+def test_a_map_that_cannot_be_followed_is_named(tmp_path, columns, words):
+    with pytest.raises(UserError) as error:
+        read_traces(write(tmp_path / "log.csv", FIVE_G), columns)
+    assert words in str(error.value)
+
+
+def test_odd_files_among_logs_are_left_out_and_named_once(tmp_path):
+    write(tmp_path / "a.log", "0.5 4.0\n1.5 2.0\n")
+    write(tmp_path / "Makefile", "all: a.log\n\techo make the logs\n")
+    write(tmp_path / "notes", "what I did on that day\nand then some\n")
+    write(tmp_path / "README", "about them")
+    with pytest.warns(UserWarning, match="left out.*Makefile and 1 more") as said:
+        (log,) = read_traces(tmp_path)
+    assert len(said) == 1 and log.name == "a.log"
