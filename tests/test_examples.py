@@ -1,11 +1,13 @@
 """The examples are valid experiments, and the code in the README is."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from untether.api import Run
 from untether.sim.experiment import Experiment
 
 
@@ -23,3 +25,14 @@ def test_settings_in_the_readme_are_fields():
         Experiment.read(None, {**(known if key.startswith(("cloud", "population")) else {}), key: value})
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         ast.parse(block)
+
+
+def test_the_notebooks_cells_name_what_there_is():
+    """Its code parses, its experiment is one, and it reads what a run has."""
+    cells = json.loads(Path("examples/notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
+    (made,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Experiment"]
+    Experiment(**{word.arg: ast.literal_eval(word.value) for word in made.keywords})
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    read = {node.attr for node in attributes if ast.unparse(node.value) == "mine"}
+    assert read >= {"metrics", "samples"} and all(hasattr(Run, name) for name in read)

@@ -30,7 +30,7 @@ CHARS = 320
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class SamplesBeside:
     """One user's samples of a task by verdict, beside items of the user's own. Texts are (input, output); `score` is
     what the rejecting filter said.
     """
@@ -104,7 +104,7 @@ def free_text(found: Sequence[Lengths]) -> list[Lengths]:
     return [row for row in found if row.own > 2]
 
 
-def samples_beside(run: RunDirectory) -> list[Beside]:
+def samples_beside(run: RunDirectory) -> list[SamplesBeside]:
     """For each task, one user's samples of every verdict beside the user's own items."""
     devices = [device_id(index) for index in range(8)]
     frame = _some(run, "samples", devices)
@@ -114,7 +114,7 @@ def samples_beside(run: RunDirectory) -> list[Beside]:
     return [_beside(run, str(task), rows) for task, rows in frame.groupby("task", sort=True)]
 
 
-def _beside(run: RunDirectory, task: str, rows: pd.DataFrame) -> Beside:
+def _beside(run: RunDirectory, task: str, rows: pd.DataFrame) -> SamplesBeside:
     by_device = rows.groupby("device_id")["verdict"].nunique()
     chosen = by_device.idxmax()  # whose samples met the most fates
     mine = rows[rows["device_id"] == chosen]
@@ -122,7 +122,7 @@ def _beside(run: RunDirectory, task: str, rows: pd.DataFrame) -> Beside:
     for verdict in sorted(mine["verdict"].unique(), key=lambda name: (name != "accepted", name)):
         for _, row in mine[mine["verdict"] == verdict].head(EXAMPLES).iterrows():
             samples.append((verdict, short(row["input"]), short(row["output"]), _score(row)))
-    return Beside(task, str(mine["user_id"].iloc[0]), _own(run, str(chosen), task), samples)
+    return SamplesBeside(task, str(mine["user_id"].iloc[0]), _own(run, str(chosen), task), samples)
 
 
 def _score(row: Mapping[str, object]) -> str:

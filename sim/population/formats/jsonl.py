@@ -20,7 +20,7 @@ from untether.sim.core.records import Exclusion, Interaction, Query, User
 from untether.sim.core.seeding import derive
 from untether.sim.experiment import Experiment
 from untether.sim.population.dates import calendar_key, date_span, parse_date
-from untether.sim.population.order import Collected, Key, assemble, order_of
+from untether.sim.population.order import CalendarKey, Collected, assemble, order_of
 from untether.sim.population.replay import Replay, assemble_replayed
 from untether.sim.population.source import Population
 from untether.sim.population.tasks import Task, clean_rating
@@ -196,7 +196,7 @@ def _latest(lines: list[JsonLine], most: int) -> list[JsonLine]:
     return among[len(among) - count :]
 
 
-def _item(task: Task, line: JsonLine) -> tuple[Interaction, Key]:
+def _item(task: Task, line: JsonLine) -> tuple[Interaction, CalendarKey]:
     time_s, until_s = date_span(line.date)
     item = Interaction(line.item_id, task.name, line.input, line.output, time_s, task.item_form, until_s=until_s)
     return item, calendar_key(line.date)

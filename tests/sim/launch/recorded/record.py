@@ -1,21 +1,47 @@
 """Carries out a real run and writes down what its progress was told, and when: what the test of the time left replays.
 
-    python tests/sim/launch/recorded/record.py NAME users=8 rounds=2 ...
+    python tests/sim/launch/recorded/record.py NAME population.users=8 rounds=2 ...
+
+Time is processor time over cores: on a machine that has nothing else to do, that of the clock on the wall; on another,
+what it would have been.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
+from rich.console import Console
+
+from untether.sim.core import limits
 from untether.sim.experiment import Experiment, key_values
 from untether.sim.launch.progress import LiveProgress
 from untether.sim.launch.runtime import carry_out, prepare, redirected
 
 CHANGES_S = 0.4
 """Calls of one stage that come sooner after each other are left out."""
+
+
+class ProcessorTime:
+    """Seconds that this process and all that came of it have had the processor, over the cores; looked at at times."""
+
+    def __init__(self):
+        self.at, self.had = -1.0, {}
+
+    def __call__(self) -> float:
+        if time.monotonic() - self.at > 0.2:
+            me = psutil.Process()
+            for process in [me, *me.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    used = process.cpu_times()
+                    self.had[process.pid] = used.user + used.system
+            self.at = time.monotonic()
+        return sum(self.had.values()) / limits.cores()
 
 
 class Recorder(LiveProgress):
@@ -58,7 +84,9 @@ def main(name: str, *settings: str) -> None:
     experiment = Experiment.read(None, key_values(settings, "a setting"))
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(experiment, Path(folder) / "run")
-        with redirected(Path(folder) / "log.txt") as terminal, Recorder(file=terminal, every_s=10.0) as progress:
+        with redirected(Path(folder) / "log.txt") as terminal:
+            console = Console(file=terminal, width=140, get_time=ProcessorTime())
+            progress = Recorder(console=console, every_s=5.0)
             carry_out([run], progress, threading.Event())
             progress._keep("done")
     lines = "\n".join(json.dumps(call) for call in progress.calls)
