@@ -30,6 +30,7 @@ CHANGES = {
     "generation": "how devices answer; training is the same",
     "cloud": "what the cloud is asked, what it writes, what devices upload and pay",
     "cloud.capacity": "virtual time alone: when answers arrive, what is refused, what it costs",
+    "privacy": "what of a user's history the cloud is shown",
     "filters": "which samples train the arms that filter; scores are kept whether a filter is applied or not",
     "network": "virtual time alone: who reaches the cloud when; what never arrives is not trained on",
     "hardware": "virtual time and energy alone: when devices train, and how long things take",
@@ -53,6 +54,9 @@ READ_WHOLE = {
     "population": ("sim/population/source.py",), "engine": ("sim/launch/runtime.py",),
     "task": ("sim/population/declared.py",), "model": ("clients/device/worker.py",),
     "generation": ("clients/device/answering.py",),
+    "privacy": ("clients/cloud/privacy.py",), "filters": ("clients/filters/judging.py",),
+    "filters.adversarial": ("clients/filters/adversarial.py",), "filters.human": ("clients/filters/beside.py",),
+    "filters.self_consistency": ("clients/filters/self_consistency.py",),
     "": ("sim/rounds/loop.py",), "by_arm": ("sim/experiment/experiment.py",), "settings": ("sim/core/registry.py",),
 }  # fmt: skip
 """By section: the modules that are handed it whole, where a field's own name is not to be found."""
