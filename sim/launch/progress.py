@@ -96,8 +96,6 @@ class LiveProgress:
         self._seeds, self._rounds = tuple(seeds), rounds
         self._time = TimeLeft(max(1, len(seeds) * rounds), rounds_done, rounds, self._guess)
         self._guess, self._stage, self._cloud = None, "", {}
-        if self._cell is None and not self._at:
-            self._started_s = min(self._started_s, self._now())
         self._event("start", seeds=list(seeds), rounds=rounds, rounds_done=rounds_done)
         if self.console.is_terminal and self.voice == "lines":
             columns: list[ProgressColumn] = [
@@ -170,7 +168,7 @@ class LiveProgress:
     def note(self, text: str, event: bool = True) -> None:
         """Says something in passing, above the moving line."""
         if self.voice == "lines":
-            self.console.print(text, soft_wrap=True, markup=False)
+            self.console.print(text, soft_wrap=True, markup=False, emoji=False)
         elif event:
             self._event("note", text=text)
 
@@ -256,7 +254,7 @@ class LiveProgress:
 def say_event(console: Console, name: str, **facts: Any) -> None:
     """Prints one event as a line of JSON."""
     told: Mapping[str, Any] = {"event": name, **facts}
-    console.print(json.dumps(told, ensure_ascii=False), soft_wrap=True, markup=False, highlight=False)
+    console.out(json.dumps(told, ensure_ascii=False), highlight=False)
 
 
 @dataclass(frozen=True, slots=True)
