@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from untether.sim.core.errors import UserError, unknown
 
-Role = Literal["device", "cloud"]
+Role = Literal["device", "generator"]
 
 
 class KnownModel(BaseModel):
@@ -30,7 +30,7 @@ class KnownModel(BaseModel):
     licence: str
     licence_note: str = ""
     parameters: int = Field(gt=0)
-    roles: tuple[Role, ...] = ("device", "cloud")
+    roles: tuple[Role, ...] = ("device", "generator")
     template: bool = True
     bytes: int = Field(gt=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
