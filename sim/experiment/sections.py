@@ -261,7 +261,9 @@ class CloudSection(Section):
             )
         for name, of in _OF.items():
             asked = {self.provider, self.otherwise} - {""}
-            if getattr(self, name) != type(self).model_fields[name].default and not asked & set(of):
+            replayed = self.provider == "recorded" and name not in ("recording", "otherwise")  # it may be theirs
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and not replayed and not asked & set(of):
                 whose = " and ".join(f'"{provider}"' for provider in of)
                 raise ValueError(f'{name} is for provider = {whose}, and this is "{self.provider}". Leave it out')
         if self.provider == "recorded" and not self.recording:
