@@ -61,7 +61,9 @@ class TunedLoop:
             weights, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps,
             weight_decay=settings.weight_decay, fused=True,
         )  # fmt: skip
-        schedule = _SCHEDULES[settings.schedule](optimizer, math.ceil(settings.warmup_ratio * len(plan)), len(plan))
+        warmup, total = math.ceil(settings.warmup_ratio * len(plan)) + 1, len(plan) + 1  # as `TrainSettings.rate_at`
+        schedule = _SCHEDULES[settings.schedule](optimizer, warmup, total)
+        schedule.step()
         losses = []
         for indices in plan:
             batch = collate([job.examples[index] for index in indices])

@@ -213,7 +213,8 @@ def _experiment(
     dotted = dict(_dotted(given)) if isinstance(given, Mapping) else {}
     path = given if isinstance(given, (str, Path)) else None
     whole = given if isinstance(given, Experiment) else Experiment.read(path)
-    return Experiment.build(whole.model_dump(), {**dotted, **dict(_dotted(settings))}, "the experiment given")
+    changes = {**dotted, **dict(_dotted(settings))}
+    return Experiment.build(whole.model_dump(exclude_unset=True), changes, "the experiment given")
 
 
 def _dotted(given: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -223,7 +223,7 @@ class _Prepared:
 def _prepared(worker: Worker, order: Learn, question: _Question) -> _Prepared:
     settings, task, adapter = worker.experiment.generation, get_task(question.query.task), question.adapter
     prompt_ids = encode_prompt(worker.base.tokenizer, question.prompt)
-    labels = tuple(task.labels or ()) if settings.classify == "likelihood" else ()
+    labels = tuple(task.labels or ()) if worker.experiment.by_likelihood else ()
     limit = 0 if labels else settings.max_new_tokens or task.max_new_tokens
     seed = derive(order.seed, question.row["device_id"], order.round, "decode", question.query.query_id)
     drawn = (settings.temperature, seed) if settings.temperature > 0 and not labels else ()

@@ -28,7 +28,7 @@ from untether.clients.stores.adapter_store import adapter_version
 from untether.sim.core.durable import cannot_write
 from untether.sim.core.errors import ResumableStop
 
-ENGINE = 1
+ENGINE = 2
 """Count up with every change of the engine that moves numbers beyond rounding: what older ones made is left alone."""
 
 _STEPS = {"losses": torch.float64, "learning_rates": torch.float64, "tokens_by_step": torch.int64}

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from untether.server.generator import Completion, GenerationRequest, PromptTooLong, fingerprint
+from untether.server.generator import Completion, GenerationRequest, PromptTooLong, system_fingerprint
 from untether.sim.core import limits
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import UserError, unknown
@@ -104,7 +104,7 @@ class LlamaCppGenerator:
             "threads": threads or max(1, limits.cores() // 2),
         }  # fmt: skip
         version = importlib.metadata.version("xllamacpp")
-        self.fingerprint = fingerprint("llama_cpp", 1, sha256_of(file), version, self._told, self.context)
+        self.fingerprint = system_fingerprint("llama_cpp", 1, sha256_of(file), version, self._told, self.context)
         self._lock = threading.Lock()
         self._restarted = False
         self._log = tempfile.TemporaryFile()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from untether.server.generator import Completion, GenerationRequest, Generator, NotRecorded, fingerprint
+from untether.server.generator import Completion, GenerationRequest, Generator, NotRecorded, system_fingerprint
 from untether.sim.experiment.models.recording import Recording, request_key
 
 
@@ -26,7 +26,7 @@ class RecordedGenerator:
         self.model_id = self.recording.model
         self.slots = getattr(other, "slots", 0)
         answers = sorted((key, row["text"]) for key, row in self.recording.answers.items())
-        self.fingerprint = fingerprint("recorded", 1, self.model_id, answers, other.fingerprint if other else "")
+        self.fingerprint = system_fingerprint("recorded", 1, self.model_id, answers, other.fingerprint if other else "")
 
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
         """As `Generator.generate`. Raises NotRecorded."""

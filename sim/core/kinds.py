@@ -75,6 +75,7 @@ SELECTIONS: Registry[Any] = Registry("selection", "strategy.select", {
 # sim.studies.analysis: writes a study's table, figures and findings.
 ANALYSES: Registry[Any] = Registry("analysis", "analysis", {
     "gain": "untether.sim.studies.gain:analyse",
+    "tune": "untether.sim.studies.tuning:analyse",
     "scale": "untether.sim.studies.scale.scale:analyse",
     "connectivity": "untether.sim.studies.connectivity.connectivity:analyse",
     "drift": "untether.sim.studies.drift.drift:analyse",

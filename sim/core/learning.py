@@ -93,11 +93,12 @@ class TrainSettings:
     def rate_at(self, step: int, total: int) -> float:
         """Returns the learning rate of step `step` (from 0) of `total`, by the schedules of `transformers`.
 
-        They are its constant, linear and cosine ones.
+        They are its constant, linear and cosine ones, with one more step of warm-up and in all, and without the first,
+        whose rate is 0 there: no step trains nothing.
         """
         warmup = math.ceil(self.warmup_ratio * total)
         if step < warmup:
-            return self.learning_rate * step / max(1, warmup)
+            return self.learning_rate * (step + 1) / (warmup + 1)
         done = (step - warmup) / max(1, total - warmup)
         if self.schedule == "linear":
             return self.learning_rate * max(0.0, 1 - done)

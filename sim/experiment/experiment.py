@@ -23,6 +23,7 @@ from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import NAMED, STRATEGIES
 from untether.sim.core.text import shown, valid
 from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, check_arms
+from untether.sim.experiment.models.catalogue import EMBEDDED, training_of
 from untether.sim.experiment.plugins import load, located, resolved
 from untether.sim.experiment.privacy import Privacy
 from untether.sim.experiment.section import Section
@@ -243,9 +244,15 @@ class Experiment(Section):
                 raise UserError(f"--set {shown(f'{key}={text}', 80)}: it has bytes that are no UTF-8. Write it anew")
             _assign(data, key, parse_value(cls, key, text))
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(_with_defaults_of_the_model(data))
         except ValidationError as error:
             raise UserError(_explain(error, where)) from None
+
+    @property
+    def by_likelihood(self) -> bool:
+        """Whether a label is chosen by its likelihood, instead of what the model writes."""
+        classify = self.generation.classify
+        return classify == "likelihood" or (classify == "auto" and self.model.base != EMBEDDED)
 
     def for_arm(self, arm: str) -> tuple[Lora, Training]:
         """Returns the LoRA and training settings of one arm, with `by_arm` applied."""
@@ -269,6 +276,15 @@ def _refusing() -> Iterator[None]:
         yield
     except UserError as error:
         raise ValueError(str(error)) from error
+
+
+def _with_defaults_of_the_model(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data, with the settings of training that suit their base model where they say nothing."""
+    model, training = data.get("model", {}), data.get("training", {})
+    if not isinstance(model, dict) or not isinstance(training, dict) or not isinstance(model.get("base", ""), str):
+        return dict(data)
+    suited = training_of(model.get("base", EMBEDDED))
+    return {**data, "training": {**suited, **training}} if suited else dict(data)
 
 
 def fields(model: type[BaseModel] = Experiment, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

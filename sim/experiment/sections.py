@@ -81,6 +81,9 @@ class PopulationSection(Section):
     min_history: int = Field(3, ge=1, description="users with fewer items (of a task) are excluded and counted")
     max_history: int = Field(0, ge=0, description="train on at most the latest so many items a task; 0: all")
     shared_users: int = Field(48, ge=0, description="disjoint users that the `shared` arm's adapter is trained on")
+    skip_users: int = Field(
+        0, ge=0, description="files: users passed over before the first is drawn, such as those that are evaluated"
+    )
     replay: bool = Field(
         False, description="rounds deliver later interactions in order of time and ask each query in the round of its "
         "date; false: every round has the history before the first query, and asks all queries"
@@ -147,7 +150,9 @@ class Lora(Section):
 
 
 class Training(Section):
-    """How an adapter is trained on its device (loss on the answer only)."""
+    """How an adapter is trained on its device (loss on the answer only). Other bases have other defaults than the
+    embedded one, whose these are (docs/models.md).
+    """
 
     learning_rate: float = Field(TrainSettings.learning_rate, gt=0, description="peak learning rate of AdamW")
     epochs: float = Field(TrainSettings.epochs, gt=0, description="passes over the device's samples")
@@ -177,8 +182,9 @@ class Generation(Section):
 
     max_new_tokens: int = Field(0, ge=0, description="0: the task's own limit")
     temperature: float = Field(0.0, ge=0, description="0: greedy")
-    classify: Literal["generate", "likelihood"] = Field(
-        "generate", description="classification and rating: decode freely, or pick the likeliest label"
+    classify: Literal["auto", "generate", "likelihood"] = Field(
+        "auto", description="classification and rating: decode freely, or pick the likeliest label. auto: likelihood, "
+        "but for the embedded model, which knows the labels"
     )
     rag_items: int = Field(3, ge=1, description="history items in the prompt of the rag arms")
 
@@ -255,7 +261,9 @@ class CloudSection(Section):
             )
         for name, of in _OF.items():
             asked = {self.provider, self.otherwise} - {""}
-            if getattr(self, name) != type(self).model_fields[name].default and not asked & set(of):
+            replayed = self.provider == "recorded" and name not in ("recording", "otherwise")  # it may be theirs
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and not replayed and not asked & set(of):
                 whose = " and ".join(f'"{provider}"' for provider in of)
                 raise ValueError(f'{name} is for provider = {whose}, and this is "{self.provider}". Leave it out')
         if self.provider == "recorded" and not self.recording:

@@ -66,7 +66,8 @@ class FromFiles(Population):
 
     @cached_property
     def _users(self) -> tuple[list[User], list[Exclusion]]:
-        return self._read(self.experiment.population.users, self.experiment.seeds.index(self.seed), 0)
+        population = self.experiment.population
+        return self._read(population.users, self.experiment.seeds.index(self.seed), population.skip_users, fewer=False)
 
     def __len__(self) -> int:
         return len(self._users[0])
@@ -80,17 +81,17 @@ class FromFiles(Population):
 
     def shared_users(self) -> Sequence[User]:
         population = self.experiment.population
-        drawn = population.users * len(self.experiment.seeds)
-        return self._read(population.shared_users, 0, drawn)[0] if population.shared_users else []
+        drawn = population.skip_users + population.users * len(self.experiment.seeds)
+        return self._read(population.shared_users, 0, drawn, fewer=True)[0] if population.shared_users else []
 
     def exclusions(self) -> Counter[str]:
         return Counter(item.reason for item in self._users[1])
 
-    def _read(self, users: int, seed_index: int, skip: int) -> tuple[list[User], list[Exclusion]]:
+    def _read(self, users: int, seed_index: int, skip: int, fewer: bool) -> tuple[list[User], list[Exclusion]]:
         population = self.experiment.population
         return read_lamp(
             population.path, population.tasks, population.split or "dev", users, seed_index, skip=skip,
-            min_history=population.min_history, queries=population.queries, fewer=skip > 0,
+            min_history=population.min_history, queries=population.queries, fewer=fewer,
             replay=Replay(self.experiment.rounds, population.round_days) if population.replay else None,
         )
 

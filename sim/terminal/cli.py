@@ -7,7 +7,7 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -183,6 +183,36 @@ def study(
 
 
 app.command()(review)
+
+
+@app.command()
+def tune(
+    experiment: File = None,
+    set_: Set = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="FIELD=V1,V2", help="What to try. Default: training.learning_rate. Repeatable."),
+    ] = None,
+    users: Annotated[int, typer.Option(min=2, help="validation users")] = 12,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: studies/tune.")] = None,
+) -> None:
+    """Find settings of training: every trained arm tries the same values, on users that the experiment never evaluates.
+
+    A study like any other: its table, its findings and the settings to take over; the same command again goes on.
+    """
+    from untether.sim.studies.tuning import RATES, write_study
+
+    axes = {name: [_plain(value) for value in values.split(",")] for name, values in key_values(grid, "--grid").items()}
+    folder = out or Path("studies") / "tune"
+    wanted = Experiment.read(experiment, _overrides(set_))
+    path = write_study(folder, wanted, users, axes or {"training.learning_rate": list(RATES)})
+    study(str(path), None, None, folder)
+
+
+def _plain(value: str) -> Any:
+    from untether.sim.experiment import parse_plain
+
+    return parse_plain(value.strip())
 
 
 @cloud_app.command("serve")

@@ -150,12 +150,14 @@ def peft_run(model: torch.nn.Module, job: TrainJob) -> tuple[dict[str, torch.Ten
     start = [weight.detach().clone() for weight in weights]
     s, plan = job.settings, batch_plan(job)
     optimizer = torch.optim.AdamW(weights, lr=s.learning_rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
-    warmup = math.ceil(s.warmup_ratio * len(plan))
+    # The first step's rate is 0: it is left out.
+    warmup, total = math.ceil(s.warmup_ratio * len(plan)) + 1, len(plan) + 1
     schedule = {
-        "linear": lambda: tf.get_linear_schedule_with_warmup(optimizer, warmup, len(plan)),
-        "cosine": lambda: tf.get_cosine_schedule_with_warmup(optimizer, warmup, len(plan)),
+        "linear": lambda: tf.get_linear_schedule_with_warmup(optimizer, warmup, total),
+        "cosine": lambda: tf.get_cosine_schedule_with_warmup(optimizer, warmup, total),
         "constant": lambda: tf.get_constant_schedule_with_warmup(optimizer, warmup),
     }[s.schedule]()
+    schedule.step()
     losses = []
     for batch in plan:
         loss = peft_loss(wrapped, [job.examples[index] for index in batch])

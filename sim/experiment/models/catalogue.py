@@ -13,7 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from untether.sim.core.errors import UserError, unknown
 
-Role = Literal["device", "cloud"]
+EMBEDDED = "embedded"
+"""`model.base` of the model that comes with the package: the defaults of `[training]` are its own."""
+
+GENERAL = {"learning_rate": 1e-3, "epochs": 3.0}
+"""Of `[training]`, for models of which the catalogue says nothing: a pretrained model needs a third of the embedded
+one's rate. `untether tune` finds what suits one.
+"""
+
+Role = Literal["device", "generator"]
 
 
 class KnownModel(BaseModel):
@@ -30,7 +38,7 @@ class KnownModel(BaseModel):
     licence: str
     licence_note: str = ""
     parameters: int = Field(gt=0)
-    roles: tuple[Role, ...] = ("device", "cloud")
+    roles: tuple[Role, ...] = ("device", "generator")
     template: bool = True
     bytes: int = Field(gt=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
@@ -63,6 +71,14 @@ def catalogue() -> Mapping[str, KnownModel]:
     Raises UserError, naming file and place, for a file that is none or a name that is taken.
     """
     return _read(os.environ.get("UNTETHER_MODELS", ""))
+
+
+def training_of(base: str) -> Mapping[str, Any]:
+    """The fields of `[training]` that suit adapters of this `model.base` better than the defaults."""
+    if base == EMBEDDED:
+        return {}
+    found = catalogue().get(base)
+    return found.training if found is not None and found.training else GENERAL
 
 
 def known(name: str) -> KnownModel:

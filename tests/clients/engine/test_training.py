@@ -20,12 +20,16 @@ def job(key, examples=12, **settings) -> TrainJob:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_learning_rates_are_those_of_transformers(schedule):
+def test_learning_rates_are_those_of_transformers_without_the_step_that_trains_nothing(schedule):
     settings, total = TrainSettings(0.5, schedule=schedule, warmup_ratio=0.25), 13
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     theirs = tf.get_scheduler(
-        "constant_with_warmup" if schedule == "constant" else schedule, optimizer, math.ceil(0.25 * total), total
+        "constant_with_warmup" if schedule == "constant" else schedule, optimizer, math.ceil(0.25 * total) + 1,
+        total + 1,
     )
+    assert theirs.get_last_lr() == [0.0]
+    optimizer.step()
+    theirs.step()
     for step in range(total):
         assert settings.rate_at(step, total) == pytest.approx(theirs.get_last_lr()[0])
         optimizer.step()
