@@ -145,6 +145,10 @@ class Registry(Generic[T]):
         self.check(name)
         return self._added[name] if name in self._added else self._first[name]
 
+    def built_in(self) -> list[str]:
+        """The names that no plug-in brought."""
+        return list(self._first)
+
     def __contains__(self, name: object) -> bool:
         return name in self._added or name in self._first
 

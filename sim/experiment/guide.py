@@ -127,9 +127,10 @@ def known_names(field: str) -> list[str]:
     """What a field that names things can name, plug-ins left out; empty for other fields."""
     for registry in NAMED:
         if registry.field == field:
-            return [*registry.beside, *registry]
+            return [*registry.beside, *registry.built_in()]
     if field in ("population.tasks", "hardware.profiles", "hardware.nominal_model"):
-        return list(Registry.of({"population.tasks": "task", "hardware.profiles": "profile"}.get(field, "model")))
+        kind = {"population.tasks": "task", "hardware.profiles": "profile"}.get(field, "model")
+        return Registry.of(kind).built_in()
     if field == "arms":
         from untether.sim.experiment.arms import ARMS
 
