@@ -17,6 +17,8 @@ class Watched(Silent):
 
     def note(self, *_): ...
 
+    def expect(self, *_): ...
+
 
 def test_an_error_that_flower_keeps_to_itself_is_raised(tmp_path, monkeypatch):
     """As flwr 1.41 does it where its caller handles another exception."""
