@@ -143,7 +143,7 @@ def _raw() -> Callable[[], str]:
     def read() -> str:
         before: list[Any] = termios.tcgetattr(descriptor)
         try:
-            tty.setcbreak(descriptor)
+            tty.setcbreak(descriptor, termios.TCSADRAIN)  # what was typed ahead counts
             return sys.stdin.read(1)
         finally:
             termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
