@@ -8,8 +8,10 @@ adds up its devices' and traffic grows with hosts. Scaling is the same for all: 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -57,7 +59,7 @@ class Site:
 
 
 class SharedLora(FleetStrategy):
-    """Base of the strategies that share. Subclasses give the methods that raise NotImplementedError."""
+    """Base of the strategies that share."""
 
     # --- the device's side ----------------------------------------------------------------------------------------
 
@@ -65,23 +67,23 @@ class SharedLora(FleetStrategy):
         """What is shared before the first round."""
         return {}
 
+    @abstractmethod
     def local(self, shared: Arrays, site: Site) -> list[Block]:
         """The blocks that a device trains, or trains on top of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def upload(self, shared: Arrays, trained: Mapping[str, Factors], site: Site) -> dict[str, np.ndarray]:
         """What travels of a device's `trained` blocks: terms of sums (`sum/...`), or ranks to be stacked
         (`stack/block/A/...` [rank, in] and `stack/block/B/...` [rank, out], the transpose).
         """
-        raise NotImplementedError
 
     def keep(self, shared: Arrays, trained: Mapping[str, Factors], site: Site) -> dict[str, np.ndarray]:
         """What stays on the device for its next round."""
         return {}
 
+    @abstractmethod
     def worn(self, shared: Arrays, site: Site) -> Factors:
         """The adapter that answers: of what is shared, and what the device kept."""
-        raise NotImplementedError
 
     @property
     def mu(self) -> float:
@@ -94,9 +96,9 @@ class SharedLora(FleetStrategy):
         """Which sides of an adapter a device uploads in a round."""
         return "AB"
 
+    @abstractmethod
     def combined(self, shared: Arrays, sums: Arrays) -> dict[str, np.ndarray]:
         """What is shared after the hosts' sums: names as uploaded, without `sum/`."""
-        raise NotImplementedError
 
     def aggregate(self, seed: int, round: int, shared: Arrays, replies: Sequence[Reply]) -> dict[str, np.ndarray]:
         """See `FleetStrategy.aggregate`. Groups of devices (see `strategy.by_task`) share nothing with each other."""
@@ -121,9 +123,9 @@ class Averaging(SharedLora):
     Flower takes the place of the mean: it is given each device's arrays as a node's reply.
     """
 
+    @abstractmethod
     def averages(self, trained: Mapping[str, Factors], site: Site) -> dict[str, np.ndarray]:
         """The arrays of a device that travel."""
-        raise NotImplementedError
 
     def upload(self, shared: Arrays, trained: Mapping[str, Factors], site: Site) -> dict[str, np.ndarray]:
         if self.stock is None:
@@ -134,14 +136,15 @@ class Averaging(SharedLora):
     def combined(self, shared: Arrays, sums: Arrays) -> dict[str, np.ndarray]:
         return {**shared, **means(sums)}
 
-    @property
+    @cached_property
     def stock(self) -> Stock | None:
         """Flower's strategy in the place of the mean, if one is named."""
         section = self.experiment.strategy
         return Stock(section) if section.aggregate != "mean" else None
 
     def check(self) -> None:
-        assert self.stock is None or self.stock.mu >= 0  # it is made, and refuses what it cannot take
+        if self.experiment.strategy.aggregate != "mean":
+            Stock(self.experiment.strategy)  # which refuses what it cannot take
 
     @property
     def mu(self) -> float:

@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.seeding import derive
-from untether.sim.experiment.sections import Strategy as StrategySection
+from untether.sim.experiment.strategy_section import Strategy as StrategySection
 
 DEVICE, SERVER = "device/", "server/"
 """Arrays of one device, `device/NUMBER/name`, and what a strategy remembers."""

@@ -25,10 +25,10 @@ from untether.clients.engine.training import Example, TrainJob, TrainResult
 from untether.clients.stores.adapter_cache import train_once
 from untether.clients.stores.adapter_store import AdapterArrays, adapter_version, as_arrays, as_tensors
 from untether.sim.core.clock import DAY_S
-from untether.sim.core.kinds import POLICIES
+from untether.sim.core.kinds import POLICIES, STRATEGIES
 from untether.sim.core.learning import LoraSpec, TrainSettings
 from untether.sim.core.seeding import derive
-from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, SHARED, trained
+from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, SHARED
 from untether.sim.population.order import latest_s
 from untether.sim.population.source import device_id
 from untether.sim.rounds.material import watched
@@ -56,9 +56,8 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     placebos: dict[int, tuple[int, int, bool]] = {}
     versions = _by_device(order.versions)
     materials = Materials(experiment, order, inputs)
-    begun = [a for a in trained(experiment.arms) if experiment.for_arm(a)[1].needs_shared]
     below: Mapping[Device, Factors] = {}
-    if begun:
+    if STRATEGIES.fact(experiment.strategy.name, "shares"):
         from untether.clients.device.sharing.federated import worn  # with Flower, which no other run's workers need
 
         below = worn(worker, order, devices, inputs)
@@ -75,7 +74,7 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     if FEDERATED in experiment.arms:
         from untether.clients.device.sharing.federated import federated_adapters
 
-        adapters |= federated_adapters(worker, order, devices, inputs)
+        adapters |= federated_adapters(worker, order, below)
     answers = cloud_answers(worker, order, devices, inputs) if CLOUD in experiment.arms else []
     answers += answer(worker, order, devices, adapters)
     events = train_event_rows(order, results)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from untether.sim.core import strict_json
 from untether.sim.core.durable import possible
 from untether.sim.core.errors import UserError, unknown
-from untether.sim.core.kinds import NAMED, STRATEGIES
+from untether.sim.core.kinds import NAMED
 from untether.sim.core.text import shown, valid
 from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, check_arms
 from untether.sim.experiment.models.catalogue import EMBEDDED, training_of
@@ -37,10 +37,10 @@ from untether.sim.experiment.sections import (
     Lora,
     Model,
     PopulationSection,
-    Strategy,
     TaskSection,
     Training,
 )
+from untether.sim.experiment.strategy_section import Strategy, check_sharing
 from untether.sim.experiment.virtual_sections import Drift, Hardware, Network
 
 
@@ -156,40 +156,9 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _sharing_holds(self) -> Experiment:
-        """What is shared is used, what is used is shared, and ranks are as the strategy can have them."""
-        name = self.strategy.name
-        takes_ranks, shares = STRATEGIES.fact(name, "ranks"), STRATEGIES.fact(name, "shares")
-        using = [arm for arm in self.arms if ARMS[arm].trains and self.for_arm(arm)[1].needs_shared]
-        if FEDERATED in self.arms or using:
-            what = f"arms has {FEDERATED}"
-            if FEDERATED not in self.arms:
-                what = f'{using[0]} has training.start = "{self.for_arm(using[0])[1].start}"'
-            if not shares:
-                raise ValueError(
-                    f'{what}, but strategy.name = "{name}" shares nothing. Name one that does, such as "fedit"'
-                )
-        elif shares:
-            raise ValueError(
-                f'strategy.name = "{name}" shares an adapter that nothing uses. Add {FEDERATED} to arms, or set '
-                'training.start = "on_shared"'
-            )
-        if self.strategy.ranks and not takes_ranks:
-            able = [known for known in STRATEGIES if STRATEGIES.fact(known, "ranks")]
-            raise ValueError(
-                f'strategy.ranks = {list(self.strategy.ranks)} with strategy.name = "{name}", which needs one rank for '
-                f"all. Leave it empty, or take one of {', '.join(able)}"
-            )
-        if self.strategy.aggregate != "mean" and not STRATEGIES.fact(name, "averages"):
-            able = [known for known in STRATEGIES if STRATEGIES.fact(known, "averages")]
-            raise ValueError(
-                f'strategy.aggregate = "{self.strategy.aggregate}" with strategy.name = "{name}", which does not '
-                f'average. Set it to "mean", or take one of {", ".join(able)}'
-            )
-        if self.strategy.ranks and using:
-            raise ValueError(
-                f"{using[0]} begins with what is shared, and strategy.ranks = {list(self.strategy.ranks)} differ by "
-                "device. Leave strategy.ranks empty"
-            )
+        starts = {arm: self.for_arm(arm)[1] for arm in self.arms if ARMS[arm].trains}
+        begun = {arm: training.start for arm, training in starts.items() if training.needs_shared}
+        check_sharing(self.strategy, self.arms, begun)
         return self
 
     @property

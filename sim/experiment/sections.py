@@ -358,56 +358,6 @@ class Filters(Section):
     human: HumanFilter = HumanFilter()
 
 
-class Strategy(Section):
-    """The Flower strategy: who takes part, what is shared, how it is aggregated."""
-
-    name: str = Field("private", description="what is shared: `private`, nothing; else see docs/sharing.md")
-    aggregate: str = Field(
-        "mean", description="how what is averaged is aggregated: `mean`, by examples, or a strategy of Flower by name, "
-        "such as FedAdam or FedMedian"
-    )
-    options: dict[str, Any] = Field({}, description="keyword arguments of Flower's strategy")
-    privacy: str = Field(
-        "", description="Flower's wrapper for central differential privacy, such as "
-        "DifferentialPrivacyServerSideFixedClipping"
-    )
-    privacy_options: dict[str, Any] = Field({}, description="keyword arguments of the wrapper")
-    select: str = Field(
-        "all", description="who takes part in a round: `all`, `random`, `available`, `stalest_first`, "
-        "`least_data_first`, `within_budget`"
-    )
-    fraction: float = Field(
-        1.0, gt=0, le=1, description="random, stalest_first, least_data_first: how many candidates (at least one)"
-    )
-    budget_tokens: int = Field(0, ge=0, description="within_budget: most tokens that a round trains on, in all")
-    ranks: tuple[int, ...] = Field(
-        (), description="ranks of devices, one drawn for each (hetlora, flexlora, flora); empty: lora.rank. Scaling is "
-        "alpha / lora.rank for all"
-    )
-    by_task: bool = Field(False, description="devices share with those alone that have the same tasks")
-    mu: float = Field(0.01, ge=0, description="fedprox: weight of the proximal term")
-    mix: float = Field(0.5, gt=0, le=1, description="fedalt: weight of a device's own adapter")
-    rank_weights: bool = Field(False, description="flexlora: weigh each rank over the devices that have it (raFLoRA)")
-
-    @field_validator("ranks")
-    @classmethod
-    def _ranks(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        if any(rank < 1 for rank in ranks):
-            raise ValueError(f"ranks = {list(ranks)}: every rank is 1 or more")
-        return ranks
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Strategy:
-        if self.aggregate == "mean" and (self.options or self.privacy):
-            raise ValueError(
-                'options and privacy are for a strategy of Flower, and aggregate = "mean". Set strategy.aggregate, to '
-                '"FedAvg" for example'
-            )
-        if self.select == "within_budget" and not self.budget_tokens:
-            raise ValueError('select = "within_budget" needs strategy.budget_tokens')
-        return self
-
-
 class Engine(Section):
     """How the simulation runs on this machine; changes the speed, never the numbers."""
 

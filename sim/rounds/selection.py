@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from untether.sim.core.seeding import generator
-from untether.sim.experiment.sections import Strategy
+from untether.sim.experiment.strategy_section import Strategy
 
 
 @dataclass(frozen=True, slots=True)

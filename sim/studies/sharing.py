@@ -6,12 +6,13 @@ Three protocols, by EdgeFlowerTune's names: *quality under a budget* of bytes, *
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from untether.sim.core.errors import UserError
@@ -127,51 +128,54 @@ def _panels(study: Study, rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFram
 
 def draw_course(study: Study, courses: pd.DataFrame) -> Figure:
     """Draws a panel a place, a line a strategy: quality after each round, with training alone and the frozen base."""
-    looks, panels = _looks(study), list(_panels(study, courses))
-    with style():
-        wide = min(2, len(panels))
-        tall = -(-len(panels) // wide)
-        figure, axes = plt.subplots(tall, wide, figsize=(3.4 * wide, 2.1 * tall), sharex=True, squeeze=False)
-        for axis, (title, own) in zip(axes.flat, panels, strict=False):
-            for arm, colour, dash in ((FLOOR, FAINT, ":"), (ALONE, INK, "--")):
-                mean = own.groupby("round")[arm].mean()
-                axis.plot(mean.index + 1, mean, color=colour, linestyle=dash, linewidth=1.0, label=arm)
-            for name, line in own.groupby(STRATEGY, sort=False):
-                colour, marker = looks[str(name)]
-                x = line["round"] + 1
-                axis.plot(x, line[FEDERATED], color=colour, marker=marker, markersize=3, label=str(name))
-            axis.set_title(title, fontsize=8)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        figure.supxlabel("rounds", fontsize=9)
-        figure.supylabel(metric_name(get_task(courses["task"].iloc[0]).primary), fontsize=9)
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper center", ncols=min(6, len(labels)), frameon=False)
-        figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / (2.1 * tall)))
-    return figure
+    looks = _looks(study)
+
+    def draw(axis: Axes, own: pd.DataFrame) -> None:
+        for arm, colour, dash in ((FLOOR, FAINT, ":"), (ALONE, INK, "--")):
+            mean = own.groupby("round")[arm].mean()
+            axis.plot(mean.index + 1, mean, color=colour, linestyle=dash, linewidth=1.0, label=arm)
+        for name, line in own.groupby(STRATEGY, sort=False):
+            colour, marker = looks[str(name)]
+            axis.plot(
+                line["round"] + 1, line[FEDERATED], color=colour, marker=marker, markersize=3, label=str(name)
+            )  # fmt: skip
+
+    metric = metric_name(get_task(courses["task"].iloc[0]).primary)
+    return _multiples(list(_panels(study, courses)), draw, "rounds", metric)
 
 
 def draw_cost(study: Study, rows: pd.DataFrame) -> Figure:
     """Draws a panel a place, a point a strategy: gain over training alone (95%) against megabytes a device."""
-    looks, panels = _looks(study), list(_panels(study, rows))
+    looks = _looks(study)
+
+    def draw(axis: Axes, own: pd.DataFrame) -> None:
+        axis.axhline(0, color=FAINT, linewidth=0.7)
+        for _, row in own.iterrows():
+            colour, marker = looks[str(row[STRATEGY])]
+            error = np.array([[row["gain"] - row["gain_low"]], [row["gain_high"] - row["gain"]]])
+            axis.errorbar(
+                row["bytes"] / _MEGA, row["gain"], yerr=error, color=colour, marker=marker, markersize=4, linestyle="",
+                label=str(row[STRATEGY]),
+            )  # fmt: skip
+
+    return _multiples(list(_panels(study, rows)), draw, "MB a device, up and down", "gain over local (95% CI)")
+
+
+def _multiples(
+    panels: Sequence[tuple[str, pd.DataFrame]], draw: Callable[[Axes, pd.DataFrame], None], x: str, y: str
+) -> Figure:
+    """A figure of titled panels that share their axes' labels and one legend."""
     with style():
         wide = min(2, len(panels))
         tall = -(-len(panels) // wide)
         figure, axes = plt.subplots(tall, wide, figsize=(3.4 * wide, 2.1 * tall), sharex=True, squeeze=False)
         for axis, (title, own) in zip(axes.flat, panels, strict=False):
-            axis.axhline(0, color=FAINT, linewidth=0.7)
-            for _, row in own.iterrows():
-                colour, marker = looks[str(row[STRATEGY])]
-                error = np.array([[row["gain"] - row["gain_low"]], [row["gain_high"] - row["gain"]]])
-                axis.errorbar(
-                    row["bytes"] / _MEGA, row["gain"], yerr=error, color=colour, marker=marker, markersize=4,
-                    linestyle="", label=str(row[STRATEGY]),
-                )  # fmt: skip
+            draw(axis, own)
             axis.set_title(title, fontsize=8)
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
-        figure.supxlabel("MB a device, up and down", fontsize=9)
-        figure.supylabel("gain over local (95% CI)", fontsize=9)
+        figure.supxlabel(x, fontsize=9)
+        figure.supylabel(y, fontsize=9)
         handles, labels = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=min(6, len(labels)), frameon=False)
         figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / (2.1 * tall)))

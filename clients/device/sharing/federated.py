@@ -8,7 +8,7 @@ what a device keeps goes to the devices' store.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from untether.clients.device.answering import LiveAdapter, Owner
@@ -117,7 +117,7 @@ def update(worker: Worker, order: Update, inputs: Inputs) -> Outcome:
 
 
 def federated_adapters(
-    worker: Worker, order: Learn, devices: Sequence[Device], inputs: Inputs
+    worker: Worker, order: Learn, shared: Mapping[Device, Factors]
 ) -> dict[Owner, list[LiveAdapter]]:
     """Returns the adapter that each device answers with, by (device, FEDERATED): the shared part and what it kept."""
     return {
@@ -127,7 +127,7 @@ def federated_adapters(
                 adapter_version(state), until_s=latest_s(device.real_items(worker.experiment, order.round)),
             )
         ]
-        for device, factors in worn(worker, order, devices, inputs).items()
+        for device, factors in shared.items()
     }  # fmt: skip
 
 
