@@ -49,7 +49,8 @@ def test_hosts_and_shards_change_nothing(run, name, more):
     ours, theirs = shared_part(many), shared_part(one)
     assert ours.keys() == theirs.keys() and len(theirs)
     for key, array in theirs.items():
-        np.testing.assert_allclose(ours[key], array, atol=1e-3)  # of moves of some 0.1, at this learning rate
+        # Not entry by entry: where a gradient is about 0, Adam's step follows the sign of a rounding error.
+        assert np.linalg.norm(ours[key] - array) < 0.01 * np.linalg.norm(array)
         assert array.dtype == np.float64
     columns = [column for column in answers(one).columns if column != "prediction"]
     assert_frame_equal(answers(many)[columns], answers(one)[columns])
@@ -251,7 +252,7 @@ def test_the_study_tells_what_the_tables_say(run, tmp_path):
     """Two real cells: its sums are those of the events, its gain that of the answers."""
     changes = {"population.users": "3", "rounds": "2", "population.queries": "4", "engine.threads": "1",
                "generation.max_new_tokens": "6", "training.learning_rate": "0.03"}  # fmt: skip
-    grid = {"strategy.name": "fedit", "population.history": "[[8, 8]]", "network.availability": "1,0.3"}
+    grid = {"strategy.name": "fedit", "population.history": "[8, 8]", "network.availability": "1,0.3"}
     study = Study.read("sharing", changes, grid)
     cells = {}
 

@@ -8,6 +8,8 @@ import pytest
 from fleet import run_in_process, tiny
 
 from tests.sim.population.lamp_files import write
+from untether.clients.device import answering, learn
+from untether.clients.device.sharing import disjoint
 from untether.clients.device.worker import Endpoint
 from untether.server.background import start_background
 from untether.sim.population.others import NOT_OLDER, SCORED
@@ -41,23 +43,19 @@ def trained_on(tmp_path_factory):
 
         def run(path, **changes):
             learned, prompts = [], []
-            for where in ("untether.clients.device.shared", "untether.clients.device.learn"):
-                original = __import__(where, fromlist=["train_once"]).train_once
+            for where in (disjoint, learn):
+                original = where.train_once
 
                 def spy(base, jobs, *rest, original=original, where=where, **options):
                     for job in jobs:
-                        arm = "shared" if where == "untether.clients.device.shared" else job.key.arm
-                        device = None if where == "untether.clients.device.shared" else job.key.device
+                        arm, device = ("shared", None) if where is disjoint else (job.key.arm, job.key.device)
                         told = [base.tokenizer.decode([*e.prompt_ids, *e.target_ids]) for e in job.examples]
                         learned.append((arm, device, " ".join(told)))
                     return original(base, jobs, *rest, **options)
 
-                patch.setattr(f"{where}.train_once", spy)
-            import untether.clients.device.answering
-
-            encode = untether.clients.device.answering.encode_prompt
-            answering = "untether.clients.device.answering"
-            patch.setattr(f"{answering}.encode_prompt", lambda t, text: (prompts.append(text), encode(t, text))[1])
+                patch.setattr(where, "train_once", spy)
+            encode = answering.encode_prompt
+            patch.setattr(answering, "encode_prompt", lambda t, text: (prompts.append(text), encode(t, text))[1])
             experiment = tiny(
                 arms=ARMS, population__source="lamp", population__path=path, population__users=3,
                 population__shared_users=3, population__tasks="", training__steps=1, cloud__provider="recombine",
