@@ -135,7 +135,8 @@ def _rouge(prediction: str, gold: str) -> tuple[float, float]:
 
 
 def mostly_unseen(text: str) -> bool:
-    """Whether most of a text's letters and digits are none that the official ROUGE reads: it knows ASCII alone."""
+    """Returns whether most of a text's letters and digits are none that the official ROUGE reads: it knows ASCII alone.
+    """
     own = [character for character in text if character.isalnum()]
     return sum(character.isascii() for character in own) * 2 < len(own)
 

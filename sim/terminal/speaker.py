@@ -20,14 +20,14 @@ class Speaker:
         self.voice, self.console = voice, make_console(file)
 
     def say(self, event: str, text: str, **facts: Any) -> None:
-        """A line for people, or an event with its facts for programs."""
+        """Prints a line for people, or an event with its facts for programs."""
         if self.voice == "json":
             say_event(self.console, event, **facts)
         elif self.voice == "lines":
             self.console.print(text, soft_wrap=True, markup=False)
 
     def expected(self, directory: RunDirectory) -> None:
-        """What the run will take, by a short measurement where none is kept."""
+        """Prints what the run will take, by a short measurement where none is kept."""
         if self.voice == "quiet" or directory.finished:
             return
         from untether.sim.launch import speed
@@ -51,7 +51,7 @@ class Speaker:
         )
 
     def done(self, directory: RunDirectory) -> None:
-        """The table of a finished run, and where it is."""
+        """Prints the table of a finished run, and where it is."""
         report = directory.path / "report.html"
         if self.voice == "quiet":
             self.console.print(str(directory.path), soft_wrap=True, markup=False)
@@ -64,7 +64,7 @@ class Speaker:
             self.console.print(f"report:        {report}", soft_wrap=True, markup=False)
 
     def study_done(self, folder: Path) -> None:
-        """A finished study's findings, and where it is."""
+        """Prints a finished study's findings, and where it is."""
         report = folder / "report.html"
         if self.voice == "quiet":
             self.console.print(str(folder), soft_wrap=True, markup=False)
