@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from untether.sim.core.errors import UserError
-from untether.sim.launch.console import arms_table, make_console
-from untether.sim.launch.progress import Voice, say_event
-from untether.sim.run.directory import RunDirectory
+from untether.sim.launch.progress import Voice, make_console, say_event
+
+if TYPE_CHECKING:
+    from untether.sim.run.directory import RunDirectory
 
 __all__ = ["Speaker", "Voice"]
 
@@ -59,6 +60,8 @@ class Speaker:
             summary = directory.read_json("summary.json") or {}
             say_event(self.console, "done", run=str(directory.path), report=str(report), rows=summary.get("rows", []))
         else:
+            from untether.sim.launch.console import arms_table
+
             self.console.print(arms_table(directory.read_json("summary.json")))
             self.console.print(f"run directory: {directory.path}", soft_wrap=True, markup=False)
             self.console.print(f"report:        {report}", soft_wrap=True, markup=False)
