@@ -94,7 +94,7 @@ def open_cloud(experiment: Experiment, run: RunDirectory) -> Iterator[OpenCloud]
 
 
 def local_options(settings: CloudSection, provider: str) -> dict[str, Any]:
-    """The options of a generator that runs a model on this machine."""
+    """Returns the options of a generator that runs a model on this machine."""
     options = {"model": settings.model, "template_args": settings.template_args, "threads": settings.threads}
     if provider == "llama_cpp":
         return {**options, "context": settings.context, "slots": settings.batch}

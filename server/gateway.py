@@ -31,7 +31,7 @@ from untether.server.generator import Completion, GenerationRequest, Generator, 
 from untether.sim.core import strict_json
 from untether.sim.core.errors import UserError
 from untether.sim.core.text import shown
-from untether.sim.experiment.plugins import load
+from untether.sim.experiment.plugins import load_plugins
 from untether.sim.prompts.protocol import NotARequest
 
 __all__ = ["ApiError", "Gateway", "create_app", "serve", "start_background"]
@@ -278,7 +278,7 @@ def _child() -> None:
     given = parser.parse_args()
     threading.Thread(target=_end_with_parent, args=(given.parent,), daemon=True).start()
     try:
-        load(given.plugins)
+        load_plugins(given.plugins)
         made = create(given.generator, given.options)
         listening = _bind("127.0.0.1", 0)
     except Exception as error:

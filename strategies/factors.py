@@ -22,7 +22,7 @@ _KEY = ".lora_{}.weight"
 
 
 def factors_of(state: Arrays) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The factors of an adapter under PEFT's keys, in float64."""
+    """Returns the factors of an adapter under PEFT's keys, in float64."""
     targets = [key.removesuffix(_KEY.format("A")) for key in state if key.endswith(_KEY.format("A"))]
     return {
         target: (
@@ -34,7 +34,7 @@ def factors_of(state: Arrays) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def state_of(factors: Factors) -> dict[str, np.ndarray]:
-    """The adapter under PEFT's keys, in float32."""
+    """Returns the adapter under PEFT's keys, in float32."""
     state = {}
     for target, (A, B) in factors.items():
         state[target + _KEY.format("A")] = np.ascontiguousarray(A, np.float32)
@@ -43,7 +43,7 @@ def state_of(factors: Factors) -> dict[str, np.ndarray]:
 
 
 def named(block: str, factors: Factors, sides: str = "AB") -> dict[str, np.ndarray]:
-    """One or both sides of factors as arrays of a block."""
+    """Returns one or both sides of factors as arrays of a block."""
     return {
         f"{block}/{side}/{target}": np.asarray(pair["AB".index(side)], np.float64)
         for target, pair in factors.items() for side in sides
@@ -51,29 +51,29 @@ def named(block: str, factors: Factors, sides: str = "AB") -> dict[str, np.ndarr
 
 
 def side_of(arrays: Arrays, block: str, side: str) -> dict[str, np.ndarray]:
-    """One side of a block, by target."""
+    """Returns one side of a block, by target."""
     begin = f"{block}/{side}/"
     return {name.removeprefix(begin): array for name, array in arrays.items() if name.startswith(begin)}
 
 
 def factors_in(arrays: Arrays, block: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Both sides of a block."""
+    """Returns both sides of a block."""
     B = side_of(arrays, block, "B")
     return {target: (A, B[target]) for target, A in side_of(arrays, block, "A").items()}
 
 
 def rank_of(factors: Factors) -> int:
-    """The largest rank among the targets (0 of no target)."""
+    """Returns the largest rank among the targets (0 of no target)."""
     return max((len(A) for A, _ in factors.values()), default=0)
 
 
 def cut(factors: Factors, rank: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The first `rank` ranks."""
+    """Returns the first `rank` ranks."""
     return {target: (A[:rank], B[:, :rank]) for target, (A, B) in factors.items()}
 
 
 def padded(factors: Factors, rank: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """With zeros up to `rank`, which change nothing."""
+    """Returns them with zeros up to `rank`, which change nothing."""
     return {
         target: (
             np.concatenate([A, np.zeros((rank - len(A), A.shape[1]), A.dtype)]),
@@ -84,7 +84,7 @@ def padded(factors: Factors, rank: int) -> dict[str, tuple[np.ndarray, np.ndarra
 
 
 def scaled(factors: Factors, by: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """With B times a number."""
+    """Returns them with B times a number."""
     return {target: (A, by * B) for target, (A, B) in factors.items()}
 
 
@@ -133,9 +133,9 @@ def compact(A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def best(A: np.ndarray, B: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The factors of this rank whose product is nearest to B A, the greatest singular values first, each side bearing
-    the square root. Never makes the product itself: QR of both sides, SVD of what is between them. Of the two signs
-    that a pair of singular vectors may have, B's largest entry is positive: which one comes out is a matter of
+    """Returns the factors of this rank whose product is nearest to B A, the greatest singular values first, each side
+    bearing the square root. Never makes the product itself: QR of both sides, SVD of what is between them. Of the two
+    signs that a pair of singular vectors may have, B's largest entry is positive: which one comes out is a matter of
     rounding, and training goes on from it.
     """
     Q_A, R_A = np.linalg.qr(A.T)  # A = R_A^T Q_A^T
@@ -151,7 +151,7 @@ def best(A: np.ndarray, B: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarra
 
 
 def products(factors: Factors) -> dict[str, np.ndarray]:
-    """B A of every target, [out, in]."""
+    """Returns B A of every target, [out, in]."""
     return {target: B @ A for target, (A, B) in factors.items()}
 
 

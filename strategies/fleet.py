@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 
 from untether.sim.core.kinds import STRATEGIES
 from untether.sim.experiment import Experiment
-from untether.sim.rounds.flower_records import order_of, reply_from, to_records
+from untether.sim.rounds.flower_records import order_of_columns, reply_from, to_records
 from untether.sim.rounds.messages import Order, Reply, joined
 
 Arrays = Mapping[str, np.ndarray]
@@ -40,11 +40,11 @@ class FleetStrategy(Strategy):
         """Raises UserError where the experiment wants of it what it cannot do."""
 
     def sides(self, round: int) -> str:
-        """Which sides of an adapter, A and B, a device uploads in a round: none."""
+        """Returns which sides of an adapter, A and B, a device uploads in a round: none."""
         return ""
 
     def aggregate(self, seed: int, round: int, shared: Arrays, replies: Sequence[Reply]) -> dict[str, np.ndarray]:
-        """What is shared after a round.
+        """Returns what is shared after a round.
 
         Args:
             seed: Of the fleet; all that is drawn comes from (seed, round).
@@ -61,7 +61,7 @@ class FleetStrategy(Strategy):
     # --- Flower's side --------------------------------------------------------------------------------------------
 
     def messages(self, message_type: str, order: Order) -> list[Message]:
-        """One message a host that the order concerns."""
+        """Returns one message a host that the order concerns."""
         partitions = sorted(self.hosts)
         return [
             Message(to_records(own), dst_node_id=self.hosts[partitions[host]], message_type=message_type)
@@ -71,15 +71,15 @@ class FleetStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """An order that trains (`config`, as `sim.rounds.flower_records` writes it), with what is shared."""
+        """Returns an order that trains (`config`, as `sim.rounds.flower_records` writes it), with what is shared."""
         shared = {name: array.numpy() for name, array in arrays.items()}
-        return self.messages(MessageType.TRAIN, order_of(config, shared))
+        return self.messages(MessageType.TRAIN, order_of_columns(config, shared))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What the hosts' replies come to: the arrays of `aggregate`, of a fleet that has shared nothing yet, and the
-        sums of their counts.
+        """Returns what the hosts' replies come to: the arrays of `aggregate`, of a fleet that has shared nothing yet,
+        and the sums of their counts.
         """
         found = [reply_from(message.content) for message in replies if not message.has_error()]
         arrays = self.aggregate(0, server_round, {}, found)
@@ -101,7 +101,7 @@ class FleetStrategy(Strategy):
 
 
 def open_strategy(experiment: Experiment) -> FleetStrategy:
-    """The strategy that an experiment names.
+    """Returns the strategy that an experiment names.
 
     Raises:
         UserError: The strategy cannot do what the experiment wants of it.

@@ -64,26 +64,26 @@ class SharedLora(FleetStrategy):
     # --- the device's side ----------------------------------------------------------------------------------------
 
     def begin(self, init: Factors) -> dict[str, np.ndarray]:
-        """What is shared before the first round."""
+        """Returns what is shared before the first round."""
         return {}
 
     @abstractmethod
     def local(self, shared: Arrays, site: Site) -> list[Block]:
-        """The blocks that a device trains, or trains on top of."""
+        """Returns the blocks that a device trains, or trains on top of."""
 
     @abstractmethod
     def upload(self, shared: Arrays, trained: Mapping[str, Factors], site: Site) -> dict[str, np.ndarray]:
-        """What travels of a device's `trained` blocks: terms of sums (`sum/...`), or ranks to be stacked
+        """Returns what travels of a device's `trained` blocks: terms of sums (`sum/...`), or ranks to be stacked
         (`stack/block/A/...` [rank, in] and `stack/block/B/...` [rank, out], the transpose).
         """
 
     def keep(self, shared: Arrays, trained: Mapping[str, Factors], site: Site) -> dict[str, np.ndarray]:
-        """What stays on the device for its next round."""
+        """Returns what stays on the device for its next round."""
         return {}
 
     @abstractmethod
     def worn(self, shared: Arrays, site: Site) -> Factors:
-        """The adapter that answers: of what is shared, and what the device kept."""
+        """Returns the adapter that answers: of what is shared, and what the device kept."""
 
     @property
     def mu(self) -> float:
@@ -93,12 +93,12 @@ class SharedLora(FleetStrategy):
     # --- the server's side ----------------------------------------------------------------------------------------
 
     def sides(self, round: int) -> str:
-        """Which sides of an adapter a device uploads in a round."""
+        """Returns which sides of an adapter a device uploads in a round."""
         return "AB"
 
     @abstractmethod
     def combined(self, shared: Arrays, sums: Arrays) -> dict[str, np.ndarray]:
-        """What is shared after the hosts' sums: names as uploaded, without `sum/`."""
+        """Returns what is shared after the hosts' sums: names as uploaded, without `sum/`."""
 
     def aggregate(self, seed: int, round: int, shared: Arrays, replies: Sequence[Reply]) -> dict[str, np.ndarray]:
         """See `FleetStrategy.aggregate`. Groups of devices (see `strategy.by_task`) share nothing with each other."""
@@ -111,7 +111,7 @@ class SharedLora(FleetStrategy):
         return found
 
     def group_after(self, seed: int, round: int, shared: Arrays, sums: Arrays) -> dict[str, np.ndarray]:
-        """`aggregate` for one group."""
+        """Returns `aggregate` for one group."""
         plain = {name.removeprefix(SUM): array for name, array in sums.items()}
         return self.combined(shared, plain) if plain.get(WEIGHT, 0) > 0 else dict(shared)
 
@@ -125,7 +125,7 @@ class Averaging(SharedLora):
 
     @abstractmethod
     def averages(self, trained: Mapping[str, Factors], site: Site) -> dict[str, np.ndarray]:
-        """The arrays of a device that travel."""
+        """Returns the arrays of a device that travel."""
 
     def upload(self, shared: Arrays, trained: Mapping[str, Factors], site: Site) -> dict[str, np.ndarray]:
         if self.stock is None:
@@ -157,7 +157,7 @@ class Averaging(SharedLora):
 
 
 def in_group(arrays: Arrays, group: str) -> dict[str, np.ndarray]:
-    """The arrays of a group, without its name."""
+    """Returns the arrays of a group, without its name."""
     begin = f"{group}/"
     return {name.removeprefix(begin): array for name, array in arrays.items() if name.startswith(begin)}
 
@@ -189,7 +189,9 @@ def mean_product(sums: Arrays, block: str) -> dict[str, tuple[np.ndarray, np.nda
 
 
 def compacted(arrays: Arrays) -> dict[str, np.ndarray]:
-    """Partial results with stacks of at most as many ranks as a product needs: so a host's message stays bounded."""
+    """Returns partial results with stacks of at most as many ranks as a product needs: so a host's message stays
+    bounded.
+    """
     found = dict(arrays)
     for name in arrays:
         if f"{STACK}" in name and "/A/" in name:
@@ -212,5 +214,5 @@ def same_shape(mine: Factors, theirs: Factors) -> None:
 
 
 def total(blocks: Sequence[Block]) -> Factors:
-    """The blocks as one adapter."""
+    """Returns the blocks as one adapter."""
     return beside([block.factors for block in blocks])

@@ -67,7 +67,7 @@ class Stock:
     def after(
         self, seed: int, round: int, shared: Mapping[str, np.ndarray], sums: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """What is shared after a round, of the arrays of each device."""
+        """Returns what is shared after a round, of the arrays of each device."""
         devices: dict[int, dict[str, np.ndarray]] = {}
         for name, array in sums.items():
             if name.startswith(DEVICE):

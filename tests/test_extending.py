@@ -22,7 +22,7 @@ from untether.plugins import Section, apart, register
 from untether.server.background import start_background
 from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment
-from untether.sim.experiment.plugins import fingerprints, load
+from untether.sim.experiment.plugins import fingerprints, load_plugins
 from untether.sim.launch.runtime import check, prepare, reopen
 from untether.sim.population.source import device_id, open_population
 from untether.sim.rounds.messages import Reply
@@ -250,10 +250,10 @@ def test_modules_and_files_are_imported_once(tmp_path, monkeypatch):
     (tmp_path / "module_of_mine.py").write_text(GOOD)
     (tmp_path / "mine.py").write_text(GOOD.replace("mine", "its"))
     names = ["module_of_mine", str(tmp_path / "mine.py")]
-    assert load(names) == load([*names, *names])[:2] == tuple(names)
+    assert load_plugins(names) == load_plugins([*names, *names])[:2] == tuple(names)
     assert set(fingerprints(names)) == set(names)
     with pytest.raises(UserError, match="`no.such.module`: no such module"):
-        load(["no.such.module"])
+        load_plugins(["no.such.module"])
 
 
 def test_a_run_goes_on_with_the_plug_ins_that_it_began_with(tmp_path):

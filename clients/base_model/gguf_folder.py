@@ -49,7 +49,7 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def folder_of(gguf: Path, folder: Path | None = None) -> Path:
-    """The Hugging Face folder of a GGUF file: `folder`, or one named after its content in the user's cache.
+    """Returns the Hugging Face folder of a GGUF file: `folder`, or one named after its content in the user's cache.
 
     It is made unless it is there. Raises UserError, naming the file, for what is no GGUF file of a decoder that can be
     converted; ResumableStop where the disk is full.

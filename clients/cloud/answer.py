@@ -53,7 +53,7 @@ class CloudAnswer:
 
 
 def read_answer(body: bytes) -> CloudAnswer:
-    """The parts of a chat completion that matter; a stream of events is put together first.
+    """Returns the parts of a chat completion that matter; a stream of events is put together first.
 
     Raises:
         NotAnAnswer: It is no completion.
@@ -199,7 +199,7 @@ _MARK = re.compile(r"<\|(?:end|return|call|start)\|>")
 
 
 def split_thought(answer: CloudAnswer) -> CloudAnswer:
-    """The answer without the reasoning that stands before it, where an endpoint leaves that in the content.
+    """Returns the answer without the reasoning that stands before it, where an endpoint leaves that in the content.
 
     Only what opens the content is taken for reasoning: the same word within an answer is a word.
     """
@@ -232,7 +232,9 @@ _LABEL = re.compile(r"\A(?:output|answer)\s*:\s*", re.IGNORECASE)
 
 
 def unwrapped(text: str) -> str:
-    """The answer to a question without what models put around it: a fence, `{"output": ...}`, `Output:`, quotes."""
+    """Returns the answer to a question without what models put around it: a fence, `{"output": ...}`, `Output:`,
+    quotes.
+    """
     text = text.strip()
     if fenced := _FENCE.match(text):
         text = fenced[1].strip()

@@ -33,7 +33,7 @@ def _value(text: str | None) -> dict[str, Any] | None:
 
 
 def cache_key(**content: Any) -> str:
-    """sha256 over the canonical JSON of `content`."""
+    """Returns sha256 over the canonical JSON of `content`."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -103,7 +103,7 @@ class AnswerCache:
         database.commit()
 
     def several(self, keys: Sequence[str]) -> list[dict[str, Any] | None]:
-        """The values of the keys, None for those that are not there."""
+        """Returns the values of the keys, None for those that are not there."""
         marks = ",".join("?" * len(keys))
         query = f"SELECT key, value FROM answers WHERE key IN ({marks})"
         try:
@@ -115,7 +115,7 @@ class AnswerCache:
         return [_value(found.get(key)) for key in keys]
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
-        """Keep a value; the first one kept under a key stays. Raises ResumableStop where the disk does not take it."""
+        """Keeps a value; the first one kept under a key stays. Raises ResumableStop where the disk does not take it."""
         try:
             with self._database:
                 self._database.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, json.dumps(value)))
@@ -123,17 +123,17 @@ class AnswerCache:
             raise ResumableStop(f"cannot write the cloud cache {self.path}: {error}. Free some space") from error
 
     def replace(self, key: str, value: Mapping[str, Any]) -> None:
-        """Keep a value in the place of what was kept under this key."""
+        """Keeps a value in the place of what was kept under this key."""
         with self._database:
             self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(value)))
 
     def values(self) -> list[dict[str, Any]]:
-        """All that is kept, in the order of the keys."""
+        """Returns all that is kept, in the order of the keys."""
         return [json.loads(row[0]) for row in self._database.execute("SELECT value FROM answers ORDER BY key")]
 
     def __len__(self) -> int:
         return self._database.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._database.close()

@@ -37,7 +37,7 @@ from untether.sim.prompts.protocol import ParsedSamples, estimate_tokens, parse_
 
 MAX_BACKOFF_S = 30.0
 
-Progress = Callable[[CloudReply], None]
+OnReply = Callable[[CloudReply], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,10 @@ class CloudClient:
     async def ask(
         self,
         requests: Sequence[CloudRequest],
-        on_done: Progress | None = None,
+        on_done: OnReply | None = None,
         stop: threading.Event | None = None,
     ) -> list[CloudReply]:
-        """Ask for all, at most `concurrency` at once, begun in the order given; the replies come in that order.
+        """Asks for all, at most `concurrency` at once, begun in the order given; the replies come in that order.
 
         `on_done` is called with each reply as it arrives. Setting `stop` ends it with ResumableStop. Raises UserError
         where the endpoint refuses the key, the model or the request, ResumableStop as the class says; answers that
@@ -142,10 +142,10 @@ class CloudClient:
     def ask_sync(
         self,
         requests: Sequence[CloudRequest],
-        on_done: Progress | None = None,
+        on_done: OnReply | None = None,
         stop: threading.Event | None = None,
     ) -> list[CloudReply]:
-        """`ask` for callers without an event loop of their own."""
+        """Runs `ask` for callers without an event loop of their own."""
         if not requests:
             return []
         with asyncio.Runner(loop_factory=loop_factory()) as runner:

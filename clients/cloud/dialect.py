@@ -27,7 +27,7 @@ _FINDS = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _SPELLIN
 
 
 def named_change(text: str, parameter: str, parameters: Mapping[str, Any]) -> str:
-    """The change that an error's words ask for, empty where they name nothing that can be changed.
+    """Returns the change that an error's words ask for, empty where they name nothing that can be changed.
 
     Args:
         text: The endpoint's words.
@@ -75,7 +75,8 @@ class Dialect:
         return [*self.changes, *([f"max_tokens={self.most_tokens}"] if self.most_tokens else [])]
 
     def learn(self, change: str, parameters: Mapping[str, Any], text: str = "") -> None:
-        """Heed a change from now on. `text` are the endpoint's words, which may tell the most tokens that it writes."""
+        """Heeds a change from now on. `text` are the endpoint's words, which may tell the most tokens that it writes.
+        """
         if change == "max_tokens":
             asked = parameters.get("max_tokens", parameters.get("max_completion_tokens", 0))
             fewer = [int(n) for n in re.findall(r"(?<![\d.])\d{2,7}(?![\d.])", text) if 16 <= int(n) < asked]
@@ -88,11 +89,11 @@ class Dialect:
         self.changes[change] = None
 
     def candidates(self, parameters: Mapping[str, Any]) -> list[str]:
-        """What the request still has that could be left out."""
+        """Returns what the request still has that could be left out."""
         return [name for name in OPTIONAL if _has(name, parameters) and name != "max_tokens"]
 
     def spoken(self, parameters: Mapping[str, Any], also: Iterable[str] = ()) -> dict[str, Any]:
-        """The parameters as this endpoint takes them, with further changes on trial."""
+        """Returns the parameters as this endpoint takes them, with further changes on trial."""
         changes = {*self.changes, *also}
         written = {name: value for name, value in parameters.items() if name not in changes}
         most = parameters["max_tokens"] if self.most_tokens is None else min(self.most_tokens, parameters["max_tokens"])
@@ -107,7 +108,7 @@ class Dialect:
 
 
 def without_system(messages: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The messages with system text at the end of the last user's turn: what it asks for is then said last."""
+    """Returns the messages with system text at the end of the last user's turn: what it asks for is then said last."""
     turns = [dict(message) for message in messages]
     told = [turn["content"] for turn in turns if turn["role"] == "system"]
     turns = [turn for turn in turns if turn["role"] != "system"]

@@ -43,7 +43,9 @@ class Fault:
 
 
 def classify(error: Exception, parameters: Mapping[str, Any]) -> Fault:
-    """The fault behind an exception of the openai client or of `read_answer`; `parameters` are those of the request."""
+    """Returns the fault behind an exception of the openai client or of `read_answer`; `parameters` are those of the
+    request.
+    """
     if isinstance(error, TimeoutError | openai.APITimeoutError):
         return Fault("timeout", "no answer within cloud.timeout_s")
     if isinstance(error, openai.APIConnectionError):
@@ -117,7 +119,7 @@ _TOO_LONG = re.compile(r"context|too (?:long|large|many tokens)|exceeds? the (?:
 
 
 def is_too_long(detail: str) -> bool:
-    """Whether an endpoint's words say that the request does not fit its context."""
+    """Returns whether an endpoint's words say that the request does not fit its context."""
     return _TOO_LONG.search(detail) is not None
 
 
@@ -135,7 +137,9 @@ _ECHO = frozenset(("input", "inputs", "messages", "prompt", "body", "request", "
 
 
 def words(content: Any, parameters: Mapping[str, Any]) -> str:
-    """What an error's body says, whatever its shape, in one line; nothing of what the request said to the model."""
+    """Returns what an error's body says, whatever its shape, in one line; nothing of what the request said to the
+    model.
+    """
     sent = " ".join(str(message.get("content", "")) for message in parameters.get("messages", ()))
     found: dict[str, None] = {}
     for leaf in _leaves(content, 0):
@@ -235,7 +239,9 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 
 def wait_in_words(text: str) -> float | None:
-    """The longest wait that an error's words ask for ("try again in 20.5s", Google's `retryDelay`), None without."""
+    """Returns the longest wait that an error's words ask for ("try again in 20.5s", Google's `retryDelay`), None
+    without.
+    """
     waits = [float(number) * _UNITS[_unit(unit)] for number, unit in _WAIT.findall(text)]
     return max(waits, default=None)
 

@@ -43,7 +43,7 @@ class Journal:
             raise ResumableStop(cannot_write(self.path, error)) from error
 
     def lines(self) -> list[dict[str, Any]]:
-        """What was noted; a line that a dying machine left half is left out."""
+        """Returns what was noted; a line that a dying machine left half is left out."""
         found = []
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:

@@ -20,7 +20,7 @@ _HANDLE = re.compile(r"(?<![\w@/.])@\w{2,30}")
 
 
 def shown_items(items: Sequence[Interaction], privacy: Privacy, seed: int, device_id: str) -> list[Interaction]:
-    """The items of one task that may be shown, in their order, without the fields that never are.
+    """Returns the items of one task that may be shown, in their order, without the fields that never are.
 
     Raises UserError where the file of tagged items cannot be read.
     """
@@ -39,7 +39,7 @@ def shown_items(items: Sequence[Interaction], privacy: Privacy, seed: int, devic
 
 
 def masking(privacy: Privacy) -> Mask:
-    """What masks a text: the longest things first, so that an address is no handle."""
+    """Returns what masks a text: the longest things first, so that an address is no handle."""
     kinds = privacy.redact
     names = _names(privacy.names) if "name" in kinds else None
 

@@ -11,7 +11,7 @@ from untether.sim.experiment.models.recording import Recording
 
 
 def record(cache: Path, licence: str, note: str = "") -> Recording:
-    """All answers of an answer cache as a recording.
+    """Returns all answers of an answer cache as a recording.
 
     Raises UserError where there is no such cache, or nothing of one model in it.
     """

@@ -113,5 +113,5 @@ class CloudReply:
         return next((a.fingerprint for a in reversed(self.attempts) if a.answered), "")
 
     def total(self, name: str) -> Any:
-        """The sum over all attempts of a numeric field of Attempt (None counts 0)."""
+        """Returns the sum over all attempts of a numeric field of Attempt (None counts 0)."""
         return sum(getattr(attempt, name) or 0 for attempt in self.attempts)

@@ -25,7 +25,7 @@ _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 def http_client(url: str, max_tokens: int) -> httpx2.AsyncClient:
-    """A client for `openai.AsyncOpenAI` that reads at most so many bytes of a body and follows no redirect.
+    """Returns a client for `openai.AsyncOpenAI` that reads at most so many bytes of a body and follows no redirect.
 
     Raises UserError where the environment's proxy or certificates cannot be used.
     """
@@ -101,7 +101,7 @@ def _set(names: tuple[str, ...]) -> str:
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, where there is one."""
+    """Returns uvloop's, where there is one."""
     try:
         import uvloop
     except ImportError:  # not on every platform

@@ -108,7 +108,7 @@ def answer(
 
 
 def questions_due(experiment: Experiment, order: Learn, devices: Sequence[Device]) -> int:
-    """How many answers the base model is to write for these devices."""
+    """Returns how many answers the base model is to write for these devices."""
     arms = [arm for arm in records(experiment.arms) if arm.answers not in ("cloud", "majority")]
     return sum(
         arm.answers_kind(get_task(query.task).kind)

@@ -164,7 +164,8 @@ def _shown(
 def asking_again(
     experiment: Experiment, order: Order, device: Device, samples: Sequence[Sample]
 ) -> list[tuple[CloudRequest, Sample]]:
-    """The requests of the filter `self_consistency`: each sample's input as a query, with the history in the prompt.
+    """Returns the requests of the filter `self_consistency`: each sample's input as a query, with the history in the
+    prompt.
 
     They show what the sample's own request has shown, to the same cloud.
     """
@@ -184,7 +185,7 @@ def asking_again(
 
 
 def with_checks(reply: CloudReply, checks: Sequence[CloudReply]) -> CloudReply:
-    """A reply whose last attempt bears what asking again about its samples took, too: bytes, tokens, time."""
+    """Returns a reply whose last attempt bears what asking again about its samples took, too: bytes, tokens, time."""
     if not checks or not reply.attempts:
         return reply
     *before, last = reply.attempts

@@ -325,8 +325,8 @@ def _plain_lora(config: dict[str, object], file: Path) -> None:
 
 
 def attention_hint(model: torch.nn.Module) -> str:
-    """The remedy for a model of which some layers cannot be adapted, such as the router of a mixture of experts: the
-    names of those in its attention that can.
+    """Returns the remedy for a model of which some layers cannot be adapted, such as the router of a mixture of
+    experts: the names of those in its attention that can.
     """
     names = {
         name.rpartition(".")[2]: None for name, module in model.named_modules()

@@ -65,7 +65,7 @@ class FrozenBase:
         cls, name_or_path: str, dtype: str = "auto", device: str = "auto", attention: str | None = None,
         template_args: Mapping[str, Any] | None = None,
     ) -> FrozenBase:  # fmt: skip
-        """Load a model by folder or hub name.
+        """Loads a model by folder or hub name.
 
         dtype: `float32`, `bfloat16`, `float64`, or `auto`: float32 on a CPU, bfloat16 on a GPU that has it.
         device: `auto` takes the GPU if there is one. attention: Hugging Face's `attn_implementation`.

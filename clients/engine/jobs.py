@@ -67,7 +67,7 @@ class TrainJob:
 
 
 def tokens_a_step(jobs: Sequence[TrainJob]) -> float:
-    """How many tokens of examples an optimizer step of these jobs reads, on average over their steps."""
+    """Returns how many tokens of examples an optimizer step of these jobs reads, on average over their steps."""
     tokens, steps = 0.0, 0
     for job in jobs:
         if job.examples:

@@ -37,8 +37,8 @@ class Adversarial:
 
 
 def out_of_fold(real: np.ndarray, made: np.ndarray, folds: int) -> np.ndarray:
-    """For each of `made` `[samples, dim]`, the share of the held-out `real` `[real, dim]` that look no more real,
-    `[samples]`. Row i of either is in part i mod `folds`, and judged by a classifier of the other parts.
+    """Returns for each of `made` `[samples, dim]`, the share of the held-out `real` `[real, dim]` that look no more
+    real, `[samples]`. Row i of either is in part i mod `folds`, and judged by a classifier of the other parts.
     """
     from sklearn.linear_model import LogisticRegression  # late: it takes a second to import
 

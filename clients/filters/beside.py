@@ -29,7 +29,7 @@ class Beside:
 
 
 def decided(reviews: ReviewFile, user: User) -> Review:
-    """The decisions of `untether review` on a user's samples."""
+    """Returns the decisions of `untether review` on a user's samples."""
 
     def review(sample: Sample) -> bool | None:
         said = reviews.decision(Reviewed(user.user_id, sample.task, sample.input, sample.output))
@@ -39,8 +39,8 @@ def decided(reviews: ReviewFile, user: User) -> Review:
 
 
 def simulated(world: World, user: User, round: int, error_rate: float, seed: int) -> Review:
-    """The world's user at the review: accepts what they would have answered themself, of a text that is not a copy of
-    one of theirs; wrong in a share `error_rate` of the samples, drawn by text.
+    """Returns the world's user at the review: accepts what they would have answered themself, of a text that is not a
+    copy of one of theirs; wrong in a share `error_rate` of the samples, drawn by text.
     """
     own = {item.input for item in user.history}
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from untether.clients.filters.beside import Beside
-from untether.sim.core.records import Interaction, Sample
-
-Reads = Literal["input", "output", "pair"]
+from untether.sim.core.records import Interaction, Reads, Sample
 
 
 def text_of(item: Interaction | Sample, reads: Reads) -> str:

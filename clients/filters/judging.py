@@ -8,10 +8,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from untether.clients.filters.beside import Beside
-from untether.clients.filters.case import Case, Filter, Reads, text_of
+from untether.clients.filters.case import Case, Filter, text_of
 from untether.sim.core.errors import UserError
 from untether.sim.core.kinds import FILTERS
-from untether.sim.core.records import Interaction, JudgedSample, Sample
+from untether.sim.core.records import Interaction, JudgedSample, Reads, Sample
 
 Key = TypeVar("Key", bound=Hashable)
 LeakCheck = Callable[[Sample], bool]

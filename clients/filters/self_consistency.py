@@ -31,7 +31,7 @@ class SelfConsistency:
 
 
 def agreement(task: str, output: str, again: str) -> float:
-    """How far two outputs agree, 0 to 1, by the task's primary metric."""
+    """Returns how far two outputs agree, 0 to 1, by the task's primary metric."""
     metric = get_task(task).primary
     score = float(METRICS.get(metric)(again, output))
     return score if higher_is_better(metric) else max(0.0, 1.0 - score / STARS)

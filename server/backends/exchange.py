@@ -20,7 +20,7 @@ TRIES = 3
 
 
 def nodes(grid: Grid, at_least: int, deadline_s: float, stop: threading.Event) -> list[int]:
-    """The node ids, once at least so many are there and no more arrive: nodes register while the server starts.
+    """Returns the node ids, once at least so many are there and no more arrive: nodes register while the server starts.
 
     Raises ResumableStop when `stop` is set or the deadline passes.
     """

@@ -56,7 +56,9 @@ class FlowerBackend:
         strategy.hosts = {int(m.content["host"]["partition"]): m.metadata.src_node_id for m in hosts}
 
     def send(self, order: Order, progress: Callable[[Work], None]) -> list[Reply]:
-        """See `sim.rounds.loop.Backend`. A host that fails in training together is a straggler with all its devices."""
+        """Sends as `sim.rounds.loop.Backend` says. A host that fails in training together is a straggler with all its
+        devices.
+        """
         messages = self._messages(order)
         for message in messages:
             message.content["run"] = self._told

@@ -31,7 +31,7 @@ def llama_cpp(
     model: str, context: int = 0, slots: int = 0, threads: int = 0,
     template_args: Mapping[str, Any] | str | None = None,
 ) -> Generator:  # fmt: skip
-    """A quantised model (GGUF) behind llama.cpp's server."""
+    """Yields a quantised model (GGUF) behind llama.cpp's server."""
     from untether.server.generator.llama_cpp import LlamaCppGenerator
 
     given = _template_args(template_args)
@@ -39,7 +39,7 @@ def llama_cpp(
 
 
 def recorded(path: str, otherwise: str = "", options: Mapping[str, Any] | None = None) -> Generator:
-    """A file of recorded answers; `otherwise` names the generator, made of `options`, of what is not in it."""
+    """Yields a file of recorded answers; `otherwise` names the generator, made of `options`, of what is not in it."""
     from untether.server.generator.recorded import RecordedGenerator
 
     return RecordedGenerator(path, create(otherwise, options) if otherwise else None)

@@ -49,7 +49,9 @@ class ServerDied(RuntimeError):
 
 
 def model_file(model: str) -> Path:
-    """The GGUF file of `cloud.model`: a fetched model of the catalogue, or a path. Raises UserError, saying the fix."""
+    """Returns the GGUF file of `cloud.model`: a fetched model of the catalogue, or a path. Raises UserError, saying the
+    fix.
+    """
     if found := catalogue().get(model):
         if not found.gguf.exists():
             raise UserError(
@@ -117,7 +119,7 @@ class LlamaCppGenerator:
         return self._process.pid
 
     def limit_s(self, max_tokens: int, waiting: int) -> float:
-        """How long a request may take, by the measured speed, where so many wait for the slots at once."""
+        """Returns how long a request may take, by the measured speed, where so many wait for the slots at once."""
         reading, writing = self.speed
         answer = min(max_tokens, self.context // 2)
         one_s = (self.context - answer) / reading + answer / writing

@@ -37,7 +37,7 @@ class RecordedGenerator:
         getattr(self._other, "close", lambda: None)()
 
     def limit_s(self, max_tokens: int, waiting: int) -> float:
-        """That of whoever answers what is missing."""
+        """Returns that of whoever answers what is missing."""
         limit = getattr(self._other, "limit_s", None)
         return limit(max_tokens, waiting) if limit else 0.0
 

@@ -8,7 +8,10 @@ input-output pair that a cloud wrote for a user.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Reads = Literal["input", "output", "pair"]
+"""What of an interaction or sample a filter reads."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ class Registry(Generic[T]):
         return self._added[name] if name in self._added else self._first[name]
 
     def built_in(self) -> list[str]:
-        """The names that no plug-in brought."""
+        """Returns the names that no plug-in brought."""
         return list(self._first)
 
     def __contains__(self, name: object) -> bool:

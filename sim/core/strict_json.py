@@ -16,7 +16,7 @@ _NO_NUMBER = re.compile(r"(?<=[\[:,\s])-?(?:NaN|Infinity)\b")
 
 
 def loads(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
-    """The value of a JSON text.
+    """Returns the value of a JSON text.
 
     Args:
         text: In UTF-8 where it is bytes; a byte order mark is skipped.

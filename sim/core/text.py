@@ -10,20 +10,20 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def valid(text: str) -> str:
-    """`text` as valid Unicode: surrogate pairs joined, lone surrogates, which UTF-8 cannot carry, replaced."""
+    """Returns `text` as valid Unicode: surrogate pairs joined, lone surrogates, which UTF-8 cannot carry, replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def plain(text: str) -> str:
-    """`text` as valid Unicode without control characters but line breaks and tabs: what a model may have written that
-    is no text.
+    """Returns `text` as valid Unicode without control characters but line breaks and tabs: what a model may have
+    written that is no text.
     """
     return _CONTROL.sub("", valid(text))
 
 
 def shown(text: str, limit: int | None = None) -> str:
-    """`text` as a line of a terminal or a table may show it: white space made single, control characters visible as
-    escapes, at most `limit` characters.
+    """Returns `text` as a line of a terminal or a table may show it: white space made single, control characters
+    visible as escapes, at most `limit` characters.
     """
     line = " ".join(_UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", valid(_breaks(text))).split())
     return line if limit is None or len(line) <= limit else line[:limit] + "..."

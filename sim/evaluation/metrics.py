@@ -22,12 +22,15 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 from untether.sim.core.kinds import METRICS
 from untether.sim.population.tasks import get_task, higher_is_better, of_answers
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 __all__ = ["corpus_score", "f1_counts", "higher_is_better", "macro_f1", "rating_error", "score"]
 
@@ -135,7 +138,8 @@ def _rouge(prediction: str, gold: str) -> tuple[float, float]:
 
 
 def mostly_unseen(text: str) -> bool:
-    """Whether most of a text's letters and digits are none that the official ROUGE reads: it knows ASCII alone."""
+    """Returns whether most of a text's letters and digits are none that the official ROUGE reads: it knows ASCII alone.
+    """
     own = [character for character in text if character.isalnum()]
     return sum(character.isascii() for character in own) * 2 < len(own)
 
@@ -158,9 +162,16 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]|[^\W
 
 @lru_cache(maxsize=1)
 def _unicode_scorer() -> RougeScorer:
-    return RougeScorer(["rouge1", "rougeL"], tokenizer=_Words())
+    return _scorer_class()(["rouge1", "rougeL"], tokenizer=_Words())
 
 
 @lru_cache(maxsize=1)
 def _scorer() -> RougeScorer:
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    return _scorer_class()(["rouge1", "rougeL"], use_stemmer=False)
+
+
+def _scorer_class() -> type[RougeScorer]:
+    """Imported at the first score: rouge-score imports all of nltk, which imports scikit-learn, for seconds."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer

@@ -35,19 +35,19 @@ from untether.sim.population.tasks import Task, get_task, higher_is_better, unit
 
 _TIE = 1e-12
 
-Row = dict[str, object]
-Contrast = tuple[str, str]
+TableRow = dict[str, object]
+ArmPair = tuple[str, str]
 
 
 def summarize(
     predictions: pd.DataFrame,
     events: pd.DataFrame | None = None,
-    contrasts: Sequence[Contrast] | None = None,
+    contrasts: Sequence[ArmPair] | None = None,
     margin: float = 0.02,
     margin_stars: float = 0.1,
     seed: int = 0,
     resamples: int = 10_000,
-) -> list[Row]:
+) -> list[TableRow]:
     """Returns the rows of `summary.json`.
 
     For each task, arm and metric there is a row with `reference` None: `mean` over users (macro-F1 and RMSE: over all
@@ -69,7 +69,7 @@ def summarize(
         seed: Of permutations and resamples.
         resamples: Their number.
     """
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     costs = training_costs(events, predictions)
     predictions = clustered(predictions)
     for name in sorted(predictions["task"].unique()):
@@ -96,7 +96,7 @@ def clustered(predictions: pd.DataFrame) -> pd.DataFrame:
     return predictions.assign(cluster=named.where(named.notna(), predictions["user_id"]))
 
 
-def default_contrasts(arms: Sequence[str]) -> list[Contrast]:
+def default_contrasts(arms: Sequence[str]) -> list[ArmPair]:
     """Returns the design's contrasts and every other arm against `frozen`, as far as the arms are present."""
     pairs = dict.fromkeys([*CONTRASTS, *((arm, FLOOR) for arm in arms if arm != FLOOR)])
     return [(arm, reference) for arm, reference in pairs if arm in arms and reference in arms]
@@ -159,12 +159,12 @@ class _Comparison:
         came = frame["outcome"] == "ok" if "outcome" in frame else pd.Series(True, frame.index)
         self._silent = {arm for arm, rows in self._rows.items() if not came.iloc[rows].any()}
 
-    def arm_rows(self, arm: str) -> list[Row]:
+    def arm_rows(self, arm: str) -> list[TableRow]:
         """The arm's own rows, one a metric."""
         answers = self._rows[arm]
         return [self._row(arm, metric, None, answers, self._sums(metric, answers)) for metric in self.task.metrics]
 
-    def contrast_rows(self, arm: str, reference: str, margin: float) -> list[Row]:
+    def contrast_rows(self, arm: str, reference: str, margin: float) -> list[TableRow]:
         """The comparison's rows, one a metric, over the queries that both arms answered."""
         answers, others = self._rows[arm], self._rows[reference]
         shared = np.intersect1d(self._asked[answers], self._asked[others])
@@ -193,7 +193,7 @@ class _Comparison:
             rows.append(row)
         return rows
 
-    def _row(self, arm: str, metric: str, reference: str | None, answers: np.ndarray, own: _Sums) -> Row:
+    def _row(self, arm: str, metric: str, reference: str | None, answers: np.ndarray, own: _Sums) -> TableRow:
         low, high = None, None
         if len(own.per_cluster) > 1:
             low, high = jackknife_interval(own.value, own.without, SHARE if higher_is_better(metric) else AMOUNT)
@@ -297,11 +297,11 @@ def _split(totals: np.ndarray, sums: list[_Sums]) -> list[np.ndarray]:
     return np.split(totals, np.cumsum([one.per_cluster.shape[1] for one in sums])[:-1], axis=1)
 
 
-def _is_primary(row: Row) -> bool:
+def _is_primary(row: TableRow) -> bool:
     return (row["arm"], row["reference"]) in PRIMARY and row["metric"] == get_task(str(row["task"])).primary
 
 
-def _not_worse(row: Row, margin: float) -> bool | None:
+def _not_worse(row: TableRow, margin: float) -> bool | None:
     if row["diff_ci_low"] is None:
         return None
     better = row["diff_ci_low"] if higher_is_better(str(row["metric"])) else -row["diff_ci_high"]

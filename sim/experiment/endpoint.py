@@ -14,7 +14,7 @@ _SECRET = ("key", "token", "secret", "password", "signature", "sig", "auth")
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL's host is this machine, by name or by address."""
+    """Returns whether a URL's host is this machine, by name or by address."""
     host = urlsplit(url).hostname or ""
     return host in _LOOPBACK or host.startswith("127.") and host.replace(".", "").isdigit()
 
@@ -37,8 +37,9 @@ def check_address(url: str, variable: str, key: str) -> None:
 
 
 def check_key_name(name: str) -> str:
-    """A variable that may hold an endpoint's key. Raises ValueError for any other: an experiment's file comes from
-    elsewhere at times, and must not choose which of this machine's secrets is sent to the address that it also chooses.
+    """Returns a variable that may hold an endpoint's key. Raises ValueError for any other: an experiment's file comes
+    from elsewhere at times, and must not choose which of this machine's secrets is sent to the address that it also
+    chooses.
     """
     if name and not _KEY_NAME.fullmatch(name):
         raise ValueError(
@@ -49,7 +50,9 @@ def check_key_name(name: str) -> str:
 
 
 def check_url(url: str) -> str:
-    """An address without a secret in it. Raises ValueError, which does not repeat the secret, for one that has any."""
+    """Returns an address without a secret in it. Raises ValueError, which does not repeat the secret, for one that has
+    any.
+    """
     if found := secret_in(url):
         raise ValueError(
             f"{found} stands in the address {without_credentials(url)}, and addresses are written down. Leave it out, "
@@ -59,7 +62,7 @@ def check_url(url: str) -> str:
 
 
 def without_credentials(url: str) -> str:
-    """A URL as it may be shown: no user, no password, no query."""
+    """Returns a URL as it may be shown: no user, no password, no query."""
     try:
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]
@@ -69,7 +72,7 @@ def without_credentials(url: str) -> str:
 
 
 def secret_in(url: str) -> str:
-    """What in a URL is a credential: a user or password, or a query field such as `api_key`; empty for none."""
+    """Returns what in a URL is a credential: a user or password, or a query field such as `api_key`; empty for none."""
     try:
         parts = urlsplit(url)
     except ValueError:

@@ -24,7 +24,7 @@ from untether.sim.core.kinds import NAMED
 from untether.sim.core.text import shown, valid
 from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, check_arms
 from untether.sim.experiment.models.catalogue import EMBEDDED, training_of
-from untether.sim.experiment.plugins import load, located, resolved
+from untether.sim.experiment.plugins import load_plugins, located, resolved
 from untether.sim.experiment.privacy import Privacy
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.sections import (
@@ -80,7 +80,7 @@ class Experiment(Section):
     @classmethod
     def _plugins_loaded(cls, plugins: tuple[str, ...]) -> tuple[str, ...]:
         with _refusing():
-            return load(plugins)
+            return load_plugins(plugins)
 
     @field_validator("arms")
     @classmethod

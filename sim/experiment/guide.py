@@ -78,25 +78,27 @@ class Explained:
 
 
 def names() -> list[str]:
-    """Every field's dotted name."""
+    """Returns every field's dotted name."""
     return [name for name, _, _ in fields()]
 
 
 def sections() -> list[str]:
-    """Every section's dotted name."""
+    """Returns every section's dotted name."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names() if "." in name))
 
 
 def in_section(section: str) -> list[tuple[str, str, str]]:
-    """(name, default, meaning) of a section's fields and those of its own sections. Raises UserError for no section."""
+    """Returns (name, default, meaning) of a section's fields and those of its own sections. Raises UserError for no
+    section.
+    """
     if section not in sections():
         raise UserError(f"experiment show: {unknown('section', section, sections())}")
     return [(name, shown(value), meaning) for name, value, meaning in fields() if name.startswith(f"{section}.")]
 
 
 def explain(name: str, places: bool = True) -> Explained:
-    """What there is to say of a field; without `places`, not where it is used, which takes a look at the source. Raises
-    UserError, with the nearest name, where there is no such field.
+    """Returns what there is to say of a field; without `places`, not where it is used, which takes a look at the
+    source. Raises UserError, with the nearest name, where there is no such field.
     """
     found = {field: (default, meaning) for field, default, meaning in fields()}
     if name not in found:
@@ -113,7 +115,7 @@ def explain(name: str, places: bool = True) -> Explained:
 
 
 def shown(value: Any) -> str:
-    """A value as TOML writes it."""
+    """Returns a value as TOML writes it."""
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, (list, tuple)):
@@ -124,7 +126,7 @@ def shown(value: Any) -> str:
 
 
 def known_names(field: str) -> list[str]:
-    """What a field that names things can name, plug-ins left out; empty for other fields."""
+    """Returns what a field that names things can name, plug-ins left out; empty for other fields."""
     for registry in NAMED:
         if registry.field == field:
             return [*registry.beside, *registry.built_in()]

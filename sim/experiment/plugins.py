@@ -60,7 +60,7 @@ def register(kind: str, name: str, thing: Any = None, *, settings: type[Section]
     return keep if thing is None else keep(thing)
 
 
-def load(plugins: Iterable[str], where: str = "") -> tuple[str, ...]:
+def load_plugins(plugins: Iterable[str], where: str = "") -> tuple[str, ...]:
     """Imports plug-ins that this process has not imported yet, including installed ones.
 
     Args:
@@ -122,7 +122,7 @@ def resolved(named: Iterable[str], given: Mapping[str, Mapping[str, Any]]) -> di
 
 def fingerprints(plugins: Iterable[str]) -> dict[str, str]:
     """Returns the SHA-256 of the file of each plug-in, including installed ones, as this process imported it."""
-    load(plugins)
+    load_plugins(plugins)
     files = {name: getattr(sys.modules.get(module), "__file__", None) for name, module in _LOADED.items() if module}
     installed = {point.module for point in importlib.metadata.entry_points(group=GROUP)}
     names = {*plugins, *installed}

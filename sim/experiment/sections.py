@@ -14,11 +14,10 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from untether.sim.core.errors import unknown
 from untether.sim.core.kinds import METRICS
 from untether.sim.core.learning import ALL_LINEAR, LoraSpec, RateSchedule, TrainSettings
+from untether.sim.core.records import Reads
 from untether.sim.experiment.endpoint import check_key_name, check_url
 from untether.sim.experiment.section import Section
 from untether.sim.experiment.virtual_sections import CloudCapacity
-
-Reads = Literal["input", "output", "pair"]
 
 NOW, SYSTEM = "strftime_now", "system_prompt"
 """Template arguments with a meaning of their own: the day that `strftime_now` tells, and the text of a system turn."""

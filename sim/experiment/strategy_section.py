@@ -63,7 +63,7 @@ class Strategy(Section):
 
 
 def check_sharing(strategy: Strategy, arms: Collection[str], begun: Mapping[str, str]) -> None:
-    """What is shared is used, what is used is shared, and ranks and aggregation are as the strategy can have them.
+    """Checks that what is shared is used, that what is used is shared, and that ranks and aggregation fit the strategy.
 
     Args:
         strategy: The section.

@@ -21,7 +21,7 @@ __all__ = ["Results", "arms_table", "make_console"]
 
 
 def arms_table(summary: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Summary) -> Results:
-    """What a run found, as a rich renderable: arms by task on the primary metric, then the contrasts.
+    """Returns what a run found, as a rich renderable: arms by task on the primary metric, then the contrasts.
 
     `summary` is the content of summary.json, or its rows.
     """

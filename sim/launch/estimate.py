@@ -61,7 +61,7 @@ class Estimate:
         return sum(self.work.get(step, 0.0) * (self.seeds if step[0] == "share" else self.rounds) for step in steps)
 
     def lines(self) -> list[tuple[str, str]]:
-        """What a person is told: (what, how much)."""
+        """Returns what a person is told: (what, how much)."""
         read, written = self.cloud_tokens
         price = f", price {self.price:.2f}" if self.price else ""
         by = "as measured on this machine" if self.measured else "by the speed of another machine"
@@ -77,7 +77,7 @@ class Estimate:
         ]  # fmt: skip
 
     def sentence(self) -> str:
-        """The same in a line."""
+        """Returns the same in a line."""
         return (
             f"expected: {_round(self.total(STEPS[0]))} requests to the cloud, "
             f"{_round(self.total(('learn', 'tokens'), ('share', 'tokens')))} tokens of training, "
@@ -87,7 +87,9 @@ class Estimate:
 
 
 def estimate(experiment: Experiment, speed: Speed | None = None, workers: int = 1) -> Estimate:
-    """What a run of the experiment will take on this machine with so many workers. None: a default machine's speed."""
+    """Returns what a run of the experiment will take on this machine with so many workers. None: a default machine's
+    speed.
+    """
     population = open_population(experiment, experiment.seeds[0])
     work, tokens = expected_work(experiment, population, (speed or Speed()).chars_per_token)
     seeds, rounds = len(experiment.seeds), experiment.rounds * len(experiment.seeds)
@@ -115,7 +117,7 @@ START_S = 9.0
 
 
 def guess_of(work: Mapping[Step, float], speed: Speed, workers: int) -> Guess:
-    """What progress goes by until it has measured."""
+    """Returns what progress goes by until it has measured."""
     costs = {"requests": speed.request_s, "samples": speed.sample_s, "tokens": speed.token_s, "answers": speed.answer_s}
     answers = work.get(("learn", "answers"), 0.0)
     return Guess(

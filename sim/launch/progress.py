@@ -30,7 +30,7 @@ _PLAIN_WIDTH = 100
 
 
 def make_console(file: IO[str] | None = None) -> Console:
-    """A console on `file` (default: standard output): its real width on a terminal, 100 columns in a pipe.
+    """Returns a console on `file` (default: standard output): its real width on a terminal, 100 columns in a pipe.
 
     `file` may be a duplicate of the terminal's descriptor; its own size counts then, not that of descriptor 1.
     """
@@ -78,11 +78,11 @@ class LiveProgress:
         return self.console.get_time()
 
     def expect(self, guess: Guess) -> None:
-        """What the next run that starts is expected to take."""
+        """Takes what the next run that starts is expected to need."""
         self._guess = guess
 
     def cell(self, number: int, of: int, name: str, work: float, ahead: float) -> None:
-        """One of several runs begins. `work` is its size against the `ahead` of those after it, in any unit."""
+        """Begins one of several runs. `work` is its size against the `ahead` of those after it, in any unit."""
         self.stop()
         if self._cell is not None:
             self._cells_s += self._now() - self._cell.begun_s
@@ -91,7 +91,7 @@ class LiveProgress:
         self.note(f"{self._cell.where}: {name}")
 
     def start(self, seeds: Sequence[int], rounds: int = 1, rounds_done: int = 0) -> None:
-        """The run begins: `rounds` rounds for each of `seeds`; `rounds_done` are committed already (a resumed run)."""
+        """Begins the run: `rounds` rounds for each of `seeds`; `rounds_done` are committed already (a resumed run)."""
         self.stop()
         self._seeds, self._rounds = tuple(seeds), rounds
         self._time = TimeLeft(max(1, len(seeds) * rounds), rounds_done, rounds, self._guess)
@@ -117,7 +117,7 @@ class LiveProgress:
         return Group(*([self._bar] if self._bar is not None else []), *lines)
 
     def begin(self, seed: int, round: int) -> None:
-        """A round of a seed begins (`round` counts from 0)."""
+        """Begins a round of a seed (`round` counts from 0)."""
         self._at, self._cloud = {"seed": seed, "round": round}, {}
         self._time.begin(self._now())
         self._event("round", **self._at)
@@ -135,7 +135,9 @@ class LiveProgress:
         return ", ".join(words)
 
     def update(self, stage: str, work: Work, total: int) -> None:
-        """So much of a stage is done, such as "fetch" or "learn", of `total` devices (for "share": users)."""
+        """Takes note of how much of a stage is done, such as "fetch" or "learn", of `total` devices (for "share":
+        users).
+        """
         now = self._now()
         self._time.update(now, stage, work, total)
         self._stage, self._work = stage, dict(work)
@@ -160,7 +162,7 @@ class LiveProgress:
         self._said = key
 
     def end(self) -> None:
-        """The round that was begun is committed."""
+        """Ends the round that was begun: it is committed."""
         self._time.end(self._now())
         self._stage = ""
         self._event("committed", **self._at, left_s=self.left_s())
@@ -178,7 +180,7 @@ class LiveProgress:
             say_event(self.console, name, elapsed_s=round(self.elapsed_s(), 1), **facts)
 
     def stop(self) -> None:
-        """The run is over, finished or not: the moving line goes away."""
+        """Ends the run, finished or not: the moving line goes away."""
         if self._live is not None:
             self._live.stop()
             self._live = self._bar = None
@@ -190,14 +192,14 @@ class LiveProgress:
         self.stop()
 
     def stage(self) -> str:
-        """What is being done, in words."""
+        """Returns what is being done, in words."""
         if self._stage == REPORT:
             return "writing tables and report"
         step = self._time.step()
         return NAMES[step] if step else self._stage or "starting"
 
     def count(self) -> str:
-        """What is counted in this step: "120 of 600 answers, 12/s"."""
+        """Returns what is counted in this step: "120 of 600 answers, 12/s"."""
         step = self._time.step()
         if step is None:
             return ""
@@ -210,7 +212,7 @@ class LiveProgress:
         return f"{_amount(done)}{of} {step[1]}" + (f", {_amount(rate)}/s" if rate is not None else "")
 
     def cloud(self) -> str:
-        """How the cloud does: replies by outcome, and how long one took."""
+        """Returns how the cloud does: replies by outcome, and how long one took."""
         outcomes = self._outcomes()
         if not outcomes:
             return ""
@@ -245,7 +247,7 @@ class LiveProgress:
         return left_s + per_work_s * cell.ahead
 
     def clock(self) -> str:
-        """Elapsed and remaining time as text."""
+        """Returns elapsed and remaining time as text."""
         left_s = self.left_s()
         left = f", about {duration(left_s)} left" if left_s is not None else ""
         return f"{duration(self.elapsed_s())} elapsed{left}"
@@ -268,7 +270,7 @@ class _Cell:
 
 
 class _Clock(ProgressColumn):
-    """Elapsed and remaining time of the whole run, read anew at every refresh."""
+    """Returns elapsed and remaining time of the whole run, read anew at every refresh."""
 
     max_refresh = 0.5
 

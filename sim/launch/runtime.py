@@ -134,8 +134,8 @@ def check(experiment: Experiment) -> None:
 
 
 def check_model(base: str) -> None:
-    """A model of the catalogue must be fetched, a path given as `model.base` exist, and a GGUF file be one that
-    converts; a hub name is looked up when the model loads.
+    """Checks that a model of the catalogue is fetched, that a path given as `model.base` exists, and that a GGUF file
+    is one that converts; a hub name is looked up when the model loads.
     """
     from untether.clients.base_model import resolve
 
@@ -252,7 +252,7 @@ def _simulate(runs: Sequence[RunDirectory], progress: LiveProgress, stop: thread
 
 
 def key_goes_to(experiment: Experiment) -> str:
-    """Which variable's value a run shows to which host; empty for one that asks nobody, or without a key."""
+    """Returns which variable's value a run shows to which host; empty for one that asks nobody, or without a key."""
     cloud = experiment.cloud
     if cloud.provider != "openai" or not os.environ.get(cloud.api_key_env):
         return ""

@@ -48,12 +48,12 @@ class Speed:
 
 
 def speed_of(experiment: Experiment) -> Speed:
-    """What was measured on this machine for these models; the default where nothing was."""
+    """Returns what was measured on this machine for these models; the default where nothing was."""
     return kept(experiment) or Speed(request_s=_request_s(experiment))
 
 
 def kept(experiment: Experiment) -> Speed | None:
-    """What an earlier measurement found; None where there was none."""
+    """Returns what an earlier measurement found; None where there was none."""
     try:
         found = json.loads(_file().read_text(encoding="utf-8")).get(_key(experiment))
     except (OSError, ValueError, AttributeError):

@@ -69,12 +69,12 @@ class TimeLeft:
         self._waited_s = self._in_steps_s = 0.0
 
     def begin(self, now_s: float) -> None:
-        """A round begins."""
+        """Begins a round."""
         self._round_s, self._in_steps_s = now_s, 0.0
         self._stage, self._work = "", {}
 
     def update(self, now_s: float, stage: str, work: Work, total: int) -> None:
-        """So much of a stage is done, of `total` devices."""
+        """Takes note of how much of a stage is done, of `total` devices."""
         if stage != self._stage:
             self._close(now_s)
             self._stage, self._work, self._stage_s, self._last_s, self._waited_s = stage, {}, now_s, now_s, 0.0
@@ -98,7 +98,7 @@ class TimeLeft:
         self._in_steps_s, self._waited_s = self._in_steps_s + self._waited_s, 0.0
 
     def end(self, now_s: float) -> None:
-        """The round is committed."""
+        """Ends the round: it is committed."""
         self._close(now_s)
         setups = sum(self._setups.values()) if not self._beside else 0.0
         self._beside.append(max(0.0, now_s - self._round_s - self._in_steps_s - setups))
@@ -106,7 +106,7 @@ class TimeLeft:
         self.done += 1
 
     def step(self) -> Step | None:
-        """The step that is going on: the first that is not finished of those that the stage has begun."""
+        """Returns the step that is going on: the first that is not finished of those that the stage has begun."""
         steps = self._steps()
         begun = max((place for place, step in enumerate(steps) if self._work.get(step[1])), default=0)
         for place, step in enumerate(steps):
@@ -116,11 +116,11 @@ class TimeLeft:
         return steps[-1] if steps else None
 
     def counts(self, step: Step) -> tuple[float, float | None]:
-        """How many units of a step of this stage are done, and of how many, as far as that is known."""
+        """Returns how many units of a step of this stage are done, and of how many, as far as that is known."""
         return self._work.get(step[1], 0.0), self._due(step)
 
     def share_done(self) -> float | None:
-        """The share of this stage that is done, by time; None while nobody knows."""
+        """Returns the share of this stage that is done, by time; None while nobody knows."""
         parts = [(self.counts(step), self.cost_s(step)) for step in self._steps()]
         if not parts or any(due is None or cost is None for (_, due), cost in parts):
             return None

@@ -23,7 +23,7 @@ def declare(section: TaskSection) -> None:
 
 
 def task_of(section: TaskSection) -> Task:
-    """The task that a section describes."""
+    """Returns the task that a section describes."""
     kind = _KINDS[section.kind]
     labels = tuple(section.labels) or (tuple("12345") if kind == "rating" else None)
     metrics = _METRICS[kind]

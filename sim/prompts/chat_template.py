@@ -129,7 +129,7 @@ def check(tokenizer: Any, said: str) -> None:
 
 
 def encode(tokenizer: Any, turns: Sequence[Mapping[str, str]], behind: str = "\n") -> list[int]:
-    """Token ids of a chat that the model continues. A control token that a turn's text spells stays text.
+    """Returns the token ids of a chat that the model continues. A control token that a turn's text spells stays text.
 
     Without a template: [bos] where the tokenizer writes one, and the turns, a paragraph each, with `behind` behind.
     """
@@ -141,7 +141,7 @@ def encode(tokenizer: Any, turns: Sequence[Mapping[str, str]], behind: str = "\n
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that holds no control token, whatever it spells."""
+    """Returns the token ids of a text that holds no control token, whatever it spells."""
     text = valid(text)
     return _ids(tokenizer, text, [text])
 
@@ -182,8 +182,8 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The token that ends an assistant's turn in the template (`<|im_end|>`, `<|eot_id|>`, ...); the end of sequence
-    where the template has none of its own.
+    """Returns the token that ends an assistant's turn in the template (`<|im_end|>`, `<|eot_id|>`, ...); the end of
+    sequence where the template has none of its own.
     """
     kept = getattr(tokenizer, "turn_end", None)
     if kept is None:

@@ -26,7 +26,7 @@ _GIT_LFS = b"version https://git-lfs"
 def read_checkpoint(
     name: str, field: str, dtype: torch.dtype | str, attention: str | None = None, **tokenizer_args: Any
 ) -> tuple[Any, Any, Path | None]:
-    """A causal LM in eval mode, its tokenizer, and the folder that it lies in.
+    """Returns a causal LM in eval mode, its tokenizer, and the folder that it lies in.
 
     Args:
         name: Folder or hub name.

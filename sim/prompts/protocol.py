@@ -295,7 +295,7 @@ def estimate_tokens(text: str) -> int:
 
 
 def clean(text: str) -> str:
-    """`text` as valid Unicode (`sim.core.text.valid`)."""
+    """Returns `text` as valid Unicode (`sim.core.text.valid`)."""
     return valid(text)
 
 

@@ -12,9 +12,9 @@ _LEAST_CHARS = 80
 
 
 def shrunk(messages: Sequence[dict[str, Any]], share: float) -> tuple[list[dict[str, Any]], int] | None:
-    """The chat with about `share` of what it shows of the user, the oldest items left out, or the only one cut; and how
-    many items are left out or cut. None where there is nothing (more) to leave out, as in a chat that is no request of
-    `sim.prompts.protocol`.
+    """Returns the chat with about `share` of what it shows of the user, the oldest items left out, or the only one cut;
+    and how many items are left out or cut. None where there is nothing (more) to leave out, as in a chat that is no
+    request of `sim.prompts.protocol`.
     """
     place = max((n for n, message in enumerate(messages) if message.get("role") == "user"), default=None)
     text = messages[place].get("content") if place is not None else None

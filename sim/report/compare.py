@@ -46,7 +46,7 @@ class Difference:
     p: float
 
     def verdict(self) -> str:
-        """In a word, by the interval; nothing is corrected for the number of comparisons."""
+        """Returns the outcome in a word, by the interval; nothing is corrected for the number of comparisons."""
         if self.low is None or self.high is None:
             return "too few users"
         if self.low <= 0 <= self.high:
@@ -73,14 +73,14 @@ class Comparison:
         ]  # fmt: skip
 
     def fields(self) -> list[tuple[str, list[str]]]:
-        """The fields of the experiments in which the runs differ, with each one's value."""
+        """Returns the fields of the experiments in which the runs differ, with each one's value."""
         flat = [_flat(run.experiment.model_dump(mode="json")) for run in self.runs.values()]
         names = dict.fromkeys(name for values in flat for name in values)
         rows = [(name, [_word(values.get(name)) for values in flat]) for name in names if name != "name"]
         return [(name, words) for name, words in rows if len(set(words)) > 1]
 
     def facts(self) -> list[tuple[str, list[str]]]:
-        """What else there is to tell the runs apart: commit, end, machine time."""
+        """Returns what else there is to tell the runs apart: commit, end, machine time."""
         rows: dict[str, list[str]] = {"commit": [], "ended": [], "wall": []}
         for run in self.runs.values():
             environment = run.read_json("environment.json") or {}
@@ -90,7 +90,8 @@ class Comparison:
         return list(rows.items())
 
     def differences(self) -> list[Difference]:
-        """Every later run against the first, every task and arm that both have, over the users that both have."""
+        """Returns every later run against the first, every task and arm that both have, over the users that both have.
+        """
         base, *others = self.runs
         tables = {name: self._scores(name) for name in self.runs}
         clusters = {name: _clusters(run) for name, run in self.runs.items()}
@@ -123,7 +124,8 @@ class Comparison:
         return user_scores(self.runs[name].read("metrics"), self.summaries[name])
 
     def figure(self) -> Figure | None:
-        """Every run's means and intervals overlaid, a panel a task, a row an arm; None without a common task."""
+        """Returns every run's means and intervals overlaid, a panel a task, a row an arm; None without a common task.
+        """
         if not self.tasks:
             return None
         arms = [arm for arm in ordered({arm for s in self.summaries.values() for arm in s.arms})]
@@ -158,7 +160,7 @@ class Comparison:
         return figure
 
     def lead(self, found: Sequence[Difference]) -> str:
-        """The comparison in one sentence: the method's arm, where it differs."""
+        """Returns the comparison in one sentence: the method's arm, where it differs."""
         own = [one for one in found if one.arm == METHOD]
         if not own:
             return "These runs have no task, arm and users in common that could be compared."
@@ -194,7 +196,7 @@ def _row(one: Difference) -> dict[str, object]:
 
 
 def words(one: Difference) -> tuple[str, ...]:
-    """A difference as a terminal's table shows it."""
+    """Returns a difference as a terminal's table shows it."""
     around = interval(one.low, one.high, signed=True)
     return (
         one.task, one.arm, str(one.n_users), number(one.first_mean), number(one.second_mean),

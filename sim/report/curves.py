@@ -87,7 +87,9 @@ def outcomes(events: pd.DataFrame) -> Figure | None:
 
 
 def availability(experiment: Experiment) -> Figure | None:
-    """When each of some devices had a link, a row a device, and the share of them above; None where all always had."""
+    """Returns when each of some devices had a link, a row a device, and the share of them above; None where all always
+    had.
+    """
     days = experiment.rounds
     try:
         links = Links(experiment.network, experiment.seeds[0], experiment.settings)

@@ -44,13 +44,13 @@ _TIGHT = {"bbox_inches": "tight", "pad_inches": 0.04}
 
 @contextmanager
 def style():
-    """The look of every figure of the project; matplotlib's own settings come back afterwards."""
+    """Gives every figure its look of the project; matplotlib's own settings come back afterwards."""
     with matplotlib.rc_context(_STYLE):
         yield
 
 
 def bare(axis: plt.Axes, grid: Literal["x", "y"] = "y") -> None:
-    """No frame beside the axes that are read, and a faint grid."""
+    """Leaves no frame beside the axes that are read, and a faint grid."""
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     axis.grid(axis=grid, color=FAINT, alpha=0.25, linewidth=0.5)
@@ -73,7 +73,7 @@ def save(figure: Figure, folder: Path, name: str, title: str = "") -> str:
 
 
 def forest(summary: Summary, narrow: bool = False) -> Figure | None:
-    """The contrasts by task, gain and 95% interval, a panel a contrast; None where the run compared nothing.
+    """Returns the contrasts by task, gain and 95% interval, a panel a contrast; None where the run compared nothing.
 
     Filled: significant after Holm (primary contrasts) or not worse than the margin (against the cloud). A task whose
     metric is an error is turned, so that right is better everywhere. `narrow`: the panels stand below each other, for a
@@ -144,7 +144,7 @@ def _task_label(summary: Summary, task: str) -> str:
 
 
 def filters(funnel: Funnel) -> Figure | None:
-    """What became of every sample asked for, a bar a task; None where the cloud was asked for nothing."""
+    """Returns what became of every sample asked for, a bar a task; None where the cloud was asked for nothing."""
     tasks = [task for task in funnel.tasks if funnel.asked(task)]
     if not tasks:
         return None

@@ -32,15 +32,15 @@ class Funnel:
         self.fates: list[str] = ["accepted", *self.filters, "not received"]
 
     def asked(self, task: str) -> int:
-        """How many samples were asked for; never fewer than were received."""
+        """Returns how many samples were asked for; never fewer than were received."""
         return max(self._asked.get(task, 0), self.received(task))
 
     def received(self, task: str) -> int:
-        """How many well-formed samples the cloud's answers held."""
+        """Returns how many well-formed samples the cloud's answers held."""
         return sum(self._of(task, verdict) for verdict in ("accepted", *(_REJECTED + name for name in self.filters)))
 
     def count(self, task: str, fate: str) -> int:
-        """How many of a task's samples met a fate: `accepted`, a filter's name, or `not received`."""
+        """Returns how many of a task's samples met a fate: `accepted`, a filter's name, or `not received`."""
         if fate == "not received":
             return self.asked(task) - self.received(task)
         return self._of(task, fate if fate == "accepted" else _REJECTED + fate)
@@ -72,7 +72,7 @@ class FaultRow:
 
 
 def faults(samples: pd.DataFrame, filters: list[str]) -> list[FaultRow]:
-    """One row a true kind of sample, sound ones first; empty where nobody knows the truth."""
+    """Returns one row a true kind of sample, sound ones first; empty where nobody knows the truth."""
     if not len(samples) or samples["truth"].isna().all():
         return []
     rows = []
@@ -84,7 +84,7 @@ def faults(samples: pd.DataFrame, filters: list[str]) -> list[FaultRow]:
 
 
 def precision(rows: list[FaultRow], name: str) -> float | None:
-    """Of the samples that a filter rejected (or all of them, for ""), the share that really was faulty."""
+    """Returns of the samples that a filter rejected (or all of them, for ""), the share that really was faulty."""
 
     def of(row: FaultRow) -> int:
         return sum(row.rejected.values()) if not name else row.rejected.get(name, 0)

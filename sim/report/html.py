@@ -104,7 +104,9 @@ def _read(run: RunDirectory, table: str) -> pd.DataFrame:
 
 
 def template(path: str) -> jinja2.Template:
-    """A page's template, given relative to the project's root; it may include `report.css` and what lies beside it."""
+    """Returns a page's template, given relative to the project's root; it may include `report.css` and what lies beside
+    it.
+    """
     place = find(path)
     folders = [place.parent, find("sim/report/report.css").parent]
     environment = jinja2.Environment(
@@ -130,8 +132,8 @@ def _price(experiment: Experiment, events: pd.DataFrame) -> float | None:
 
 
 def inline(svg: str, name: str, said: str = "") -> Markup:
-    """An SVG's text for the middle of a page: its ids its own, its ink the page's text colour. `said`: for those who
-    cannot see it.
+    """Returns an SVG's text for the middle of a page: its ids its own, its ink the page's text colour. `said`: for
+    those who cannot see it.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg)

@@ -22,8 +22,8 @@ SHOWN = (FLOOR, ALONE, *(reference for _, reference in PRIMARY), METHOD, CLOUD)
 
 
 def user_scores(metrics: pd.DataFrame, summary: Summary) -> dict[str, pd.DataFrame]:
-    """By task, a row a user (of a seed) and a column an arm: the mean of the primary metric over the user's answers.
-    Tasks whose primary metric no single user has are left out.
+    """Returns by task, a row a user (of a seed) and a column an arm: the mean of the primary metric over the user's
+    answers. Tasks whose primary metric no single user has are left out.
     """
     found = {}
     for task in summary.tasks:
@@ -37,7 +37,9 @@ def user_scores(metrics: pd.DataFrame, summary: Summary) -> dict[str, pd.DataFra
 
 
 def lines(summary: Summary, scores: dict[str, pd.DataFrame]) -> Figure | None:
-    """Every user a line over the arms, a panel a task; the mean in bold. None where fewer than two arms have scores."""
+    """Returns every user a line over the arms, a panel a task; the mean in bold. None where fewer than two arms have
+    scores.
+    """
     tasks = [task for task, table in scores.items() if len(_arms(table)) > 1]
     if not tasks:
         return None
@@ -65,8 +67,8 @@ def lines(summary: Summary, scores: dict[str, pd.DataFrame]) -> Figure | None:
 
 
 def gains(summary: Summary, scores: dict[str, pd.DataFrame]) -> Figure | None:
-    """The users' own gains of the method over each primary reference, a point a user, a row a task: right is better,
-    whatever the metric. None where no pair has scores.
+    """Returns the users' own gains of the method over each primary reference, a point a user, a row a task: right is
+    better, whatever the metric. None where no pair has scores.
     """
     panels = [pair for pair in PRIMARY if any({*pair} <= set(table) for table in scores.values())]
     tasks = [task for task, table in scores.items() if any({*pair} <= set(table) for pair in panels)]
@@ -89,7 +91,7 @@ def gains(summary: Summary, scores: dict[str, pd.DataFrame]) -> Figure | None:
 
 
 def gain_of(summary: Summary, task: str, table: pd.DataFrame, arm: str, reference: str) -> np.ndarray:
-    """What each user gains by `arm` over `reference`, turned so that more is better."""
+    """Returns what each user gains by `arm` over `reference`, turned so that more is better."""
     sign = 1 if higher_is_better(summary.primary(task)) else -1
     return sign * (table[arm] - table[reference]).dropna().to_numpy()
 

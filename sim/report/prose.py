@@ -125,7 +125,7 @@ def _detail(contrast: Contrast) -> str:
 
 
 def scale(summary: Summary, experiment: Experiment) -> str:
-    """What the answer rests on: users, queries, seeds, models."""
+    """Returns what the answer rests on: users, queries, seeds, models."""
     counted = {task: summary.users(task) for task in summary.tasks}
     users = sorted({count for count in counted.values() if count})
     queries = sum(
@@ -151,7 +151,7 @@ def _cloud(summary: Summary, experiment: Experiment) -> str:
 
 
 def notes(summary: Summary, experiment: Experiment, environment: Mapping[str, Any]) -> list[str]:
-    """What limits the answer. The run's own notes come last."""
+    """Returns what limits the answer. The run's own notes come last."""
     facts, found = summary.facts, []
     cloud = facts.get("cloud") or {}
     provider = cloud.get("provider") or experiment.cloud.provider
@@ -231,7 +231,7 @@ def _placebos(counted: Mapping[str, int]) -> list[str]:
 
 
 def method(summary: Summary, experiment: Experiment) -> str:
-    """How the intervals and the p-values are made."""
+    """Returns how the intervals and the p-values are made."""
     counted = sorted({count for task in summary.tasks if (count := summary.clusters(task))})
     many = f"{counted[0]} to {counted[-1]}" if len(counted) > 1 else str(counted[0]) if counted else ""
     alike = (
@@ -249,7 +249,7 @@ def method(summary: Summary, experiment: Experiment) -> str:
 
 
 def captions(summary: Summary) -> dict[str, str]:
-    """What each figure shows."""
+    """Returns what each figure shows."""
     margins = summary.margins()
     against = f"; against the cloud, not worse than the margin of {' or '.join(margins)} (dashed)" if margins else ""
     return {

@@ -66,7 +66,7 @@ class Contrast:
         return self.margin is not None and self.gain_low is not None and self.gain_low > -self.margin
 
     def verdict(self) -> str:
-        """The comparison's outcome in a few words, the same ones everywhere.
+        """Returns the comparison's outcome in a few words, the same ones everywhere.
 
         Primary contrasts are judged by Holm's p; the one that has a margin (against the cloud, on the primary metric)
         by its interval against -`margin`.
@@ -99,48 +99,51 @@ class Summary:
         self._means = {(r["task"], r["arm"], r["metric"]): r for r in self.rows if not r.get("reference")}
 
     def mean(self, task: str, arm: str, metric: str | None = None) -> dict[str, Any] | None:
-        """The row of an arm's own mean on a task's metric (none given: the primary one), or None."""
+        """Returns the row of an arm's own mean on a task's metric (none given: the primary one), or None."""
         return self._means.get((task, arm, metric or self.primary(task)))
 
     def effort(self, arm: str) -> dict[str, float | None]:
-        """Optimizer steps and trained tokens of a device with this arm, on average over devices."""
+        """Returns optimizer steps and trained tokens of a device with this arm, on average over devices."""
         row = next((row for row in self.rows if row["arm"] == arm), {})
         return {"steps": row.get("steps"), "tokens": row.get("tokens")}
 
     def metrics(self, task: str) -> list[str]:
-        """The metrics reported for a task, the primary one first."""
+        """Returns the metrics reported for a task, the primary one first."""
         seen = list(dict.fromkeys(row["metric"] for row in self.rows if row["task"] == task))
         return sorted(seen, key=lambda metric: metric != self.primary(task))
 
     def primary(self, task: str) -> str:
-        """The metric that tests of this task are made on; for a task nobody registered, the first one reported."""
+        """Returns the metric that tests of this task are made on; for a task nobody registered, the first one reported.
+        """
         try:
             return get_task(task).primary
         except UserError:
             return next((row["metric"] for row in self.rows if row["task"] == task), "")
 
     def best(self, task: str) -> float | None:
-        """The best mean any arm reached on the task's primary metric."""
+        """Returns the best mean any arm reached on the task's primary metric."""
         means = [row["mean"] for arm in self.arms if (row := self.mean(task, arm)) and row.get("mean") is not None]
         if not means:
             return None
         return max(means) if higher_is_better(self.primary(task)) else min(means)
 
     def margins(self) -> list[str]:
-        """The margins that comparisons were judged against, each once, with their units."""
+        """Returns the margins that comparisons were judged against, each once, with their units."""
         return list(dict.fromkeys(amount(c.margin, c.metric) for c in self.contrasts() if c.margin is not None))
 
     def clusters(self, task: str) -> int | None:
-        """How many clusters the users of `users` fall into."""
+        """Returns how many clusters the users of `users` fall into."""
         found = [row["n_clusters"] for row in self.rows if row["task"] == task and row.get("n_clusters")]
         return max(found, default=None)
 
     def users(self, task: str) -> int | None:
-        """How many users the task's arms were compared on (the most of any arm)."""
+        """Returns how many users the task's arms were compared on (the most of any arm)."""
         return max((row["n_users"] for row in self.rows if row["task"] == task and row.get("n_users")), default=None)
 
     def contrasts(self, *, everything: bool = False) -> list[Contrast]:
-        """The design's contrasts on the tasks' primary metrics, in its order, by task; `everything`: all there are."""
+        """Returns the design's contrasts on the tasks' primary metrics, in its order, by task; `everything`: all there
+        are.
+        """
         order = {pair: index for index, pair in enumerate(CONTRASTS)}
         found = []
         for row in self.rows:
@@ -177,7 +180,7 @@ def _natural(task: str) -> tuple[Any, ...]:
 
 
 def title(task: str) -> str:
-    """A task's full name, or "" for one that nobody registered."""
+    """Returns a task's full name, or "" for one that nobody registered."""
     try:
         return get_task(task).title
     except UserError:
@@ -185,24 +188,24 @@ def title(task: str) -> str:
 
 
 def arrow(metric: str, ascii_only: bool = False) -> str:
-    """Which way is better."""
+    """Returns which way is better."""
     if ascii_only:
         return "(up)" if higher_is_better(metric) else "(down)"
     return "\N{UPWARDS ARROW}" if higher_is_better(metric) else "\N{DOWNWARDS ARROW}"
 
 
 def metric_name(metric: str) -> str:
-    """A metric as papers print it."""
+    """Returns a metric as papers print it."""
     return METRIC_NAMES.get(metric, metric)
 
 
 def amount(value: float, metric: str) -> str:
-    """A margin with the unit of its metric: "0.02", "0.1 stars"."""
+    """Returns a margin with the unit of its metric: "0.02", "0.1 stars"."""
     return f"{value:g} {unit(metric)}".rstrip()
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
-    """A number as people read it: fixed digits, a true minus sign, an en dash for none."""
+    """Returns a number as people read it: fixed digits, a true minus sign, an en dash for none."""
     if value is None:
         return "\N{EN DASH}"
     text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
@@ -212,14 +215,14 @@ def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
 
 
 def interval(low: float | None, high: float | None, digits: int = 3, signed: bool = False) -> str:
-    """A confidence interval in brackets, or "" where there is none."""
+    """Returns a confidence interval in brackets, or "" where there is none."""
     if low is None or high is None:
         return ""
     return f"[{number(low, digits, signed)}, {number(high, digits, signed)}]"
 
 
 def p_value(p: float | None) -> str:
-    """A p-value with three digits, and no false zero."""
+    """Returns a p-value with three digits, and no false zero."""
     if p is None:
         return "\N{EN DASH}"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

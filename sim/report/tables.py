@@ -43,7 +43,7 @@ def write_tables(run: RunDirectory, summary: Summary) -> None:
 
 
 def summary_csv(summary: Summary) -> str:
-    """Every arm on every task and metric; full precision, empty where there is no value."""
+    """Returns every arm on every task and metric; full precision, empty where there is no value."""
     rows = [
         summary.mean(task, arm, metric)
         for task in summary.tasks
@@ -54,7 +54,7 @@ def summary_csv(summary: Summary) -> str:
 
 
 def contrasts_csv(summary: Summary) -> str:
-    """Every comparison on every metric, with its verdict; full precision, empty where there is no value."""
+    """Returns every comparison on every metric, with its verdict; full precision, empty where there is no value."""
     rows = []
     for contrast in summary.contrasts(everything=True):
         rows.append([getattr(contrast, name) for name in CONTRAST_COLUMNS[:-1]] + [contrast.verdict()])
@@ -84,7 +84,7 @@ def summary_latex(summary: Summary) -> str:
 
 
 def contrasts_latex(summary: Summary) -> str:
-    """The contrasts on the primary metrics; needs the booktabs package."""
+    """Returns the contrasts on the primary metrics; needs the booktabs package."""
     head = r"Contrast & Task & Difference & 95\% CI & W/T/L & $p$ (Holm) & Verdict \\"
     return _tabular("llrrrrl", [head], [_latex_row(contrast) for contrast in summary.contrasts()])
 
@@ -104,7 +104,8 @@ def _latex_row(contrast: Contrast) -> str:
 
 
 def write_predictions(run: RunDirectory) -> None:
-    """Every arm's answers in LaMP's format, a file a seed, arm and task: `{"task", "golds": [{"id", "output"}]}`.
+    """Writes every arm's answers in LaMP's format, a file a seed, arm and task: `{"task", "golds": [{"id",
+    "output"}]}`.
 
     Of a query answered in several rounds the last answer counts. A query without an answer has the output "", which
     LaMP's scorer counts as wrong.

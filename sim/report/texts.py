@@ -69,8 +69,8 @@ class Lengths:
 
 
 def repeats(text: str) -> bool:
-    """Whether a text says the same again and again: three words in a row that occur at least three times and make up
-    a third of it, or a word five times in a row.
+    """Returns whether a text says the same again and again: three words in a row that occur at least three times and
+    make up a third of it, or a word five times in a row.
     """
     words = re.findall(r"\w+", text.lower())
     if any(len(set(words[k : k + 5])) == 1 for k in range(len(words) - 4)):
@@ -82,7 +82,7 @@ def repeats(text: str) -> bool:
 
 
 def lengths(run: RunDirectory) -> list[Lengths]:
-    """By task and arm, over the first devices of every seed."""
+    """Returns by task and arm, over the first devices of every seed."""
     frame = _some(run, "predictions", [device_id(index) for index in range(LOOKED_AT)])
     if not len(frame):
         return []
@@ -100,12 +100,12 @@ def lengths(run: RunDirectory) -> list[Lengths]:
 
 
 def free_text(found: Sequence[Lengths]) -> list[Lengths]:
-    """Those of tasks in which users write more than a word or two: a label's length says nothing."""
+    """Returns those of tasks in which users write more than a word or two: a label's length says nothing."""
     return [row for row in found if row.own > 2]
 
 
 def samples_beside(run: RunDirectory) -> list[SamplesBeside]:
-    """For each task, one user's samples of every verdict beside the user's own items."""
+    """Returns for each task, one user's samples of every verdict beside the user's own items."""
     devices = [device_id(index) for index in range(8)]
     frame = _some(run, "samples", devices)
     if not len(frame):
@@ -142,7 +142,7 @@ def _own(run: RunDirectory, device: str, task: str) -> list[tuple[str, str]]:
 
 
 def answers(run: RunDirectory) -> list[Answered]:
-    """For each task, the arms' answers to some queries: those on which the arms disagree most."""
+    """Returns for each task, the arms' answers to some queries: those on which the arms disagree most."""
     frame = _some(run, "predictions", [device_id(index) for index in range(8)])
     return [one for task, rows in frame.groupby("task", sort=True) for one in _answers(rows)] if len(frame) else []
 
@@ -161,7 +161,7 @@ def _answers(rows: pd.DataFrame) -> Iterator[Answered]:
 
 
 def short(text: object) -> str:
-    """At most `CHARS` characters of a text; of none, nothing."""
+    """Returns at most `CHARS` characters of a text; of none, nothing."""
     if not isinstance(text, str):
         return ""
     return text if len(text) <= CHARS else text[: CHARS - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"

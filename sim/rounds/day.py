@@ -66,5 +66,5 @@ class Day:
         return self.delivered.agenda
 
     def after(self, outcomes: Mapping[int, str]) -> Day:
-        """With what became of the devices that trained together."""
+        """Returns the day with what became of the devices that trained together."""
         return replace(self, cohort=self.cohort.without(outcomes))

@@ -20,7 +20,7 @@ def to_records(message: Order | Reply) -> RecordDict:
     """Values and rows, by column, in a ConfigRecord; arrays in an ArrayRecord; a reply's counts in a MetricRecord."""
     found = {}
     if isinstance(message, Order):
-        found["order"] = ConfigRecord(columns_of(message))
+        found["order"] = ConfigRecord(order_columns(message))
     else:
         said = {name: json.dumps(getattr(message, name)) for name in _JSON}
         found["reply"] = ConfigRecord({**said, "events": _packed(message.events)})
@@ -32,20 +32,21 @@ def to_records(message: Order | Reply) -> RecordDict:
 
 
 def order_from(content: RecordDict) -> Order:
-    """The order that `to_records` was given."""
-    return order_of(content["order"], _arrays(content))
+    """Returns the order that `to_records` was given."""
+    return order_of_columns(content["order"], _arrays(content))
 
 
 def reply_from(content: RecordDict) -> Reply:
-    """The reply that `to_records` was given."""
+    """Returns the reply that `to_records` was given."""
     said = content["reply"]
     columns = {name: list(values) for name, values in content["devices"].items()}
     parsed = {name: json.loads(str(said[name])) for name in _JSON}
     return Reply(columns, _unpacked(said["events"]), arrays=_arrays(content), **parsed)
 
 
-def columns_of(order: Order) -> dict[str, Any]:
-    """An order but for its arrays, flat: rows `lost` of (device, request) as `lost.device` and `lost.request`."""
+def order_columns(order: Order) -> dict[str, Any]:
+    """Returns an order but for its arrays, flat: rows `lost` of (device, request) as `lost.device` and `lost.request`.
+    """
     flat: dict[str, Any] = {"work": order.work}
     for field in dataclasses.fields(order):
         value = getattr(order, field.name)
@@ -57,8 +58,8 @@ def columns_of(order: Order) -> dict[str, Any]:
     return flat
 
 
-def order_of(flat: Mapping[str, Any], arrays: Mapping[str, Any] | None = None) -> Order:
-    """The order of which `columns_of` made these columns."""
+def order_of_columns(flat: Mapping[str, Any], arrays: Mapping[str, Any] | None = None) -> Order:
+    """Returns the order of which `order_columns` made these columns."""
     kind, given = ORDERS[str(flat["work"])], {}
     for field in dataclasses.fields(kind):
         if rows := field.metadata.get("rows"):

@@ -28,11 +28,11 @@ class Sharing(Protocol):
     """What devices share with each other: a strategy (see `strategies.fleet`)."""
 
     def sides(self, round: int) -> str:
-        """Which sides of an adapter a device uploads: A, B, AB; none where nothing is shared."""
+        """Returns which sides of an adapter a device uploads: A, B, AB; none where nothing is shared."""
         ...
 
     def aggregate(self, seed: int, round: int, shared: Mapping[str, Any], replies: Sequence[Reply]) -> dict[str, Any]:
-        """What is shared after a round, of what was before and what the hosts' devices uploaded."""
+        """Returns what is shared after a round, of what was before and what the hosts' devices uploaded."""
         ...
 
 

@@ -30,7 +30,9 @@ class Material:
     longest_real: int = 128
 
     def plus(self, samples: Iterable[Sequence[int]]) -> Material:
-        """With the samples of other rounds, each (accepted, accepted tokens, received, received tokens)."""
+        """Returns the material with the samples of other rounds, each (accepted, accepted tokens, received, received
+        tokens).
+        """
         own = (self.accepted, self.accepted_tokens, self.received, self.received_tokens)
         return replace(self, **dict(zip(SAMPLE_COUNTS, map(sum, zip(own, *samples, strict=True)), strict=True)))
 
@@ -39,20 +41,20 @@ SAMPLE_COUNTS = tuple(field.name for field in fields(Material))[2:6]
 
 
 def watched(experiment: Experiment) -> dict[str, str]:
-    """The arms whose answers a device's detector of drift sees, by what those learn from that it decides for: the arms
-    that need samples, or `local`. Never the arms that happen to be compared: adding one must change no other.
+    """Returns the arms whose answers a device's detector of drift sees, by what those learn from that it decides for:
+    the arms that need samples, or `local`. Never the arms that happen to be compared: adding one must change no other.
     """
     arms = trained(experiment.arms)
     return {on: arm for on, arm in ((SAMPLES, METHOD), (REAL, ALONE)) if arm in arms}
 
 
 def optimizer_steps(training: Training, examples: int) -> int:
-    """Optimizer steps on so many examples, as the engine counts them."""
+    """Returns the optimizer steps on so many examples, as the engine counts them."""
     return TrainSettings.of(training).total_steps(examples)
 
 
 def total(material: Material, counted: Sequence[str]) -> tuple[int, int]:
-    """(items, their tokens) of the kinds counted, such as `real` and `accepted`."""
+    """Returns (items, their tokens) of the kinds counted, such as `real` and `accepted`."""
     return (
         sum(getattr(material, what) for what in counted), sum(getattr(material, f"{what}_tokens") for what in counted)
     )
@@ -64,6 +66,6 @@ def trained_tokens(training: Training, steps: int, items: int, tokens: int) -> i
 
 
 def effort(training: Training, items: int, tokens: int) -> tuple[int, int]:
-    """(optimizer steps, trained tokens) of items with so many tokens in all."""
+    """Returns (optimizer steps, trained tokens) of items with so many tokens in all."""
     steps = optimizer_steps(training, items)
     return steps, trained_tokens(training, steps, items, tokens)

@@ -99,7 +99,7 @@ class Order:
         return f"{self.work}-{whose}{len(self.devices)}"
 
     def cut(self, devices: Collection[int]) -> Self:
-        """The order for some of its devices: with their rows alone, and everything else as it is."""
+        """Returns the order for some of its devices: with their rows alone, and everything else as it is."""
         mine = set(devices)
         rows = {
             each.name: tuple(row for row in getattr(self, each.name) if row.device in mine)
@@ -108,7 +108,7 @@ class Order:
         return replace(self, devices=tuple(devices), **rows)
 
     def split(self, hosts: int) -> dict[int, Self]:
-        """The order by host: device i lives on host i mod `hosts`. No order for a host without devices."""
+        """Returns the order by host: device i lives on host i mod `hosts`. No order for a host without devices."""
         found = {host: [device for device in self.devices if device % hosts == host] for host in range(hosts)}
         return {host: self.cut(own) for host, own in found.items() if own}
 
@@ -143,7 +143,7 @@ class Share(Order):
     parts: int = 1
 
     def split(self, hosts: int) -> dict[int, Self]:
-        """A part a host."""
+        """Returns a part a host."""
         return {host: replace(self, part=host, parts=hosts) for host in range(hosts)}
 
 
@@ -156,7 +156,7 @@ class Begin(Order):
     groups: tuple[str, ...] = ()
 
     def split(self, hosts: int) -> dict[int, Self]:
-        """One host knows."""
+        """Returns one host knows."""
         return {0: self}
 
 
@@ -219,14 +219,14 @@ class Reply:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def counts(self) -> dict[str, float]:
-        """The sum of every counted column, and the number of devices by outcome."""
+        """Returns the sum of every counted column, and the number of devices by outcome."""
         found = {name: sum(values) for name, values in self.columns.items() if not name.startswith(_NOT_COUNTED)}
         outcomes = list(self.columns.get("outcome", ()))
         return found | {f"outcome.{name}": outcomes.count(name) for name in sorted(set(outcomes))}
 
 
 def joined(replies: Iterable[Reply]) -> Reply:
-    """The replies to one order as one. Numbers of a fact add up; of a text, the last one counts."""
+    """Returns the replies to one order as one. Numbers of a fact add up; of a text, the last one counts."""
     columns: dict[str, list[Any]] = {}
     parts: dict[str, list[str]] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -261,17 +261,19 @@ def complete(devices: Iterable[int], reply: Reply) -> None:
 
 
 def outcomes(reply: Reply) -> dict[int, str]:
-    """What became of each device."""
+    """Returns what became of each device."""
     return dict(_by_device(reply, "outcome"))
 
 
 def materials(reply: Reply) -> dict[int, Material]:
-    """What each device could train on; a device that was lost in the pass has none."""
+    """Returns what each device could train on; a device that was lost in the pass has none."""
     return {device: Material(*counts) for device, *counts in _by_device(reply, *_COUNTS)}
 
 
 def errors(reply: Reply) -> dict[str, dict[int, list[float]]]:
-    """How wrong each device's answers were, where the policy wants to know: by what the watched arm learns from."""
+    """Returns how wrong each device's answers were, where the policy wants to know: by what the watched arm learns
+    from.
+    """
     names = sorted(name for name in reply.columns if name.startswith("errors."))
     return {
         name.removeprefix("errors."): {device: json.loads(found) for device, found in _by_device(reply, name)}

@@ -50,21 +50,21 @@ from untether.sim.rounds.sharing import (
 from untether.sim.time.asking import Ask, Size
 from untether.sim.time.policies import Policies
 from untether.sim.time.timeline import Timeline
-from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, Work
+from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, VirtualWork
 
 KINDS = ("augment", "answer")
 """Of the events that are requests."""
 
 
 def request_names(experiment: Experiment, seed: int, round: int, device: int, tasks: Sequence[str]) -> list[str]:
-    """The names of one device's requests for samples in a round, in the order in which it makes them."""
+    """Returns the names of one device's requests for samples in a round, in the order in which it makes them."""
     parts = math.ceil(experiment.cloud.samples / experiment.cloud.samples_per_request)
     names = [f"s{seed}-r{round}-{device_id(device)}-{task}" for task in tasks]
     return [name if part == 0 else f"{name}+{part}" for name in names for part in range(parts)]
 
 
 def question_names(seed: int, round: int, device: int, tasks_of_queries: Sequence[str]) -> list[str]:
-    """The names of the cloud arm's requests: one a query."""
+    """Returns the names of the cloud arm's requests: one a query."""
     name = f"s{seed}-r{round}-{device_id(device)}"
     return [f"{name}-{task}-q{number}" for number, task in enumerate(tasks_of_queries)]
 
@@ -112,7 +112,7 @@ class Rounds:
     # --- 1. plan ----------------------------------------------------------------------------------------------
 
     def plan(self, round: int, devices: Sequence[int]) -> Agenda:
-        """Who asks and trains in a round, and which of all requests get through."""
+        """Plans who asks and trains in a round, and which of all requests get through."""
         due, alone = (
             tuple(device for device in devices if self._due(round, device, on)) for on in (SAMPLES, REAL)
         )  # fmt: skip
@@ -161,7 +161,7 @@ class Rounds:
     # --- 2. fetch ---------------------------------------------------------------------------------------------
 
     def fetch(self, agenda: Agenda) -> Fetch:
-        """The order: who asks for samples, and the requests that are not to be made."""
+        """Returns the order: who asks for samples, and the requests that are not to be made."""
         plan = agenda.plan
         held = (RequestOf(ask.device, ask.request_id) for ask in plan.asks if ask.request_id not in plan.granted)
         return Fetch(
@@ -171,7 +171,7 @@ class Rounds:
     # --- 3. schedule ------------------------------------------------------------------------------------------
 
     def deliver(self, agenda: Agenda, sizes: Mapping[str, Size]) -> Delivered:
-        """Whose answer reaches its device, and when. `sizes` of the requests that were made."""
+        """Tells whose answer reaches its device, and when. `sizes` of the requests that were made."""
         delivery = self.timeline.deliver(agenda.plan, sizes)
         finals = [delivery.finals[name] for name in sorted(agenda.plan.granted) if name in sizes]
         missed = [each for each in finals if not each.answered]
@@ -182,7 +182,7 @@ class Rounds:
         return Delivered(agenda, delivery, sizes, lost)
 
     def filter(self, delivered: Delivered, samples: Sequence[Part]) -> Refilter:
-        """The order for devices that lost answers with samples, which the filters must not have seen."""
+        """Returns the order for devices that lost answers with samples, which the filters must not have seen."""
         return Refilter(
             seed=self.seed, round=delivered.agenda.plan.round, devices=tuple(delivered.short),
             lost=delivered.lost[AUGMENT], samples=tuple(samples),
@@ -191,7 +191,7 @@ class Rounds:
     def schedule(
         self, delivered: Delivered, materials: Mapping[int, Material], travels: tuple[float, float] = (0.0, 0.0)
     ) -> Day:
-        """When everything ends. `materials`: what the devices that are due can train on, of what reached them;
+        """Returns when everything ends. `materials`: what the devices that are due can train on, of what reached them;
         `travels`: what does up and down of what is shared, in adapters.
         """
         agenda, plan, finals = delivered.agenda, delivered.agenda.plan, delivered.delivery.finals
@@ -227,7 +227,7 @@ class Rounds:
         own = frozenset(device for device in agenda.alone if device in materials and materials[device].real)
         return Day(delivered, schedule, served, came, own, exchange.up(asked, schedule))
 
-    def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> Work:
+    def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> VirtualWork:
         counted, like = ARMS[arm].learns, ARMS[arm].steps_of
         _, training = self.experiment.for_arm(like or arm)
         material = own.plus(self._samples[device][past] for past in self._earlier(round, device))
@@ -235,7 +235,7 @@ class Rounds:
         steps = optimizer_steps(training, total(material, ARMS[like or arm].learns)[0])
         nothing = replace(own, **dict.fromkeys(SAMPLE_COUNTS, 0))
         had = nothing.plus(self._samples[device][past] for past in self._stale(device))
-        return Work(
+        return VirtualWork(
             device, arm, steps, trained_tokens(training, steps, items, tokens),
             tuple(requests) if ARMS[arm].needs_samples else (), *effort(training, *total(had, counted)),
             row_tokens=material.longest_real if counted == ("real",) else material.longest,
@@ -257,12 +257,12 @@ class Rounds:
     # --- 4. train together ------------------------------------------------------------------------------------
 
     def begin(self, round: int, devices: Sequence[int]) -> Begin:
-        """The order to say what is shared before anybody trained."""
+        """Returns the order to say what is shared before anybody trained."""
         groups = (group_of(self.experiment, self._tasks(0, device)[0]) for device in devices)
         return Begin(seed=self.seed, round=round, groups=tuple(sorted(set(groups))))
 
     def update(self, day: Day, arrays: Mapping[str, Any]) -> Update:
-        """The order to train together."""
+        """Returns the order to train together."""
         devices = day.cohort.took_part
         return Update(
             seed=self.seed, round=day.schedule.plan.round, devices=devices, trained=self._last(devices), arrays=arrays
@@ -277,7 +277,7 @@ class Rounds:
         self, day: Day, devices: Sequence[int], samples: Sequence[Part], answers: Sequence[Part],
         arrays: Mapping[str, Any],
     ) -> Learn:  # fmt: skip
-        """The order: which adapters are trained, on what, and which may answer from when."""
+        """Returns the order: which adapters are trained, on what, and which may answer from when."""
         round, start_s = day.schedule.plan.round, day.schedule.plan.start_s
         by_day, settled = self.by_day, round - 1
         versions = []
@@ -316,8 +316,8 @@ class Rounds:
     def event_rows(
         self, day: Day, answers: Sequence[Mapping[str, Any]], learned: Sequence[Mapping[str, Any]] = ()
     ) -> list[dict[str, Any]]:
-        """The round's rows of `events`: those of the timeline, with what the passes know of real answers and real
-        training (`answers`, `learned`: their own rows), and all else that the passes noted.
+        """Returns the round's rows of `events`: those of the timeline, with what the passes know of real answers and
+        real training (`answers`, `learned`: their own rows), and all else that the passes noted.
         """
         schedule = day.schedule
         details = {row["request_id"]: row["detail"] for row in answers if row["kind"] in KINDS}
@@ -335,7 +335,7 @@ class Rounds:
         return rows + transfer_rows(self.timeline, schedule.plan, day.cohort)
 
     def ledger_rows(self, day: Day) -> list[dict[str, Any]]:
-        """The round's rows of `ledger` beside those of requests: what devices uploaded of what is shared."""
+        """Returns the round's rows of `ledger` beside those of requests: what devices uploaded of what is shared."""
         what = f"{self.experiment.strategy.name}: what is shared of an adapter"
         return ledger_rows_of(self.timeline, day.cohort, what)
 
@@ -362,7 +362,7 @@ class Rounds:
             self._samples[device] = {**kept, round: counts}
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs (JSON)."""
+        """Returns what a resumed run needs (JSON)."""
         return {
             "timeline": self.timeline.state(), "samples": self._samples, "trained_in": self._trained_in,
             "policies": {on: policies.state() for on, policies in self.policies.items()},
@@ -380,8 +380,8 @@ def _uploads(day: Day) -> Iterator[Upload]:
 
 
 def sizes_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Size]:
-    """The real size of each request, from the fetch pass's rows: bytes and tokens of all its attempts together (a
-    malformed answer is paid for and drawn again), and its outcome.
+    """Returns the real size of each request, from the fetch pass's rows: bytes and tokens of all its attempts together
+    (a malformed answer is paid for and drawn again), and its outcome.
     """
     sizes: dict[str, Size] = {}
     for row in sorted((row for row in answers if row["kind"] in KINDS), key=lambda row: row["attempt"]):

@@ -33,42 +33,42 @@ class Candidates:
     online: Callable[[int], bool]
 
     def shuffled(self) -> list[int]:
-        """The devices in random order: what decides between equals."""
+        """Returns the devices in random order: what decides between equals."""
         order = generator(self.seed, self.round, "select").permutation(len(self.devices))
         return [self.devices[place] for place in order]
 
     def share(self, fraction: float) -> int:
-        """How many a fraction of the devices are: at least one, where there is one."""
+        """Returns how many a fraction of the devices are: at least one, where there is one."""
         return min(len(self.devices), max(1, math.floor(fraction * len(self.devices) + 1e-9)))
 
 
 def all(candidates: Candidates, settings: Strategy) -> Iterable[int]:
-    """Everybody."""
+    """Selects everybody."""
     return candidates.devices
 
 
 def random(candidates: Candidates, settings: Strategy) -> Iterable[int]:
-    """A random `fraction`."""
+    """Returns a random `fraction`."""
     return candidates.shuffled()[: candidates.share(settings.fraction)]
 
 
 def available(candidates: Candidates, settings: Strategy) -> Iterable[int]:
-    """Those that have a link in the round."""
+    """Returns those that have a link in the round."""
     return filter(candidates.online, candidates.devices)
 
 
 def stalest_first(candidates: Candidates, settings: Strategy) -> Iterable[int]:
-    """The `fraction` that took part longest ago."""
+    """Returns the `fraction` that took part longest ago."""
     return sorted(candidates.shuffled(), key=candidates.last)[: candidates.share(settings.fraction)]
 
 
 def least_data_first(candidates: Candidates, settings: Strategy) -> Iterable[int]:
-    """The `fraction` with the fewest examples."""
+    """Returns the `fraction` with the fewest examples."""
     return sorted(candidates.shuffled(), key=candidates.items)[: candidates.share(settings.fraction)]
 
 
 def within_budget(candidates: Candidates, settings: Strategy) -> Iterable[int]:
-    """In random order, each whose tokens still fit into `budget_tokens`."""
+    """Selects in random order, each whose tokens still fit into `budget_tokens`."""
     left, chosen = settings.budget_tokens, []
     for device in candidates.shuffled():
         if (tokens := candidates.tokens(device)) <= left:

@@ -13,7 +13,7 @@ from untether.sim.experiment.arms import FEDERATED
 from untether.sim.rounds.selection import Candidates
 from untether.sim.time.network.transfers import Carried, carry
 from untether.sim.time.timeline import Plan, Schedule, Timeline
-from untether.sim.time.timeline_state import Work
+from untether.sim.time.timeline_state import VirtualWork
 
 ALL = "all"
 """The group of all devices."""
@@ -39,26 +39,26 @@ class Cohort:
 
 
 def group_of(experiment: Experiment, tasks: Sequence[str]) -> str:
-    """The group that a device with these tasks shares with."""
+    """Returns the group that a device with these tasks shares with."""
     return "+".join(sorted(tasks)) if experiment.strategy.by_task else ALL
 
 
 def rank_of(experiment: Experiment, seed: int, device_id: str) -> int:
-    """The rank of the adapter that a device trains together with others."""
+    """Returns the rank of the adapter that a device trains together with others."""
     ranks = experiment.strategy.ranks or experiment.ranks
     return ranks[derive(seed, device_id, "rank") % len(ranks)]
 
 
 def private_name(rank: int) -> str:
-    """Under which name devices of this rank keep what stays with them."""
+    """Returns the name under which devices of this rank keep what stays with them."""
     return f"{FEDERATED}.{rank}"
 
 
 def selected(
-    experiment: Experiment, timeline: Timeline, plan: Plan, works: Mapping[int, Work], last: Mapping[int, int],
+    experiment: Experiment, timeline: Timeline, plan: Plan, works: Mapping[int, VirtualWork], last: Mapping[int, int],
     items: Callable[[int], int],
 ) -> tuple[int, ...]:  # fmt: skip
-    """The devices that are asked to train, of those that have `works`."""
+    """Returns the devices that are asked to train, of those that have `works`."""
     candidates = Candidates(
         timeline.seed, plan.round, tuple(sorted(works)), lambda device: last.get(device, -1), items,
         lambda device: works[device].tokens,
@@ -83,8 +83,8 @@ class Exchange:
         mine = rank_of(self.experiment, self.timeline.seed, self.timeline.device_id(device))
         return adapters * cost.adapter_bytes() * mine / self.experiment.for_arm(FEDERATED)[0].rank
 
-    def down(self, works: Mapping[int, Work], devices: Sequence[int]) -> Iterator[Work]:
-        """The works of those that get what is shared, from when they have it."""
+    def down(self, works: Mapping[int, VirtualWork], devices: Sequence[int]) -> Iterator[VirtualWork]:
+        """Yields the works of those that get what is shared, from when they have it."""
         for device in devices:
             if not self._down:
                 yield works[device]
@@ -97,7 +97,7 @@ class Exchange:
                 yield replace(works[device], from_s=done_s)
 
     def up(self, devices: Sequence[int], schedule: Schedule) -> Cohort:
-        """Who uploaded in time what it trained."""
+        """Tells who uploaded in time what it trained."""
         arrived = []
         for version in schedule.versions:
             if version.arm != FEDERATED or version.outcome != "ok" or version.live_s >= self.plan.end_s:
@@ -112,8 +112,8 @@ class Exchange:
 
 
 def transfer_rows(timeline: Timeline, plan: Plan, cohort: Cohort) -> list[dict[str, Any]]:
-    """The rows of `events`: one a try, of kind `download` or `upload`; and one, `late`, a straggler: a device that was
-    asked and whose part did not arrive in the round.
+    """Returns the rows of `events`: one a try, of kind `download` or `upload`; and one, `late`, a straggler: a device
+    that was asked and whose part did not arrive in the round.
     """
     rows = []
     for one in cohort.carried:
@@ -135,7 +135,7 @@ def transfer_rows(timeline: Timeline, plan: Plan, cohort: Cohort) -> list[dict[s
 
 
 def ledger_rows_of(timeline: Timeline, cohort: Cohort, what: str) -> list[dict[str, Any]]:
-    """The rows of `ledger`: what was made of the histories of devices left them, though no text."""
+    """Returns the rows of `ledger`: what was made of the histories of devices left them, though no text."""
     return [
         {
             "time_s": one.start_s, "device_id": timeline.device_id(one.device), "attempt": one.number,

@@ -17,7 +17,7 @@ UNITS = ("requests", "samples", "tokens", "answers")
 
 
 def added(works: Iterable[Work]) -> dict[str, float]:
-    """Their sums by name."""
+    """Returns their sums by name."""
     found: dict[str, float] = {}
     for work in works:
         for name, count in work.items():
@@ -26,19 +26,19 @@ def added(works: Iterable[Work]) -> dict[str, float]:
 
 
 def finished(work: Work, devices: int) -> dict[str, float]:
-    """The counts of a shard of so many devices that is done, whatever it said last."""
+    """Returns the counts of a shard of so many devices that is done, whatever it said last."""
     counted = [unit for unit in UNITS if f"{unit}_due" in work]
     due = {f"{unit}_due": work.get(unit, 0.0) for unit in counted}
     return {**work, **due, **{f"{unit}_of": float(devices) for unit in counted}, "devices": float(devices)}
 
 
 def written(work: Work) -> str:
-    """As one line."""
+    """Returns it as one line."""
     return json.dumps({name: round(count, 3) for name, count in work.items()})
 
 
 def read(text: str) -> dict[str, float]:
-    """What `written` wrote; empty for anything else."""
+    """Returns what `written` wrote; empty for anything else."""
     try:
         found = json.loads(text)
     except ValueError:

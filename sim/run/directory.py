@@ -16,9 +16,8 @@ import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -29,6 +28,9 @@ from untether.sim.core.records import Part
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import device_id
 from untether.sim.run.whole import REMEDY, commit_of, damaged, is_whole, read_json, read_table, to_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = "3"
 
@@ -219,6 +221,8 @@ class RunDirectory:
 
     def read_parts(self, parts: Iterable[str]) -> pd.DataFrame:
         """Returns the rows of staged or committed parts as one frame."""
+        import pandas as pd  # half a second, which hosts of devices need not wait for
+
         frames = [read_table(self.path / part).to_pandas() for part in parts]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 

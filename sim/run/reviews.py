@@ -38,14 +38,14 @@ class ReviewFile:
             self._take(row, f"{self.path}, line {number}")
 
     def decision(self, key: Reviewed) -> str | None:
-        """`accept`, `reject`, `skip`, or None where nothing was decided."""
+        """Returns `accept`, `reject`, `skip`, or None where nothing was decided."""
         return self._decided.get(key)
 
     def __len__(self) -> int:
         return len(self._decided)
 
     def items(self) -> Iterator[tuple[Reviewed, str]]:
-        """What was decided, in the order of the decisions."""
+        """Yields what was decided, in the order of the decisions."""
         yield from self._decided.items()
 
     def decide(self, key: Reviewed, decision: str) -> None:

@@ -23,12 +23,12 @@ REMEDY = "Put it back from a copy, or start the run anew in another directory"
 
 
 def damaged(path: Path, error: BaseException | str) -> UserError:
-    """What a user is told of a file that cannot be read."""
+    """Returns what a user is told of a file that cannot be read."""
     return UserError(f"{path}: this file of the run is damaged ({shown(str(error), 160)}). {REMEDY}")
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises UserError where it is gone or damaged."""
+    """Returns the value of a JSON file. Raises UserError where it is gone or damaged."""
     try:
         return strict_json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -38,7 +38,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_table(path: Path, **options: Any) -> pa.Table:
-    """A Parquet file as a table, its pages checked against their sums. Raises UserError where it is gone or damaged."""
+    """Returns a Parquet file as a table, its pages checked against their sums. Raises UserError where it is gone or
+    damaged.
+    """
     try:
         return pq.read_table(path, page_checksum_verification=True, **options)
     except FileNotFoundError:
@@ -48,7 +50,7 @@ def read_table(path: Path, **options: Any) -> pa.Table:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a Parquet file can be read to its end."""
+    """Returns whether a Parquet file can be read to its end."""
     try:
         read_table(path)
     except UserError:
@@ -57,7 +59,7 @@ def is_whole(path: Path) -> bool:
 
 
 def commit_of(path: Path) -> dict[str, Any]:
-    """A commit's content. Raises UserError where it is damaged or names files outside of its run."""
+    """Returns a commit's content. Raises UserError where it is damaged or names files outside of its run."""
     found = read_json(path)
     parts = found.get("parts") if isinstance(found, dict) else None
     if not isinstance(parts, dict) or not isinstance(found.get("facts"), dict):
@@ -84,7 +86,8 @@ def refuse_links(root: Path, names: Sequence[str]) -> None:
 
 
 def plain_name(name: object, what: str, path: Path) -> str:
-    """A name out of a run's tables that becomes a file's. Raises UserError for one that would lead elsewhere."""
+    """Returns a name out of a run's tables that becomes a file's. Raises UserError for one that would lead elsewhere.
+    """
     fine = isinstance(name, str) and name and name[0] != "." and all(c.isalnum() or c in "-_." for c in name)
     if not fine or not isinstance(name, str):
         raise UserError(f"{path}: {what} {shown(str(name), 60)!r} is no name that untether gives. The table is damaged")
@@ -92,5 +95,5 @@ def plain_name(name: object, what: str, path: Path) -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON as files of a run have it."""
+    """Returns JSON as files of a run have it."""
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

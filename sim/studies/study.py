@@ -20,7 +20,7 @@ from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import ANALYSES
 from untether.sim.experiment import Experiment, fields, parse_plain
 from untether.sim.experiment.arms import PRIMARY, check_arms
-from untether.sim.experiment.plugins import load, located
+from untether.sim.experiment.plugins import load_plugins, located
 from untether.sim.experiment.section import Section
 
 FOLDER = Path(__file__).parent
@@ -143,7 +143,7 @@ class Study:
             raise UserError(f"{path} is not a valid study:\n  " + "\n  ".join(lines)) from None
         try:
             spec = spec.model_copy(update={"base": located(spec.base, path.parent)})
-            load(spec.base.get("plugins", ()))
+            load_plugins(spec.base.get("plugins", ()))
             ANALYSES.check(spec.analysis)
             axes = _axes(spec, grid or {})
             if spec.figure.x and spec.figure.x not in axes:

@@ -235,9 +235,9 @@ def serve(
     from untether.server.gateway import serve as serve_generator
     from untether.server.generator import create
     from untether.sim.experiment import parse_plain
-    from untether.sim.experiment.plugins import load
+    from untether.sim.experiment.plugins import load_plugins
 
-    load(plugin or (), "--plugin")
+    load_plugins(plugin or (), "--plugin")
     options = {key: parse_plain(value) for key, value in key_values(option, "--option").items()}
     if model:
         options["model"] = model

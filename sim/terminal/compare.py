@@ -9,7 +9,6 @@ import typer
 from rich.table import Table
 
 from untether.sim.launch.progress import make_console
-from untether.sim.run.directory import RunDirectory
 
 
 def compare(
@@ -21,6 +20,7 @@ def compare(
     The first run is what the others are compared with.
     """
     from untether.sim.report.compare import Comparison, words, write_comparison
+    from untether.sim.run.directory import RunDirectory
 
     found = [RunDirectory.open(path) for path in runs]
     page = write_comparison(found, out)

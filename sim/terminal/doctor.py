@@ -41,7 +41,7 @@ class Examined:
 
 
 def examine(experiment: Experiment) -> Iterator[Examined]:
-    """Each thing as it is found. Whatever goes wrong is a finding."""
+    """Yields each thing as it is found. Whatever goes wrong is a finding."""
     checks: tuple[tuple[str, Callable[[Experiment], Examined]], ...] = (
         ("installation", _installation), ("processor", _processor), ("gpu", _gpu), ("memory", _memory),
         ("disk", _disk), ("base model", _base), ("encoder", _encoder), ("endpoint", _endpoint), ("ray", _ray),

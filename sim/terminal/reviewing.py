@@ -39,7 +39,7 @@ class Shown:
 
 
 def run_review(directory: Path, device: str, out: Path | None) -> None:
-    """The whole command: what is undecided is shown, what the keys say is kept, and a summary is printed."""
+    """Carries out the command: shows what is undecided, keeps what the keys say, prints a summary."""
     run = RunDirectory.open(directory)
     reviews = ReviewFile(out or run.path / FILE)
     console = Console(highlight=False)
@@ -49,7 +49,7 @@ def run_review(directory: Path, device: str, out: Path | None) -> None:
 
 
 def samples_of(run: RunDirectory, device: str = "") -> Iterator[Shown]:
-    """The samples that devices received, in the order of the run. Raises UserError where there are none."""
+    """Yields the samples that devices received, in the order of the run. Raises UserError where there are none."""
     experiment = Experiment.read(run.path / "experiment.toml")
     samples = run.read("samples")
     known = sorted(set(samples["device_id"]))
@@ -95,7 +95,9 @@ def decide(samples: Sequence[Shown], reviews: ReviewFile, pressed: Iterator[str]
 
 
 def card(shown: Shown, number: int, of: int) -> Text:
-    """One sample as text: the user's own items, then the sample. The filters' verdict is not shown: it would lead."""
+    """Returns one sample as text: the user's own items, then the sample. The filters' verdict is not shown: it would
+    lead.
+    """
     text = Text(f"\n{number}/{of}  {shown.device}  {shown.key.task}\n", style="bold")
     for item in shown.own:
         text.append(f"  own     {_line(item.input)}\n       -> {_line(item.output)}\n", style="dim")
@@ -106,7 +108,7 @@ def card(shown: Shown, number: int, of: int) -> Text:
 
 
 def summary(run: RunDirectory, reviews: ReviewFile) -> str:
-    """How many samples were decided on, and how far the filters agree."""
+    """Returns how many samples were decided on, and how far the filters agree."""
     table = run.read("samples")
     made = {
         Reviewed(row.user_id, row.task, row.input, row.output): row.verdict == "accepted" for row in table.itertuples()
@@ -123,7 +125,9 @@ def summary(run: RunDirectory, reviews: ReviewFile) -> str:
 
 
 def keys() -> Iterator[str]:
-    """Key presses of the terminal, one at a time; of a pipe, its characters. Ctrl-C and the end of the input end it."""
+    """Yields key presses of the terminal, one at a time; of a pipe, its characters. Ctrl-C and the end of the input end
+    it.
+    """
     if not sys.stdin.isatty():
         while (key := sys.stdin.read(1)) != "":
             if not key.isspace():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from untether.sim.core.errors import UserError
-from untether.sim.launch.console import arms_table, make_console
-from untether.sim.launch.progress import Voice, say_event
-from untether.sim.run.directory import RunDirectory
+from untether.sim.launch.progress import Voice, make_console, say_event
+
+if TYPE_CHECKING:
+    from untether.sim.run.directory import RunDirectory
 
 __all__ = ["Speaker", "Voice"]
 
@@ -20,14 +21,14 @@ class Speaker:
         self.voice, self.console = voice, make_console(file)
 
     def say(self, event: str, text: str, **facts: Any) -> None:
-        """A line for people, or an event with its facts for programs."""
+        """Prints a line for people, or an event with its facts for programs."""
         if self.voice == "json":
             say_event(self.console, event, **facts)
         elif self.voice == "lines":
             self.console.print(text, soft_wrap=True, markup=False)
 
     def expected(self, directory: RunDirectory) -> None:
-        """What the run will take, by a short measurement where none is kept."""
+        """Prints what the run will take, by a short measurement where none is kept."""
         if self.voice == "quiet" or directory.finished:
             return
         from untether.sim.launch import speed
@@ -51,7 +52,7 @@ class Speaker:
         )
 
     def done(self, directory: RunDirectory) -> None:
-        """The table of a finished run, and where it is."""
+        """Prints the table of a finished run, and where it is."""
         report = directory.path / "report.html"
         if self.voice == "quiet":
             self.console.print(str(directory.path), soft_wrap=True, markup=False)
@@ -59,12 +60,14 @@ class Speaker:
             summary = directory.read_json("summary.json") or {}
             say_event(self.console, "done", run=str(directory.path), report=str(report), rows=summary.get("rows", []))
         else:
+            from untether.sim.launch.console import arms_table
+
             self.console.print(arms_table(directory.read_json("summary.json")))
             self.console.print(f"run directory: {directory.path}", soft_wrap=True, markup=False)
             self.console.print(f"report:        {report}", soft_wrap=True, markup=False)
 
     def study_done(self, folder: Path) -> None:
-        """A finished study's findings, and where it is."""
+        """Prints a finished study's findings, and where it is."""
         report = folder / "report.html"
         if self.voice == "quiet":
             self.console.print(str(folder), soft_wrap=True, markup=False)

@@ -40,7 +40,7 @@ class ModelShape:
     """Weights beside these, such as more norms."""
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear maps of a layer, (in, out)."""
+        """Returns the linear maps of a layer, (in, out)."""
         query, value = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.hidden, query), "k_proj": (self.hidden, value), "v_proj": (self.hidden, value),
@@ -90,7 +90,7 @@ SHAPES: dict[str, ModelShape] = {
 
 
 def model_shape(name: str) -> ModelShape:
-    """A nominal model by name (an organisation before it is ignored). Raises UserError for an unknown one."""
+    """Returns a nominal model by name (an organisation before it is ignored). Raises UserError for an unknown one."""
     short = name.rpartition("/")[2].removesuffix("-Instruct")
     return MODELS.get(short if short in MODELS else name)
 
@@ -184,10 +184,10 @@ class CostModel:
         return 4 * shape.hidden + attention + 3 * shape.intermediate + inputs
 
     def training_bytes(self, row_tokens: int, targets: int | None = None) -> float:
-        """Memory that training needs, one row at a time (gradients are accumulated): the runtime, the weights, the
-        adapter with gradient and AdamW's two moments in 32 bits, what the backward pass needs of a row (16 bits; with
-        checkpointing of one layer, and the inputs of all), and the logits of its targets (16 bits, and in 32 bits
-        with their gradient and the loss's own).
+        """Returns the memory that training needs, one row at a time (gradients are accumulated): the runtime, the
+        weights, the adapter with gradient and AdamW's two moments in 32 bits, what the backward pass needs of a row (16
+        bits; with checkpointing of one layer, and the inputs of all), and the logits of its targets (16 bits, and in 32
+        bits with their gradient and the loss's own).
         """
         shape = self.model
         targets = math.ceil(row_tokens / 4) if targets is None else targets
@@ -196,28 +196,30 @@ class CostModel:
         return RUNTIME_BYTES + self.weight_bytes + 16 * self.lora_weights + 2 * row_tokens * kept + logits
 
     def decoding_bytes(self, tokens: int) -> float:
-        """Memory that answering needs, with so many tokens seen: the runtime, the weights, the adapter, the cache."""
+        """Returns the memory that answering needs, with so many tokens seen: the runtime, the weights, the adapter, the
+        cache.
+        """
         return RUNTIME_BYTES + self.weight_bytes + self.adapter_bytes() + self.cache_bytes * tokens
 
     @property
     def usable_bytes(self) -> float:
-        """Memory that the system lets a background job have."""
+        """Returns the memory that the system lets a background job have."""
         return self.profile.ram_gib * 2**30 * self.profile.usable_ram
 
     def fits(self, row_tokens: int) -> bool:
-        """Whether training does not end in `out_of_memory`."""
+        """Returns whether training does not end in `out_of_memory`."""
         return self.training_bytes(row_tokens) <= self.usable_bytes
 
     def adapter_bytes(self) -> int:
-        """Size of an adapter as stored (32 bits)."""
+        """Returns the size of an adapter as stored (32 bits)."""
         return 4 * self.lora_weights
 
     def stored_bytes(self, adapters: int = 1, samples_bytes: float = 0.0) -> float:
-        """What a device keeps: the base, its adapters, and the synthetic samples."""
+        """Returns what a device keeps: the base, its adapters, and the synthetic samples."""
         return self.weight_bytes + adapters * self.adapter_bytes() + samples_bytes
 
     def energy_j(self, cool_s: float) -> float:
-        """Energy above an idle device of work that takes a cool one so long. Heat changes the time and not this: who is
-        slowed down works at less power.
+        """Returns the energy above an idle device of work that takes a cool one so long. Heat changes the time and not
+        this: who is slowed down works at less power.
         """
         return self.profile.work_w * cool_s

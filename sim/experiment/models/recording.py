@@ -25,7 +25,7 @@ _ANSWER = ("text", "refusal", "finish_reason", "tokens_in", "tokens_out")
 def request_key(
     messages: Iterable[Mapping[str, Any]], temperature: float, top_p: float, max_tokens: int, seed: int
 ) -> str:
-    """What a request is known by: a digest of all that its answer depends on beside the model."""
+    """Returns what a request is known by: a digest of all that its answer depends on beside the model."""
     said = [[str(message.get("role")), message.get("content")] for message in messages]
     content = [FORMAT, said, float(temperature), float(top_p), int(max_tokens), int(seed)]
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))

@@ -16,7 +16,7 @@ from typing import Any
 from untether.sim.core.durable import write_atomically
 from untether.sim.core.errors import UserError
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 """One interaction, as `sim.population.formats.jsonl` reads it."""
 
 TYPES = ("build", "chore", "ci", "docs", "feat", "fix", "perf", "refactor", "revert", "style", "test")
@@ -27,7 +27,7 @@ _MOST_FILES = 12
 _END, _FIELD = "\x1e", "\x1f"
 
 
-def write_rows(rows: Iterable[Row], out: Path) -> int:
+def write_rows(rows: Iterable[Record], out: Path) -> int:
     """Writes the rows, a line each, and returns how many. Raises UserError where there are none."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     if not lines:
@@ -37,10 +37,10 @@ def write_rows(rows: Iterable[Row], out: Path) -> int:
     return len(lines)
 
 
-def from_git(repository: Path, kind: str = "subject") -> Iterator[Row]:
-    """An author's commits, oldest first: from the names of the changed files to the subject (`subject`), or from the
-    subject to its Conventional-Commits type (`type`; other commits are left out). Authors are named by a hash of their
-    address; merges are left out. Raises UserError where git finds no history there.
+def from_git(repository: Path, kind: str = "subject") -> Iterator[Record]:
+    """Yields an author's commits, oldest first: from the names of the changed files to the subject (`subject`), or from
+    the subject to its Conventional-Commits type (`type`; other commits are left out). Authors are named by a hash of
+    their address; merges are left out. Raises UserError where git finds no history there.
     """
     command = [
         "git", "-C", str(repository), "log", "--no-merges", "--reverse", "--name-only",
@@ -66,12 +66,14 @@ def from_git(repository: Path, kind: str = "subject") -> Iterator[Row]:
 
 
 def hashed(address: str) -> str:
-    """A name for an e-mail address that does not tell it: the same address, whatever its case, has the same name."""
+    """Returns a name for an e-mail address that does not tell it: the same address, whatever its case, has the same
+    name.
+    """
     return "author-" + hashlib.blake2b(address.strip().lower().encode(), digest_size=6).hexdigest()
 
 
 def git_task(kind: str) -> str:
-    """The table `[task]` for what `from_git` makes, as TOML."""
+    """Returns the table `[task]` for what `from_git` makes, as TOML."""
     if kind == "type":
         labels = ", ".join(f'"{name}"' for name in TYPES)
         return (
@@ -85,8 +87,8 @@ def git_task(kind: str) -> str:
     )
 
 
-def from_chat(file: Path, task: str = "chat") -> Iterator[Row]:
-    """Each user turn and the answer to it, of chats in OpenAI's message form: a line a chat, or a list. Whose it
+def from_chat(file: Path, task: str = "chat") -> Iterator[Record]:
+    """Yields each user turn and the answer to it, of chats in OpenAI's message form: a line a chat, or a list. Whose it
     is says its `user` or `user_id`, else the file's name; when, its `time`, `created` or `created_at`.
     """
     for number, chat in enumerate(_records(file), 1):
@@ -121,7 +123,7 @@ def _content(content: Any) -> str:
     return str(content or "").strip()
 
 
-def from_personamem(questions: Path, contexts: Path, task: str = "personamem") -> Iterator[Row]:
+def from_personamem(questions: Path, contexts: Path, task: str = "personamem") -> Iterator[Record]:
     """PersonaMem's questions (CSV) on its shared contexts (JSON lines): a persona's turns are its history, and its
     questions are asked at the turn that they refer to. Turns have no dates; one counts as a day, to keep their order.
 
@@ -152,7 +154,7 @@ def from_personamem(questions: Path, contexts: Path, task: str = "personamem") -
             )  # fmt: skip
 
 
-def _context(user: str, name: str, messages: list[Any], task: str) -> Iterator[Row]:
+def _context(user: str, name: str, messages: list[Any], task: str) -> Iterator[Record]:
     said = ""
     for place, message in enumerate(messages):
         text = _content(message.get("content"))
@@ -177,11 +179,11 @@ def _option(where: str, line: Mapping[str, str]) -> str:
     raise UserError(f"{where}: correct_answer {letter} is none of the options")
 
 
-def _on_day(row: Row, day: int) -> Row:
+def _on_day(row: Record, day: int) -> Record:
     return {**row, "time": (datetime(2000, 1, 1, tzinfo=UTC) + timedelta(days=day)).date().isoformat()}
 
 
-def _dated(row: Row, time: Any) -> Row:
+def _dated(row: Record, time: Any) -> Record:
     return row if time is None else {**row, "time": time}
 
 

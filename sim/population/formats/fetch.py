@@ -21,7 +21,9 @@ CHUNK = 1 << 16
 
 
 def lamp_urls(task: str, split: str, time: bool = False, site: str = SITE) -> dict[str, str]:
-    """The addresses of a task's files by the name that LaMP's reader expects. Raises UserError for another task."""
+    """Returns the addresses of a task's files by the name that LaMP's reader expects. Raises UserError for another
+    task.
+    """
     task = task.removeprefix("LaMP_").removeprefix("LaMP-")
     if task not in TASKS:
         raise UserError(f"data fetch lamp: --task {task}: must be one of {', '.join(TASKS)}")

@@ -119,7 +119,9 @@ class FromJsonl(Population):
 
 
 def read_lines(path: str | Path, default_task: str = "") -> Iterator[JsonLine]:
-    """The lines of a file or of a folder's `.jsonl` files. Raises UserError naming file and line for what is wrong."""
+    """Yields the lines of a file or of a folder's `.jsonl` files. Raises UserError naming file and line for what is
+    wrong.
+    """
     root = Path(path).expanduser()
     files = [root] if root.is_file() else sorted(root.glob("*.jsonl")) if root.is_dir() else []
     if not files:

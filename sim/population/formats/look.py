@@ -32,7 +32,7 @@ class TaskLook:
 
 
 def look(experiment: Experiment) -> tuple[list[TaskLook], Counter[str], int]:
-    """By task, what would be left out by reason, and how many users there are in all."""
+    """Returns by task, what would be left out by reason, and how many users there are in all."""
     population = experiment.population
     if population.source == "lamp":
         replay = Replay(experiment.rounds, population.round_days) if population.replay else None

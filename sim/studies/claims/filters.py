@@ -56,7 +56,9 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
 
 
 def of_samples(samples: pd.DataFrame) -> pd.DataFrame:
-    """What devices received, with `fault` (1: faulty, by the world's truth; NaN: unknown), `passed` and all scores."""
+    """Returns what devices received, with `fault` (1: faulty, by the world's truth; NaN: unknown), `passed` and all
+    scores.
+    """
     frame = samples[~samples["verdict"].isin([LEAK, NOT_RECEIVED])].copy()
     frame["fault"] = np.where(frame["truth"].isna(), np.nan, (frame["truth"] != SOUND).astype(float))
     frame["passed"] = frame["verdict"] == ACCEPTED
@@ -64,9 +66,9 @@ def of_samples(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure(study: Study, runs: Runs, samples: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row a cell and task: of what was turned away, the share that is faulty (`precision`); of the faults, the share
-    turned away (`recall`); of the sound, the share lost (`lost`); the gain of `collaborative` over the frozen base, and
-    the cloud's tokens a device; agreement with the reviewer, as a share and as Cohen's kappa.
+    """Returns a row a cell and task: of what was turned away, the share that is faulty (`precision`); of the faults,
+    the share turned away (`recall`); of the sound, the share lost (`lost`); the gain of `collaborative` over the frozen
+    base, and the cloud's tokens a device; agreement with the reviewer, as a share and as Cohen's kappa.
     """
     reviewed = next((samples[cell.name] for cell in study.cells if REVIEWER in cell.words.values()), None)
     rows = []
@@ -86,7 +88,7 @@ def measure(study: Study, runs: Runs, samples: dict[str, pd.DataFrame]) -> pd.Da
 
 
 def rates(samples: pd.DataFrame) -> dict[str, float]:
-    """Precision, recall and sound samples lost, of those whose truth is known."""
+    """Returns precision, recall and sound samples lost, of those whose truth is known."""
     known = samples.dropna(subset=["fault"])
     faulty, out = known["fault"] == 1, ~known["passed"]
     share = {"precision": (faulty, out), "recall": (out, faulty), "lost": (out, ~faulty)}
@@ -94,7 +96,8 @@ def rates(samples: pd.DataFrame) -> dict[str, float]:
 
 
 def agreement(samples: pd.DataFrame, reviewed: pd.DataFrame | None) -> dict[str, float]:
-    """How far what a cell accepted is what the reviewer accepted of the same samples: share, and Cohen's kappa."""
+    """Returns how far what a cell accepted is what the reviewer accepted of the same samples: share, and Cohen's kappa.
+    """
     if reviewed is None:
         return {}
     both = samples.set_index(KEY)["passed"].to_frame("filters").join(reviewed.set_index(KEY)["passed"], how="inner")
@@ -106,8 +109,8 @@ def agreement(samples: pd.DataFrame, reviewed: pd.DataFrame | None) -> dict[str,
 
 
 def scores_of(samples: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By filter: `suspicion`, higher for what the filter likes less, and `fault`, of samples whose truth is known. A
-    sample without a score is suspected least.
+    """Returns by filter: `suspicion`, higher for what the filter likes less, and `fault`, of samples whose truth is
+    known. A sample without a score is suspected least.
     """
     known = samples.dropna(subset=["fault"])
     extra = pd.DataFrame([json.loads(text) if text else {} for text in known["scores"]], index=known.index)
@@ -125,12 +128,14 @@ def scores_of(samples: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def auc(curve: pd.DataFrame) -> float:
-    """Area under a filter's ROC: how often it suspects a faulty sample more than a sound one (0.5: as by luck)."""
+    """Returns the area under a filter's ROC: how often it suspects a faulty sample more than a sound one (0.5: as by
+    luck).
+    """
     return float(roc_auc_score(curve["fault"], curve["suspicion"])) if curve["fault"].nunique() == 2 else np.nan
 
 
 def thresholds(curves: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row a filter and threshold (at most 40 a filter): faults caught, sound samples lost, precision."""
+    """Returns a row a filter and threshold (at most 40 a filter): faults caught, sound samples lost, precision."""
     rows = []
     for name, curve in curves.items():
         if curve["fault"].nunique() < 2:
@@ -143,7 +148,7 @@ def thresholds(curves: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def kinds(samples: dict[str, pd.DataFrame], names: dict[str, str]) -> pd.DataFrame:
-    """A row a cell and true kind of sample: how many there were, and the share that was turned away."""
+    """Returns a row a cell and true kind of sample: how many there were, and the share that was turned away."""
     rows = [
         (names[cell], kind, len(group), float((~group["passed"]).mean()))
         for cell, frame in samples.items() for kind, group in frame.dropna(subset=["truth"]).groupby("truth")
@@ -152,7 +157,7 @@ def kinds(samples: dict[str, pd.DataFrame], names: dict[str, str]) -> pd.DataFra
 
 
 def frontier(points: pd.DataFrame) -> pd.DataFrame:
-    """The cells that no other beats: none has at least their gain for at most their tokens, and more of one."""
+    """Returns the cells that no other beats: none has at least their gain for at most their tokens, and more of one."""
     best = points.groupby("filters", sort=False)[["gain", "tokens"]].mean().drop(index=OPEN, errors="ignore")
     beaten = [
         ((best["gain"] >= row.gain) & (best["tokens"] <= row.tokens)
@@ -182,7 +187,7 @@ def findings(points: pd.DataFrame, curves: dict[str, pd.DataFrame], by_kind: pd.
 
 
 def draw_roc(curves: dict[str, pd.DataFrame]) -> Figure:
-    """One panel: recall of faults against sound samples lost, a line a filter."""
+    """Returns one panel: recall of faults against sound samples lost, a line a filter."""
     with style():
         figure, axis = plt.subplots(figsize=(3.4, 3.2))
         axis.plot([0, 1], [0, 1], color=FAINT, linewidth=0.7)
@@ -199,7 +204,7 @@ def draw_roc(curves: dict[str, pd.DataFrame]) -> Figure:
 
 
 def draw_frontier(points: pd.DataFrame) -> Figure:
-    """A panel a task: gain with its 95% interval against the cloud's tokens a device, a mark a cell."""
+    """Returns a panel a task: gain with its 95% interval against the cloud's tokens a device, a mark a cell."""
     tasks = list(dict.fromkeys(points["task"]))
     with style():
         figure, axes = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks), 2.9), squeeze=False)

@@ -88,7 +88,7 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
 
 
 def cost_of(experiment: Experiment) -> CostModel:
-    """The cost model of an experiment's first profile, with the adapter of `collaborative`."""
+    """Returns the cost model of an experiment's first profile, with the adapter of `collaborative`."""
     hardware = experiment.hardware
     profile = catalogue(hardware.catalogue)[hardware.profiles[0].partition(":")[0]]
     lora, _ = experiment.for_arm(METHOD)
@@ -98,7 +98,9 @@ def cost_of(experiment: Experiment) -> CostModel:
 
 
 def measure(experiment: Experiment, run: RunDirectory) -> dict[str, object]:
-    """One device: what a training took in the run (medians over its users) and what the cost model says of the rest."""
+    """Returns one device: what a training took in the run (medians over its users) and what the cost model says of the
+    rest.
+    """
     cost, events, samples = cost_of(experiment), run.read("events"), run.read("samples")
     profile = cost.profile
     trained = events[(events["kind"] == "train") & (events["arm"] == METHOD)]
@@ -134,7 +136,9 @@ def cloud_s(experiment: Experiment, link: LinkSpeed, prompt: PromptSize) -> floa
 
 
 def speed(experiment: Experiment) -> pd.DataFrame:
-    """How long one device and the cloud take to answer, by link and prompt: `times` the cloud's over the device's."""
+    """Returns how long one device and the cloud take to answer, by link and prompt: `times` the cloud's over the
+    device's.
+    """
     cost = cost_of(experiment)
     rows = []
     for (name, link), (what, prompt) in product(LINKS.items(), PROMPTS.items()):
@@ -144,7 +148,9 @@ def speed(experiment: Experiment) -> pd.DataFrame:
 
 
 def storage(experiment: Experiment, samples_mb: float) -> pd.DataFrame:
-    """What a device keeps (base, adapter, synthetic samples) against the cloud model's weights, by model and bits."""
+    """Returns what a device keeps (base, adapter, synthetic samples) against the cloud model's weights, by model and
+    bits.
+    """
     cost = cost_of(experiment)
     far = replace(cost, model=model_shape(CLOUD_MODEL), weight_bits=CLOUD_BITS).weight_bytes
     rows = []
@@ -199,7 +205,7 @@ def findings(devices: pd.DataFrame, speeds: pd.DataFrame, stored: pd.DataFrame) 
 
 
 def notes(experiment: Experiment) -> Iterator[str]:
-    """What the numbers rest on."""
+    """Yields what the numbers rest on."""
     found = by_metric([row for row in read_measurements() if row.part == CHECK])["all"]
     hardware = experiment.hardware
     yield (
@@ -213,7 +219,7 @@ def notes(experiment: Experiment) -> Iterator[str]:
 
 
 def draw_devices(devices: pd.DataFrame) -> Figure:
-    """Four panels of bars on a shared list of devices, logarithmic."""
+    """Draws four panels of bars on a shared list of devices, logarithmic."""
     order = devices.sort_values(["kind", "train_s"], ascending=[False, False])
     place = np.arange(len(order))
     with style():
@@ -234,7 +240,7 @@ def draw_devices(devices: pd.DataFrame) -> Figure:
 
 
 def draw_speed(speeds: pd.DataFrame) -> Figure:
-    """A panel a prompt, devices against the ratio of the cloud's time to theirs, a mark a link."""
+    """Returns a panel a prompt, devices against the ratio of the cloud's time to theirs, a mark a link."""
     prompts, devices = list(dict.fromkeys(speeds["prompt"])), list(dict.fromkeys(speeds["device"]))[::-1]
     with style():
         figure, axes = plt.subplots(

@@ -36,8 +36,8 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
 
 
 def measure(study: Study, runs: Runs) -> pd.DataFrame:
-    """A row a rank and task: `gain` over the frozen base with its interval (turned so that more is better), the paired
-    difference to the best rank (`behind`, with its upper end), and what the nominal model's adapter costs.
+    """Returns a row a rank and task: `gain` over the frozen base with its interval (turned so that more is better), the
+    paired difference to the best rank (`behind`, with its upper end), and what the nominal model's adapter costs.
     """
     scores = user_scores(tables(study, runs, "predictions"), ["cell", "arm", "task"])
     rows = []
@@ -64,7 +64,8 @@ def measure(study: Study, runs: Runs) -> pd.DataFrame:
 
 
 def costs(experiment: Experiment, run: RunDirectory) -> dict[str, float]:
-    """What this rank costs the nominal model on the experiment's device; time and energy are those of the run."""
+    """Returns what this rank costs the nominal model on the experiment's device; time and energy are those of the run.
+    """
     cost, events = cost_of(experiment), run.read("events")
     done = events[(events["kind"] == "train") & (events["arm"] == METHOD) & (events["outcome"] == "ok")]
     return {
@@ -74,13 +75,15 @@ def costs(experiment: Experiment, run: RunDirectory) -> dict[str, float]:
 
 
 def enough(points: pd.DataFrame) -> pd.Series:
-    """The smallest rank of a task that is not shown to be worse than its best: the difference's interval holds 0."""
+    """Returns the smallest rank of a task that is not shown to be worse than its best: the difference's interval holds
+    0.
+    """
     fit = points[(points["to_best_high"] >= 0) | points["best"]]
     return fit.loc[fit["rank"].idxmin()]
 
 
 def findings(points: pd.DataFrame) -> Iterator[str]:
-    """A sentence a task: the best rank, the smallest that is not shown to be worse, and what the others cost."""
+    """Yields a sentence a task: the best rank, the smallest that is not shown to be worse, and what the others cost."""
     for task, own in points.groupby("task", sort=False):
         best, least, last = own[own["best"]].iloc[0], enough(own), own.iloc[-1]
         name = metric_name(best["metric"])
@@ -99,7 +102,9 @@ def findings(points: pd.DataFrame) -> Iterator[str]:
 
 
 def draw(points: pd.DataFrame) -> Figure:
-    """Gain by rank with its 95% interval, a panel a task, and a panel of the costs, as multiples of the smallest's."""
+    """Draws gain by rank with its 95% interval, a panel a task, and a panel of the costs, as multiples of the
+    smallest's.
+    """
     tasks = list(dict.fromkeys(points["task"]))
     with style():
         figure, axes = plt.subplots(1, len(tasks) + 1, figsize=(2.4 * (len(tasks) + 1), 2.3), squeeze=False)

@@ -63,7 +63,7 @@ RUNTIME_BYTES = 300e6
 
 
 def backend(name: str) -> Kernels:
-    """A backend by name. Raises UserError for an unknown one."""
+    """Returns a backend by name. Raises UserError for an unknown one."""
     if name not in BACKENDS:
         raise UserError(unknown("backend", name, BACKENDS))
     return BACKENDS[name]

@@ -60,7 +60,7 @@ class Measurement:
         return f"{self.setting} {self.metric} {self.unit}".lower()
 
     def number(self, pattern: str, default: float | None = None) -> float | None:
-        """The number that the setting gives where `pattern` finds it."""
+        """Returns the number that the setting gives where `pattern` finds it."""
         found = re.search(pattern, self.setting.lower())
         if not found:
             return default
@@ -178,7 +178,9 @@ class Measurement:
     # --- what the model says --------------------------------------------------------------------------------------
 
     def predicted(self) -> float | None:
-        """What the cost model says, in the row's unit. None: no catalogued device, or no such quantity in the model."""
+        """Returns what the cost model says, in the row's unit. None: no catalogued device, or no such quantity in the
+        model.
+        """
         if self.profile is None:
             return None
         made = {
@@ -297,8 +299,8 @@ def _joules(energy_j: float, unit: str, profile: Profile) -> float | None:
 
 
 def read_measurements(path: str | Path = "") -> list[Measurement]:
-    """The rows of a CSV (columns `COLUMNS`, perhaps `part`); without a path, those that come with the project. Raises
-    UserError naming file, line and column.
+    """Returns the rows of a CSV (columns `COLUMNS`, perhaps `part`); without a path, those that come with the project.
+    Raises UserError naming file, line and column.
     """
     where = str(path) or "sim/time/devices/measurements.csv"
     try:
@@ -340,7 +342,7 @@ WITHIN = 1.6
 
 
 def spread(rows: Iterable[Measurement]) -> Spread:
-    """The spread of some rows."""
+    """Returns the spread of some rows."""
     ratios = [row.ratio for row in rows]
     logs = [abs(math.log(ratio)) if ratio else math.inf for ratio in ratios]
     if not logs:
@@ -351,6 +353,6 @@ def spread(rows: Iterable[Measurement]) -> Spread:
 
 
 def by_metric(rows: Sequence[Measurement]) -> Mapping[str, Spread]:
-    """The spread of each metric, and of all."""
+    """Returns the spread of each metric, and of all."""
     metrics = dict.fromkeys(row.metric for row in rows)
     return {**{metric: spread(row for row in rows if row.metric == metric) for metric in metrics}, "all": spread(rows)}

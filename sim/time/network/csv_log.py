@@ -32,8 +32,8 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 
 def read_csv(file: Path, columns: Mapping[str, str]) -> Log:
-    """One log. A row's rate holds until the next row's time, the last one's as long as the one before; rows of the same
-    time are averaged. Raises UserError naming file, line and column for what is wrong.
+    """Returns one log. A row's rate holds until the next row's time, the last one's as long as the one before; rows of
+    the same time are averaged. Raises UserError naming file, line and column for what is wrong.
     """
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
@@ -69,7 +69,7 @@ def read_csv(file: Path, columns: Mapping[str, str]) -> Log:
 
 
 def columns_of(file: Path) -> list[str]:
-    """The names in a CSV file's first line."""
+    """Returns the names in a CSV file's first line."""
     with file.open(encoding="utf-8-sig", newline="") as lines:
         return [head.strip() for head in next(csv.reader(lines), [])]
 

@@ -95,7 +95,8 @@ def test_mae_and_rmse_by_hand():
 
 def test_rouge_by_hand():
     """Gold of 4 words, answer of 3, of which 2 are shared and in order, though not next to each other:
-    precision 2/3, recall 2/4 -> F 4/7. Turned round, ROUGE-L keeps one word: 1/3, 1/4 -> 2/7."""
+    precision 2/3, recall 2/4 -> F 4/7. Turned round, ROUGE-L keeps one word: 1/3, 1/4 -> 2/7.
+    """
     assert score("LaMP_4", "Council shuts bridge", "The council closes bridge") == {
         "rouge1": pytest.approx(4 / 7),
         "rougeL": pytest.approx(4 / 7),

@@ -69,7 +69,8 @@ def test_users_weigh_the_same_whatever_their_number_of_queries():
 
 def test_a_paired_comparison_by_hand():
     """User means .5, 1, 0, 1 against 0, 1, 0, .5: differences .5, 0, 0, .5, mean .25. Of the 16 swaps those of the two
-    that differ matter: sums 1, 0, 0, -1, so half of them reach the observed 1."""
+    that differ matter: sums 1, 0, 0, -1, so half of them reach the observed 1.
+    """
     frame = pd.DataFrame(
         answers("collaborative", marks({"a": [1, 0], "b": [1], "c": [0], "d": [1, 1]}))
         + answers("frozen", marks({"a": [0, 0], "b": [1], "c": [0], "d": [1, 0]}))
@@ -248,7 +249,8 @@ def test_which_comparisons_are_made():
 
 def test_steps_and_tokens_of_a_device():
     """d-a: 3 steps and 30 tokens in round 0, 1 and 8 in round 1; d-b: 9 and 180, and one that was given up: in all
-    13 steps and 218 tokens, over two devices. Where numbers come from is for tests/test_columns.py to say."""
+    13 steps and 218 tokens, over two devices. Where numbers come from is for tests/test_columns.py to say.
+    """
     done = [("train", 3, 30), ("train", 1, 8), ("train", 9, 180), ("train", None, None), ("augment", None, 1000)]
     events = pd.DataFrame([(kind, "collaborative", s, t) for kind, s, t in done],
                           columns=["kind", "arm", "steps", "tokens_in"])  # fmt: skip

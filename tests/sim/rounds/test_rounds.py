@@ -16,7 +16,7 @@ from untether.sim.core.learning import TrainSettings
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.sections import Training
 from untether.sim.population.source import device_id, open_population
-from untether.sim.rounds.flower_records import columns_of
+from untether.sim.rounds.flower_records import order_columns
 from untether.sim.rounds.material import Material, optimizer_steps
 from untether.sim.rounds.messages import Order, Samples
 from untether.sim.rounds.planner import Rounds, sizes_of
@@ -277,7 +277,7 @@ def test_what_a_round_leaves_and_is_told_does_not_grow(kept):
         delivered = virtual.deliver(agenda, {name: Size(9000, 4000, 1000, 480) for name in agenda.plan.granted})
         lost += sum(map(len, delivered.lost.values()))
         day = virtual.schedule(delivered, dict.fromkeys(agenda.asking, MATERIAL))
-        told = len(json.dumps(columns_of(learn(virtual, day))))
+        told = len(json.dumps(order_columns(learn(virtual, day))))
         virtual.advance(day)
         sizes.append(told + len(json.dumps(virtual.state())))
     assert lost > 3 and max(sizes[30:]) < 1.15 * max(sizes[5:15])
