@@ -68,25 +68,20 @@ def in_a_notebook(call):
 
 
 @pytest.mark.timeout(1200)
-def test_a_run_stopped_twice_ends_with_the_numbers_of_one_that_was_not(tmp_path, capfd):
-    experiment, out = tiny(rounds=2), tmp_path / "run"
+def test_a_stopped_run_ends_with_the_numbers_of_one_that_was_not(tmp_path, capfd):
+    experiment, out = tiny(rounds=2, engine__workers=1), tmp_path / "run"
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
-    first = Watcher(KeyboardInterrupt())
+    first = Interrupter()
     with pytest.raises(KeyboardInterrupt, match="untether.run"):
-        untether.run(experiment, out, [first])
-    assert first.told == [("start", False), (1, 0, True)]
+        untether.run(experiment, out, [first], progress=False)
+    assert first.told == [("start", False)]
     with pytest.raises(untether.UserError, match="not finished"):
         untether.open(out).metrics  # noqa: B018
 
-    second = Interrupter()
-    with pytest.raises(KeyboardInterrupt, match="untether.run"):
-        untether.run(experiment, out, [second], progress=False)
-    assert second.told == [("start", False)]
-
-    third = Watcher()
-    run = in_a_notebook(lambda: untether.run(out=out, callbacks=[third], progress=False))
-    assert third.told == [("start", False), (1, 1, True), ("end", True)]
+    second = Watcher()
+    run = in_a_notebook(lambda: untether.run(out=out, callbacks=[second]))
+    assert second.told == [("start", False), (1, 0, True), (1, 1, True), ("end", True)]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     print("still heard")
     assert "still heard" in capfd.readouterr().out
@@ -139,6 +134,14 @@ def test_fields_are_given_as_one_likes(tmp_path, monkeypatch, given, settings):
     assert run.finished and run.experiment == untether.Experiment(
         seeds=(1, 2), lora={"rank": 4}, population={"users": 3}
     )
+
+
+def test_a_callback_may_stop_a_run_after_a_round(tmp_path, monkeypatch):
+    stands_in(monkeypatch, rounds=2)
+    stops = Watcher(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt, match="untether.run"):
+        untether.run(tiny(rounds=2), tmp_path / "run", [stops])
+    assert stops.told == [("start", False), (1, 0, True)]
 
 
 def test_mistakes_are_the_users(tmp_path):

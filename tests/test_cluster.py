@@ -84,15 +84,6 @@ def test_a_worker_stays_from_call_to_call_and_is_replaced_once_dead(cluster, tmp
         ray.shutdown()
 
 
-def _assert_as_in_one_process(path: Path, fields: dict) -> RunDirectory:
-    """The run has the results of the same experiment on one worker in this process, which is returned."""
-    with start_background("world", {}) as gateway:
-        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
-        reference = run_in_process(path.with_name("undisturbed"), tiny(**fields), endpoint)
-    assert_whole(RunDirectory.open(path), reference)
-    return reference
-
-
 @pytest.fixture
 def node_apart(cluster, tmp_path):
     """A third node, which sees an empty folder where the others see the test's: its process id."""
@@ -108,40 +99,31 @@ def node_apart(cluster, tmp_path):
 
 
 @pytest.mark.timeout(900)
-def test_a_node_that_does_not_see_the_run_directory_works_all_the_same(cluster, node_apart, tmp_path):
+def test_a_node_without_the_run_directory_works_and_one_that_is_lost_loses_nothing(cluster, node_apart, tmp_path):
     """Going on with adapters, foreign samples for the placebo, answers of the cloud: all that a worker reads."""
+    made, nodes = cluster
     path, file = tmp_path / "run", tmp_path / "experiment.toml"
     fields = {"rounds": 3, "arms": "placebo,collaborative,shared,cloud", "population__shared_users": 4}
-    file.write_text(tiny(**fields, engine__shard=1, engine__hosts=3).to_toml())
+    file.write_text(tiny(**fields, engine__shard=1, engine__hosts=3, engine__workers=3).to_toml())
     there = Path(f"/proc/{node_apart}/root{tmp_path}")
-    with Untether(str(file), "--out", str(path), "--ray-address", cluster[0].address) as run:
-        wait_for(lambda: commits(path) >= 2, run)
-        [worker] = _workers(node_apart)
-        assert worker and list(there.iterdir()) == [], "it works, and not on the disk of the others"
+    with Untether(str(file), "--out", str(path), "--ray-address", made.address) as run:
+        wait_for(lambda: commits(path) >= 1, run)
+        raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
+        assert [len(_workers(pid)) for pid in [*raylets, node_apart]] == [1, 1, 1], "a worker a node"
+        assert list(there.iterdir()) == [], "it works, and not on the disk of the others"
+        made.remove_node(nodes[1], allow_graceful=False)
         code, said = run.end()
         assert code == 0, said
-    reference = _assert_as_in_one_process(path, fields)
+
+    with start_background("world", {}) as gateway:
+        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
+        reference = run_in_process(tmp_path / "undisturbed", tiny(**fields), endpoint)
+    assert_whole(RunDirectory.open(path), reference)
     kept, expected = (
         [store.devices(round, "placebo") for round in range(3)]
         for store in (AdapterStore(path, 1), AdapterStore(reference.path, 1))
     )
     assert kept == expected, "superseded adapters are deleted at home too"
-
-
-@pytest.mark.timeout(900)
-def test_a_run_that_loses_a_node_loses_nothing(cluster, tmp_path):
-    made, nodes = cluster
-    path, file = tmp_path / "run", tmp_path / "experiment.toml"
-    fields = {"rounds": 3, "arms": "local,cloud"}
-    file.write_text(tiny(**fields, engine__shard=1).to_toml())
-    with Untether(str(file), "--out", str(path), "--ray-address", made.address) as run:
-        wait_for(lambda: commits(path) >= 1, run)
-        at_work = [_workers(node.all_processes["raylet"][0].process.pid) for node in nodes]
-        assert [len(found) for found in at_work] == [1, 1], "a worker a node"
-        made.remove_node(nodes[1], allow_graceful=False)
-        code, said = run.end()
-        assert code == 0, said
-    _assert_as_in_one_process(path, fields)
     events = RunDirectory.open(path).read("events")
     died = events[events["kind"] == "worker_died"]
     assert len(died) == 1 and "its node has died" in died["detail"].item(), died["detail"].tolist()

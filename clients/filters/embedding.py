@@ -245,10 +245,40 @@ def _load(name: str, device: torch.device, dtype: torch.dtype):
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+    if missing := _missing(model, Path(where)):
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(
+            f'filters.encoder = "{name}": {len(missing)} of its weights are not in the folder ({some}) and would be '
+            "random. Copy the whole model again."
+        )
     model.eval().requires_grad_(False)
     if device.type == "cpu" and dtype is torch.float32:
         accelerate(model)
     return model
+
+
+def _missing(model: Any, folder: Path) -> list[str]:
+    """The weights of a folder's model that no file of it holds, but for the pooler, which nothing reads.
+
+    sentence-transformers fills them up at random and goes on.
+    """
+    from safetensors import safe_open
+    from transformers import PreTrainedModel
+
+    files = list(folder.rglob("*.safetensors")) if folder.is_dir() else []
+    kept = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            kept |= {part for key in opened.keys() for part in _endings(key)}
+    body = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if not files or body is None:
+        return []
+    return [name for name, _ in body.named_parameters() if "pooler." not in name and not kept & set(_endings(name))]
+
+
+def _endings(name: str) -> list[str]:
+    """A weight's name with and without its first word: the body's own (`bert.`) is there in some files only."""
+    return [name, name.partition(".")[2]]
 
 
 def _device(device: str) -> str:

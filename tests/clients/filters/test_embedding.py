@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from untether.clients.filters.embedding import DEFAULT_ENCODER, Encoder, locate
@@ -51,7 +54,7 @@ def test_a_texts_vector_does_not_depend_on_its_company(encoder):
 
 
 def test_bfloat16_moves_a_cosine_by_less_than_a_hundredth(encoder):
-    half = Encoder(dtype="bfloat16", device="cpu")
+    half = Encoder(dtype="bfloat16", device="cpu", batch_size=4)
     exact, rounded = encoder.encode(TEXTS), half.encode(TEXTS)
     assert rounded.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(rounded, axis=1), 1.0, atol=1e-5)
@@ -60,8 +63,8 @@ def test_bfloat16_moves_a_cosine_by_less_than_a_hundredth(encoder):
 
 
 def test_in_bfloat16_a_texts_vector_has_the_same_bits_in_any_company():
-    half = Encoder(dtype="bfloat16", device="cpu", remembered_texts=0)
-    many = [*TEXTS, *(f"a text about {word} and {word * 3}" for word in "abcdefg"), "long " * 60]
+    half = Encoder(dtype="bfloat16", device="cpu", batch_size=4, remembered_texts=0)
+    many = [*TEXTS, *(f"a text about {word} and {word * 3}" for word in "abc"), "long " * 60]
     together = half.encode(many)
     np.testing.assert_array_equal(half.encode(many[::-1])[::-1], together)
     np.testing.assert_array_equal(np.concatenate([half.encode([text]) for text in many]), together)
@@ -155,3 +158,13 @@ def test_a_model_with_a_prompt_or_a_shorter_vector_means_the_same_in_bfloat16(ch
     vectors = encoder.encode(texts)
     assert vectors.shape == expected.shape and encoder.fingerprint != plain
     assert (vectors * expected).sum(1).min() > 0.99 and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_an_encoder_that_lacks_weights_is_refused(tmp_path):
+    folder = tmp_path / "encoder"
+    shutil.copytree(locate(DEFAULT_ENCODER), folder)
+    file = folder / "model.safetensors"
+    weights = {name: weight for name, weight in load_file(file).items() if "layer.3.attention.self.query" not in name}
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"encoder.*2 of its weights are not in the folder \(encoder.layer.3"):
+        Encoder(str(folder), dtype="float32", device="cpu")
