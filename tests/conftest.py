@@ -22,7 +22,7 @@ ARMS = (
 SMALL = {
     "population.users": "3", "population.tasks": "LaMP_1,LaMP_3,LaMP_4", "population.queries": "3",
     "population.shared_users": "3", "cloud.samples": "6", "training.steps": "3", "arms": ",".join(ARMS),
-    "evaluation.resamples": "200", "engine.workers": "1",
+    "evaluation.resamples": "200", "engine.workers": "1", "engine.threads": "1",
 }  # fmt: skip
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from untether.sim.core import kinds
+from untether.sim.core.registry import Registry
+
 PACKAGES = ("sim", "clients", "server", "strategies")
 FORBIDDEN = {"clients": {"server"}, "server": {"clients"}, "strategies": {"clients", "server"}}
 ROOF = {"sim.launch", "sim.studies", "sim.terminal"}
@@ -122,3 +125,10 @@ def test_a_name_means_one_thing():
                 if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                     found.setdefault(node.name, []).append(str(path))
     assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
+@pytest.mark.parametrize("registry", [r for r in vars(kinds).values() if isinstance(r, Registry)], ids=lambda r: r.kind)
+def test_every_name_that_an_experiment_can_give_leads_somewhere(registry):
+    assert registry.built_in()
+    for name in registry.built_in():
+        assert registry.get(name) is not None

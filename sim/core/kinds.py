@@ -81,7 +81,7 @@ ANALYSES: Registry[Any] = Registry("analysis", "analysis", {
     "drift": "untether.sim.studies.drift.drift:analyse",
     "sharing": "untether.sim.studies.sharing:analyse",
     "away": "untether.sim.studies.drift.away:analyse",
-    **{name: f"untether.sim.studies.{name}:analyse" for name in ("hardware", "rank", "filters")},
+    **{name: f"untether.sim.studies.claims.{name}:analyse" for name in ("hardware", "rank", "filters")},
 })  # fmt: skip
 
 # sim.population.tasks: a Task.

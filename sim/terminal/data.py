@@ -86,6 +86,20 @@ def from_personamem(
     _say(write_rows(rows(questions, contexts), out), out, task)
 
 
+@data_app.command("from-longlamp")
+def from_longlamp(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Parquet file of LongLaMP, or lines of JSON.")],
+    out: Out,
+) -> None:
+    """Make histories of LongLaMP's files: abstracts, product reviews or posts, long and in their author's style."""
+    from untether.sim.population.formats.convert import write_rows
+    from untether.sim.population.formats.longlamp import from_longlamp as rows
+    from untether.sim.population.formats.longlamp import longlamp_task
+
+    made = list(rows(file))
+    _say(write_rows(made, out), out, longlamp_task(made[0]["task"]))
+
+
 @data_app.command("fetch")
 def fetch(
     what: Annotated[str, typer.Argument(metavar="lamp", help="What to fetch: `lamp`.")],

@@ -91,7 +91,7 @@ def from_chat(file: Path, task: str = "chat") -> Iterator[Record]:
     """Yields each user turn and the answer to it, of chats in OpenAI's message form: a line a chat, or a list. Whose it
     is says its `user` or `user_id`, else the file's name; when, its `time`, `created` or `created_at`.
     """
-    for number, chat in enumerate(_records(file), 1):
+    for number, chat in enumerate(read_records(file), 1):
         where = f"{file}, chat {number}"
         messages = chat.get("messages") if isinstance(chat, Mapping) else chat
         if not isinstance(messages, list):
@@ -130,7 +130,7 @@ def from_personamem(questions: Path, contexts: Path, task: str = "personamem") -
     Source: Jiang et al., 2025, arXiv 2504.14225; columns of `questions_32k.csv`, lines of `shared_contexts_32k.jsonl`.
     """
     known: dict[str, list[Any]] = {}
-    for record in _records(contexts):
+    for record in read_records(contexts):
         known |= record
     told: set[str] = set()
     with questions.open(encoding="utf-8", newline="") as lines:
@@ -187,8 +187,8 @@ def _dated(row: Record, time: Any) -> Record:
     return row if time is None else {**row, "time": time}
 
 
-def _records(file: Path) -> Iterator[Any]:
-    """The values of a JSON file: a list's items, or a line each."""
+def read_records(file: Path) -> Iterator[Any]:
+    """Yields the values of a JSON file: a list's items, or a line each. Raises UserError for one that is none."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

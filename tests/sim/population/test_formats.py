@@ -1,4 +1,4 @@
-"""One's own data: JSON lines with a declared task, commits, chats, PersonaMem, and downloads from a bad server."""
+"""One's own data: JSON lines with a task, commits, chats, PersonaMem, LongLaMP, and downloads from a bad server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from untether.sim.core.clock import VirtualClock
 from untether.sim.core.errors import ResumableStop, UserError
@@ -22,10 +25,12 @@ from untether.sim.population.formats.convert import (
     write_rows,
 )
 from untether.sim.population.formats.fetch import fetch, lamp_urls
+from untether.sim.population.formats.longlamp import from_longlamp
 from untether.sim.population.formats.look import look
 from untether.sim.population.order import one_shot_history
 from untether.sim.population.source import open_population
 from untether.sim.population.tasks import get_task
+from untether.sim.terminal.data import data_app
 
 TASK = {"name": "greeting", "instruction": "Greet as this person would: {content}", "max_new_tokens": 12}
 
@@ -210,6 +215,45 @@ def test_personamem_asks_at_the_turn_that_a_question_refers_to(tmp_path):
     assert [(query.input, query.gold) for query in user.queries] == [("What do I like?", "coffee")]
     known = one_shot_history(user, "personamem")
     assert [item.output for item in known] == [f"you hear {turn}" for turn in range(5)], "what was said by turn 12"
+
+
+LONGLAMP = {
+    "longlamp_abstract": ("name", {"title": "On {n}", "abstract": "We study {n} at length."}),
+    "longlamp_review": ("reviewerId", {"overall": 5.0, "description": "a lamp {n}", "summary": "bright {n}",
+                                       "reviewText": "It shines {n}."}),
+    "longlamp_topic": ("author", {"summary": "about {n}", "content": "So I went to {n}."}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", LONGLAMP)
+def test_longlamp_is_read_as_the_hub_has_it(task, tmp_path):
+    owner, item = LONGLAMP[task]
+
+    def filled(n):
+        return {name: value.format(n=n) if isinstance(value, str) else value for name, value in item.items()}
+
+    lines = [
+        {owner: f"u{n % 3}", "input": f"Write about {n}", "output": f"Asked {n}",
+         "profile": [filled(f"{n % 3}-{place}") for place in range(5)]}
+        for n in range(6)
+    ]  # fmt: skip
+    file, out = tmp_path / "train.parquet", tmp_path / "long.jsonl"
+    pq.write_table(pa.Table.from_pylist(lines), file)
+    ran = CliRunner().invoke(data_app, ["from-longlamp", str(file), str(out)])
+    assert ran.exit_code == 0 and f'name = "{task}"' in ran.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 3 * 5 + 6, "a profile that comes twice is told once"
+    given = Experiment.build(
+        {"task": {"name": task}, "population": {"source": "jsonl", "path": str(out), "users": 3}}, None, "test"
+    )
+    user = open_population(given, 1).user(0)
+    assert {query.gold for query in user.queries} <= {f"Asked {n}" for n in range(6)}
+    answer = list(item)[-1]
+    assert {known.output for known in user.history} == {filled(f"{user.user_id[1]}-{n}")[answer] for n in range(5)}
+    lines[0]["profile"][2].pop(answer)
+    (tmp_path / "bad.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(UserError, match=f"bad.jsonl, line 1, profile item 2: no `{answer}`"):
+        list(from_longlamp(tmp_path / "bad.jsonl"))
 
 
 # --- downloads -------------------------------------------------------------------------------------------------------
