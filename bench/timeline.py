@@ -16,7 +16,7 @@ from collections import Counter
 
 from untether.sim.experiment import Experiment
 from untether.sim.time.asking import Ask, Size
-from untether.sim.time.timeline import Timeline, Work
+from untether.sim.time.timeline import Timeline, VirtualWork
 
 
 def experiment() -> Experiment:
@@ -46,7 +46,7 @@ def run(devices: int, rounds: int, seed: int = 1) -> tuple[Counter[str], list[fl
             if ask.request_id in granted
         }
         works = [
-            Work(device, arm, 24, 20_000, needs, 12, 10_000)
+            VirtualWork(device, arm, 24, 20_000, needs, 12, 10_000)
             for device in range(devices)
             for arm, needs in (("local", ()), ("collaborative", (f"s{seed}-r{round}-{device}",)))
         ]

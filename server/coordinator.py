@@ -12,6 +12,7 @@ from untether.server.backends.flower import FlowerBackend
 from untether.server.cloud import open_cloud
 from untether.sim.report.finish import finish
 from untether.sim.rounds.loop import Progress, run_rounds
+from untether.sim.rounds.tracking import tracked
 from untether.sim.run.directory import RunDirectory
 from untether.sim.run.places import announced
 from untether.sim.run.usage import Usage
@@ -34,8 +35,11 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
         Failure: A defect.
     """
     strategy = open_strategy(run.experiment)
-    with Usage() as usage, announced(run) as name, open_cloud(run.experiment, run) as cloud:
-        run_rounds(run, FlowerBackend(grid, run, name, strategy, cloud, threads, stop), strategy, progress)
+    with (
+        Usage() as usage, announced(run) as name, open_cloud(run.experiment, run) as cloud,
+        tracked(run, progress) as watching,
+    ):  # fmt: skip
+        run_rounds(run, FlowerBackend(grid, run, name, strategy, cloud, threads, stop), strategy, watching)
         progress.update("report", {}, 0)
         truth = cloud.truth()
         finish(run, truth, cloud.facts(), usage)

@@ -70,6 +70,8 @@ class Silent:
 
     def end(self): ...
 
+    def note(self, *_): ...
+
 
 def answers(run: RunDirectory) -> pd.DataFrame:
     """What was answered and how it scored, in one order."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from fleet import NOWHERE, make_worker, run_in_process, tiny
+from fleet import NOWHERE, Silent, make_worker, run_in_process, tiny
 
 from tests.conftest import untether_here
 from tests.sim.population.lamp_files import write
@@ -26,6 +26,7 @@ from untether.sim.experiment.plugins import fingerprints, load_plugins
 from untether.sim.launch.runtime import check, prepare, reopen
 from untether.sim.population.source import device_id, open_population
 from untether.sim.rounds.messages import Reply
+from untether.sim.rounds.tracking import tracked
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies import Study, run_study
 from untether.sim.time.policies import alarm
@@ -92,7 +93,7 @@ def ran(tmp_path, held):
 
 
 def test_every_kind_has_its_section():
-    assert len(examples()) == 10
+    assert len(examples()) == 11
 
 
 def test_filter(example, ran):
@@ -177,6 +178,17 @@ def test_analysis(tmp_path):
 
     run_study(study, tmp_path / "out", run_cells)
     assert pd.read_csv(tmp_path / "out" / "table.csv")["score"].tolist() == [0.0, 0.5]
+
+
+def test_tracker(example, ran):
+    experiment = example("csv_lines", arms="local")
+    run = ran(experiment)
+    with tracked(run, Silent()) as watching:
+        watching.begin(1, 0)
+        watching.end()
+    lines = [line.split(",") for line in (run.path / "figures.csv").read_text().splitlines()]
+    mean = run.read("metrics").query("metric == 'rouge1'")["value"].mean()
+    assert ["0", "LaMP_4/rouge1/local", str(round(mean, 3))] in lines
 
 
 def test_device_and_model(example):

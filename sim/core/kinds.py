@@ -72,6 +72,12 @@ SELECTIONS: Registry[Any] = Registry("selection", "strategy.select", {
     for name in ("all", "random", "available", "stalest_first", "least_data_first", "within_budget")
 })  # fmt: skip
 
+# sim.rounds.tracking: makes a Tracker of a run directory.
+TRACKERS: Registry[Any] = Registry("tracker", "engine.track", {
+    name: f"untether.sim.rounds.tracking:{made}"
+    for name, made in (("tensorboard", "TensorBoard"), ("mlflow", "MLflow"), ("wandb", "WeightsAndBiases"))
+})  # fmt: skip
+
 # sim.studies.analysis: writes a study's table, figures and findings.
 ANALYSES: Registry[Any] = Registry("analysis", "analysis", {
     "gain": "untether.sim.studies.gain:analyse",
@@ -100,5 +106,5 @@ PROFILES: Registry[Any] = Registry("profile", "hardware.profiles", "untether.sim
 # sim.time.cost: a ModelShape.
 MODELS: Registry[Any] = Registry("model", "hardware.nominal_model", "untether.sim.time.cost:SHAPES", values=True)
 
-NAMED = (FILTERS, POLICIES, DETECTORS, LINKS, POPULATIONS, GENERATORS, STRATEGIES, SELECTIONS)
+NAMED = (FILTERS, POLICIES, DETECTORS, LINKS, POPULATIONS, GENERATORS, STRATEGIES, SELECTIONS, TRACKERS)
 """Those whose names stand in a field as they are: an experiment is checked for them, and they may take settings."""

@@ -375,6 +375,9 @@ class Engine(Section):
         "", description="folder that keeps adapters, embeddings and answers, so that no run makes again what another "
         "one made; empty: none"
     )
+    track: tuple[str, ...] = Field(
+        (), description="where each round's figures go too: tensorboard, mlflow, wandb, or a plug-in's tracker"
+    )
 
 
 class Evaluation(Section):

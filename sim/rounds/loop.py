@@ -47,6 +47,8 @@ class Progress(Protocol):
 
     def end(self) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress: Progress) -> None:
     """Runs every round of a run directory that is not committed yet."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from untether.sim.experiment import Experiment
 from untether.sim.time.asking import Ask, Size
-from untether.sim.time.timeline import Schedule, Timeline, TrainedVersion, Work
+from untether.sim.time.timeline import Schedule, Timeline, TrainedVersion, VirtualWork
 
 SIZE = Size(4000, 2000, 1000, 500)
 QUICK = {"downlink_mbps": 1e6, "uplink_mbps": 1e6, "rtt_s": 0.0, "ask_within_h": 0.0}
@@ -30,9 +30,9 @@ def asks(round: int, devices, size: Size = SIZE, each: int = 1, lane: str = "aug
     return [Ask(f"{lane}-r{round}-{d}+{part}", d, size, lane) for d in devices for part in range(each)]
 
 
-def works(round: int, devices, each: int = 1) -> list[Work]:
+def works(round: int, devices, each: int = 1) -> list[VirtualWork]:
     return [
-        Work(d, arm, 24, 20_000, needs, 12, 10_000)
+        VirtualWork(d, arm, 24, 20_000, needs, 12, 10_000)
         for d in devices
         for arm, needs in (
             ("local", ()), ("collaborative", tuple(f"augment-r{round}-{d}+{part}" for part in range(each))),

@@ -11,7 +11,7 @@ from untether.sim.core.clock import DAY_S, HOUR_S
 from untether.sim.core.errors import UserError
 from untether.sim.time.asking import Ask, Size, traffic
 from untether.sim.time.heat import Heat
-from untether.sim.time.timeline import Plan, Schedule, Timeline, Work
+from untether.sim.time.timeline import Plan, Schedule, Timeline, VirtualWork
 
 # --- a finite cloud, by hand ----------------------------------------------------------------------------------
 
@@ -180,12 +180,12 @@ def test_energy_is_what_work_costs_above_an_idle_device():
 def test_work_crosses_midnight_and_the_next_waits_for_it():
     virtual = timeline(network=QUICK, hardware={**DAY, "profiles": ("raspberry-pi-4",)})
     plan = virtual.plan(0, [])
-    long = Work(0, "local", 2000, 2_000_000)
+    long = VirtualWork(0, "local", 2000, 2_000_000)
     schedule = virtual.schedule(plan, {}, [long])
     (first,) = schedule.versions
     assert first.live_s > DAY_S and first.energy_j == pytest.approx(3.3 * Heat(0.7, 300).work_in(first.load_s))
     virtual.advance(schedule)
-    (second,) = virtual.schedule(virtual.plan(1, []), {}, [Work(0, "local", 24, 20_000)]).versions
+    (second,) = virtual.schedule(virtual.plan(1, []), {}, [VirtualWork(0, "local", 24, 20_000)]).versions
     assert second.begun_s == first.live_s > DAY_S
     again = virtual.schedule(virtual.plan(1, []), {}, [])
     assert virtual.answering(again, 0, "local", first.live_s - 1) is None
