@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
+from untether.sim.core.text import shown
 from untether.sim.launch.progress import make_console
 
 
@@ -29,18 +32,23 @@ def compare(
     fields = comparison.fields()
     table = _table(["differs", *comparison.runs])
     for name, values in fields:
-        table.add_row(name, *values)
+        table.add_row(*_plain([name, *values]))
     console.print(table if fields else "The experiments are the same.")
     console.print()
     table = _table(["task", "arm", "users", "first", "then", "difference", "p", "verdict"])
     for one in comparison.differences():
-        table.add_row(*words(one))
+        table.add_row(*_plain(words(one)))
     console.print(table)
     console.print(f"report: {page}", soft_wrap=True, markup=False)
 
 
 def _table(names: list[str]) -> Table:
     table = Table(box=None, show_edge=False, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in names:
+    for name in _plain(names):
         table.add_column(name, overflow="fold")
     return table
+
+
+def _plain(words: Iterable[str]) -> list[Text]:
+    """Words of a run, which may be a stranger's: no markup, no control character."""
+    return [Text(shown(word)) for word in words]
