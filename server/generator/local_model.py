@@ -7,6 +7,7 @@ adds Gumbel noise drawn from its own seed to its logits and takes the largest, w
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,15 @@ class LocalModelGenerator:
         # What a call leaves unsaid, generate() takes from here: nothing but what ends an answer is the model's to say.
         self._model.generation_config = GenerationConfig()
         self._context = int(getattr(self._model.config, "max_position_embeddings", 0) or 2**30)
-        heads = [parameter.detach().flatten()[:32].float().tolist() for parameter in self._model.parameters()]
+        weights = hashlib.blake2b(digest_size=16)
+        for parameter in self._model.parameters():
+            weights.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
         chat_template.tell(self._tokenizer, template_args or {})
         config = {name: value for name, value in self._model.config.to_dict().items() if name != "_name_or_path"}
         written = chat_template.fingerprint(self._tokenizer, self._ends)
-        self.fingerprint = system_fingerprint("transformers", 2, config, heads, str(self._model.dtype), written)
+        self.fingerprint = system_fingerprint(
+            "transformers", 3, config, weights.hexdigest(), str(self._model.dtype), written
+        )
 
     @torch.inference_mode()
     def generate(self, batch: Sequence[GenerationRequest]) -> list[Completion]:
