@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given, settings
@@ -57,34 +55,30 @@ def save(folder, made: PreTrainedTokenizerFast | None = None, ends: list[int] | 
     return folder
 
 
-ASK = """
-import datetime, sys
-import transformers.utils.chat_template_utils as utils
-class Moved(datetime.datetime):
-    @classmethod
-    def now(cls, tz=None):
-        return cls(*map(int, sys.argv[2].split("-")))
-utils.datetime = Moved
-from untether.clients.engine.base import FrozenBase
-from untether.clients.engine.encoding import encode_prompt
-from untether.server.generator.local_model import LocalModelGenerator
-base, cloud = FrozenBase.load(sys.argv[1], "float32", "cpu"), LocalModelGenerator(sys.argv[1], device="cpu")
-turn = [{"role": "user", "content": "rate this"}]
-print(encode_prompt(base.tokenizer, "rate this"), base.fingerprint, cloud.prompt(turn), cloud.fingerprint)
-print(base.tokenizer.apply_chat_template(turn, tokenize=False))
-"""
+def test_a_prompt_is_the_same_tomorrow(tmp_path, monkeypatch):
+    """A template that prints the day, read on two different days."""
+    from untether.server.generator.local_model import LocalModelGenerator
 
-
-def test_a_prompt_is_the_same_tomorrow(tmp_path):
-    """A template that prints the day, asked by processes whose clocks stand on different days."""
-    folder = save(tmp_path / "model")
-    told = [
-        subprocess.run([sys.executable, "-c", ASK, str(folder), day], capture_output=True, text=True, check=True).stdout
-        for day in ("2026-11-27", "2031-01-02")
-    ]
-    ours, plain = zip(*(lines.strip().split("\n") for lines in told), strict=True)
-    assert ours[0] == ours[1] and "user 26 Jul 2024 rate this" in ours[0] and "think" not in ours[0]
+    folder, turn, told, plain = save(tmp_path / "model"), [{"role": "user", "content": "rate this"}], [], []
+    for day in (datetime.datetime(2026, 11, 27), datetime.datetime(2031, 1, 2)):
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", stopped(day))
+        base, cloud = FrozenBase.load(str(folder), "float32", "cpu"), LocalModelGenerator(str(folder), device="cpu")
+        written = encode_prompt(base.tokenizer, "rate this")
+        told.append((written, base.fingerprint, cloud.prompt(turn), cloud.fingerprint))
+        plain.append(base.tokenizer.apply_chat_template(turn, tokenize=False))
+    assert told[0] == told[1] and "user 26 Jul 2024 rate this" in told[0][2] and "think" not in told[0][2]
     assert plain[0] != plain[1] and "02 Jan 2031" in plain[1], "the clock was not moved"
+
+
+def stopped(day):
+    """A clock that stands at the midnight of a day."""
+
+    class Stopped(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(day.year, day.month, day.day)
+
+    return Stopped
 
 
 @settings(max_examples=15)  # each compiles two templates
@@ -95,14 +89,9 @@ def test_the_fixed_day_is_written_as_the_clock_would_write_it(directives, day):
     told, named = f"strftime_now({json.dumps(wanted)})", "{{ strftime_now(format='%Y') }}"
     template = f"  {{% if true %}}{{{{ {told} }}}}{{% endif %}}\n{named}"
 
-    class Stopped(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls(day.year, day.month, day.day)
-
     made = tokenizer(template)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.utils.chat_template_utils.datetime", Stopped)
+        patch.setattr("transformers.utils.chat_template_utils.datetime", stopped(day))
         plain = made.apply_chat_template(TURN, tokenize=False)
     chat_template.tell(made, {"strftime_now": day.isoformat()})
     assert chat_template.render(made, TURN) == plain
