@@ -20,7 +20,7 @@ from untether.sim.core.durable import write_atomically
 from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
 
-VERSION = 3
+VERSION = 4
 LIMIT_S = 600.0
 TOGETHER = 4
 
@@ -186,7 +186,7 @@ def _measure_here(experiment: Experiment, threads: int) -> Speed:
     token_s = (now() - begun) / max(1.0, tokens_a_step(todo) * steps * len(todo))
 
     stack = AdapterStack.of_states(base, [spec], [trained[todo[0].key].state])
-    rows = [GenerationRow(example.prompt_ids, 0) for example in examples[: 24 if count > 2 else 4]]
+    rows = [GenerationRow(example.prompt_ids, 0) for example in examples[: 64 if count > 2 else 4]]
     limits_ = [len(example.target_ids) + 1 for example in examples[: len(rows)]]
     begun = now()
     generate(base, stack, rows, max_new_tokens=limits_)
