@@ -176,11 +176,12 @@ def test_no_text_of_a_user_travels(tmp_path, monkeypatch):
         **FINITE, "arms": "frozen,shared,federated,rag,local,placebo,collaborative,cloud", "rounds": 2,
         "strategy__name": "fedsa",
         "population__shared_users": 2, "engine__hosts": 2, "drift__policy": "on_drift",
-        "population__replay": True,
+        "population__replay": True, "engine__track": "tensorboard",
     })  # fmt: skip
     run, wire = RunDirectory.create(tmp_path / "run", experiment), Wire()
     coordinate(wire, run, 1, Nobody(), threading.Event())
 
+    assert list((run.path / "tensorboard").iterdir()), "the coordinator's trackers are told of its rounds"
     told = {"query.hello", "query.fetch", "query.filter", "query.share", "query.begin", "query.learn", "train"}
     assert {kind for kind, _ in wire.seen} == told and len(wire.seen) >= 2 * 2 * (2 + 2 * 3)
     population = open_population(experiment, 1)
