@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def run_review(directory: Path, device: str, out: Path | None) -> None:
     run = RunDirectory.open(directory)
     reviews = ReviewFile(out or run.path / FILE)
     console = Console(highlight=False)
-    decide(list(samples_of(run, device)), reviews, keys(), console)
+    with closing(keys()) as pressed:
+        decide(list(samples_of(run, device)), reviews, pressed, console)
     console.print(summary(run, reviews), soft_wrap=True)
     console.print(f"decisions: {reviews.path}", soft_wrap=True)
 
@@ -133,26 +135,25 @@ def keys() -> Iterator[str]:
             if not key.isspace():
                 yield key
         return
-    read = _raw()
-    while (key := read()) not in ("", "\x03", "\x04"):
-        yield key
+    with _key_by_key(sys.stdin.fileno()):
+        while (key := sys.stdin.read(1)) not in ("", "\x00", "\x03", "\x04"):  # NUL: a Ctrl-D that was typed ahead
+            yield key
 
 
-def _raw() -> Callable[[], str]:
+@contextmanager
+def _key_by_key(descriptor: int) -> Iterator[None]:
+    """Holds a terminal in a mode without lines for as long as keys are read: between two modes the kernel would take a
+    Ctrl-D for the end of a line.
+    """
     import termios
     import tty
 
-    descriptor = sys.stdin.fileno()
-
-    def read() -> str:
-        before: list[Any] = termios.tcgetattr(descriptor)
-        try:
-            tty.setcbreak(descriptor, termios.TCSADRAIN)  # what was typed ahead counts
-            return sys.stdin.read(1)
-        finally:
-            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
-
-    return read
+    before: list[Any] = termios.tcgetattr(descriptor)
+    try:
+        tty.setcbreak(descriptor, termios.TCSADRAIN)  # what was typed ahead counts
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
 def _line(text: str, most: int = 160) -> str:

@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import sys
+import termios
 
 import pandas as pd
 import pytest
@@ -60,11 +61,12 @@ def test_keys_need_no_return_in_a_terminal(monkeypatch):
     master, slave = pty.openpty()
     with os.fdopen(slave, "r") as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
+        before = termios.tcgetattr(slave)
         found = keys()
         os.write(master, b"a")
         assert next(found) == "a"
         os.write(master, b"u\x04")
-        assert next(found) == "u" and list(found) == []
+        assert next(found) == "u" and list(found) == [] and termios.tcgetattr(slave) == before
     os.close(master)
 
 
