@@ -11,6 +11,9 @@ from unittest import mock
 import hypothesis
 import pytest
 
+# Two processes of tests share two cores: threads of theirs would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A busy machine is no failure: nothing here is a timed test.
 hypothesis.settings.register_profile("untether", deadline=None)
 hypothesis.settings.load_profile("untether")
@@ -27,8 +30,8 @@ SMALL = {
 
 
 LONGEST_FIRST = (
-    "test_survival", "test_cluster", "test_studies_for_real", "test_main_job", "test_drift", "test_determinism",
-    "test_hosts", "test_api", "test_flower_run", "test_what_is_trained_on", "test_invariants", "test_app",
+    "test_survival", "test_studies_for_real", "test_main_job", "test_drift", "test_determinism", "test_api",
+    "test_flower_run", "test_what_is_trained_on", "test_invariants", "test_app",
     "test_embedding", "test_package", "test_extending",
 )  # fmt: skip
 """Files that take long, in that order; all others follow."""

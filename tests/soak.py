@@ -17,8 +17,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 from fleet import run_in_process, tiny  # noqa: E402
-from survival import Untether, commits, wait_for  # noqa: E402
-from test_survival import assert_whole  # noqa: E402
+from survival import Untether, assert_whole, commits, wait_for  # noqa: E402
 
 from untether.clients.device.worker import Endpoint  # noqa: E402
 from untether.server.background import start_background  # noqa: E402

@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 
 import psutil
+from fleet import answers, metrics
+from pandas.testing import assert_frame_equal
+from test_determinism import assert_same_results
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 
@@ -88,3 +91,19 @@ def commits(path: Path) -> int:
     """Rounds that are committed."""
     return len(list((path / "state" / "commits").glob("*.json")))
 
+
+
+def assert_whole(run, undisturbed, rounds=3):
+    """Every round is there once, and its results are those of the undisturbed run."""
+    assert_same_results(run, undisturbed)
+    assert not answers(run).duplicated(["seed", "round", "device_id", "arm", "query_id"]).any()
+    assert sorted(metrics(run)["round"].unique()) == list(range(rounds))
+    assert not run.read("events")["event_id"].duplicated().any()
+    assert_frame_equal(_happened(run), _happened(undisturbed))
+
+
+def _happened(run):
+    """What happened in virtual time, whatever happened to the workers."""
+    events = run.read("events")
+    columns = ["seed", "round", "time_s", "event_id", "device_id", "arm", "kind", "outcome", "duration_s", "energy_j"]
+    return events.loc[events["kind"] != "worker_died", columns].sort_values(columns[:4]).reset_index(drop=True)

@@ -30,14 +30,16 @@ training.steps = 2
 engine = {workers = 1, threads = 1}
 evaluation.resamples = 100
 [grid]
-"cloud.samples" = [0, 4, 6]
+"model.base" = ["embedded", "no/such-model"]
+"cloud.samples" = [4, 6]
 """
 
 
 @pytest.mark.timeout(1200)
-def test_one_worker_serves_all_cells_and_a_stopped_study_goes_on(tmp_path):
+def test_one_worker_serves_all_cells_a_stopped_study_goes_on_and_a_cell_that_fails_is_named(tmp_path):
     (tmp_path / "toy.toml").write_text(TEXT)
-    cells = [tmp_path / "out" / "cells" / f"samples={count}" for count in (0, 4, 6)]
+    out = tmp_path / "out"
+    cells = [out / "cells" / f"base={base},samples={n}" for base in ("embedded", "no_such-model") for n in (4, 6)]
     finished = [cell / "state" / "finished.json" for cell in cells]
     pids: list[set[int]] = [set(), set()]
 
@@ -46,33 +48,26 @@ def test_one_worker_serves_all_cells_and_a_stopped_study_goes_on(tmp_path):
         pids[finished[0].exists()] |= seen
         return finished[0].exists() and seen and list((cells[1] / "state" / "parts").rglob("*.parquet"))
 
-    with Untether(str(tmp_path / "toy.toml"), "--out", str(tmp_path / "out"), command="study") as study:
+    with Untether(str(tmp_path / "toy.toml"), "--out", str(out), command="study") as study:
         wait_for(second_has_begun, study)
         study.interrupt()
         code, said = study.end()
         assert code == 1 and "stopped: " in said and "untether study" in said
         assert study.orphans() == []
     assert len(pids[0] | pids[1]) == 1 and pids[0] == pids[1], "the worker of the first cell serves the second"
-    assert not finished[2].exists()
+    assert not finished[1].exists()
     first = (cells[0] / "summary.json").stat().st_mtime_ns
 
-    with Untether(str(tmp_path / "toy.toml"), "--out", str(tmp_path / "out"), command="study") as study:
+    with Untether(str(tmp_path / "toy.toml"), "--out", str(out), command="study") as study:
         code, said = study.end()
-        assert code == 0, said
-    assert "cell 3 of 3: samples=6" in said and "cell 1 of 3" not in said and "report.html" in said
-    assert (cells[0] / "summary.json").stat().st_mtime_ns == first and all(path.exists() for path in finished)
-    assert RunDirectory.open(cells[1]).read_json("environment.json")["commit"] is not None
-    assert RunDirectory.open(cells[1]).read("samples")["truth"].notna().all(), "answers from the cache keep their truth"
+    assert code == 2 and "error: base=no_such-model,samples=4: " in said and "Traceback" not in said
+    assert "cell 2 of 4: base=embedded,samples=6" in said and "cell 1 of 4" not in said
+    assert (cells[0] / "summary.json").stat().st_mtime_ns == first
+    assert [path.exists() for path in finished] == [True, True, False, False]
 
-
-def test_a_cell_that_fails_is_named(tmp_path):
-    text = TEXT.replace("[0, 4, 6]", "[4, 6]") + 'model.base = ["embedded", "no/such-model"]\n'
-    (tmp_path / "toy.toml").write_text(text)
-    with Untether(str(tmp_path / "toy.toml"), "--out", str(tmp_path / "out"), command="study") as study:
-        code, said = study.end()
-    assert code == 2 and "error: samples=4,base=no_such-model: " in said and "Traceback" not in said
-    assert (tmp_path / "out" / "cells" / "samples=4,base=embedded" / "state" / "finished.json").exists()
-    assert not (tmp_path / "out" / "cells" / "samples=6,base=embedded" / "state" / "finished.json").exists()
+    second = RunDirectory.open(cells[1])
+    assert second.read_json("environment.json")["commit"] is not None
+    assert second.read("samples")["truth"].notna().all(), "answers from the cache keep their truth"
 
 
 def test_a_cell_like_another_trains_embeds_and_decodes_nothing(tmp_path, monkeypatch):

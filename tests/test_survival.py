@@ -1,31 +1,46 @@
-"""Killed for real, at random moments: the resumed run ends with the results of one that nobody disturbed.
+"""Killed for real, on one machine and on a Ray cluster of several nodes (here: on one machine), one of which dies.
 
-The disturbed run has three hosts on two workers and goes through Flower and Ray; the undisturbed one is a single worker
+A disturbed run has three hosts on two workers and goes through Flower and Ray; the undisturbed one is a single worker
 in this process, so that this is also the test that hosts and workers change no number, though answers are lost.
 """
 
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
-from fleet import answers, metrics, run_in_process, tiny
-from pandas.testing import assert_frame_equal
-from survival import Untether, commits, wait_for
-from test_determinism import FINITE, assert_same_results
+from fleet import make_post, run_in_process, tiny
+from survival import Untether, assert_whole, commits, wait_for
+from test_determinism import FINITE
 
+import untether.clients.hosting.executors
 from tests.conftest import untether_here
-from untether.clients.device.worker import Endpoint
+from untether.clients.device.worker import Endpoint, Inputs
+from untether.clients.hosting.executors import RayExecutor, WorkerDied
+from untether.clients.hosting.process import WorkerProcess
+from untether.clients.stores.adapter_store import AdapterStore
 from untether.server.background import start_background
+from untether.sim.core.errors import ResumableStop
+from untether.sim.launch.cluster import runtime_env, start_here
+from untether.sim.rounds.messages import Fetch, Share
 from untether.sim.run.directory import RunDirectory
 
-#: Rounds that leave something to the next: gaps, batteries, work in flight, samples of earlier days.
+#: Rounds that leave something to the next: gaps, batteries, work in flight, samples of earlier days; and all that a
+#: worker reads: adapters to go on with, another user's samples for the placebo, answers of the cloud.
 VIRTUAL = {
-    **FINITE, "rounds": 3, "arms": "local,collaborative,cloud", "network__availability": 0.6,
-    "network__mean_down_s": 20_000, "hardware__queries": "day", "hardware__train_when": "charging",
-    "drift__samples": "keep",
+    **FINITE, "rounds": 3, "arms": "placebo,collaborative,shared,cloud", "population__shared_users": 4,
+    "network__availability": 0.6, "network__mean_down_s": 20_000, "hardware__queries": "day",
+    "hardware__train_when": "charging", "drift__samples": "keep",
 }  # fmt: skip
 PLAIN = tiny(**VIRTUAL)
 EXPERIMENT = tiny(**VIRTUAL, engine__hosts=3, engine__shard=2)
+OBJECTS = 100 << 20
+"""Bytes of a node's object store: nothing large goes through it."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +51,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.fixture
-def moment(request):
+def moment():
     """Waits for a random moment; the draws are printed where the test fails."""
     draw = random.Random()
 
@@ -48,57 +63,52 @@ def moment(request):
     return wait
 
 
-def assert_whole(run, undisturbed, rounds=3):
-    """Every round is there once, and its results are those of the undisturbed run."""
-    assert_same_results(run, undisturbed)
-    assert not answers(run).duplicated(["seed", "round", "device_id", "arm", "query_id"]).any()
-    assert sorted(metrics(run)["round"].unique()) == list(range(rounds))
-    assert not run.read("events")["event_id"].duplicated().any()
-    assert_frame_equal(_happened(run), _happened(undisturbed))
+@pytest.fixture(scope="module")
+def cluster():
+    """A head for Flower's own actors and two nodes with room for a worker each: (Cluster, [node])."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    os.environ["RAY_worker_niceness"] = "0"
+    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": OBJECTS}
+    made = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+    nodes = [made.add_node(num_cpus=0, resources={"worker": 1}, object_store_memory=OBJECTS) for _ in range(2)]
+    yield made, nodes
+    made.shutdown()
 
 
-def _happened(run):
-    """What happened in virtual time, whatever happened to the workers."""
-    events = run.read("events")
-    columns = ["seed", "round", "time_s", "event_id", "device_id", "arm", "kind", "outcome", "duration_s", "energy_j"]
-    return events.loc[events["kind"] != "worker_died", columns].sort_values(columns[:4]).reset_index(drop=True)
+@pytest.fixture
+def joined(cluster):
+    """Ray, in this process, as a member of the cluster."""
+    import ray
+
+    ray.init(address=cluster[0].address, log_to_driver=False, runtime_env=runtime_env())
+    yield ray
+    ray.shutdown()
 
 
-@pytest.mark.timeout(1200)
-def test_a_run_killed_three_times_ends_like_an_undisturbed_one(tmp_path, undisturbed, moment):
-    path, file = tmp_path / "run", tmp_path / "experiment.toml"
-    file.write_text(EXPERIMENT.to_toml())
+@pytest.fixture
+def node_apart(cluster, tmp_path):
+    """A third node, which sees an empty folder where the others see the test's: its process id."""
+    alone = ["unshare", "--mount", "sh", "-c"]
+    if subprocess.run([*alone, f"mount -t tmpfs none {tmp_path}"], capture_output=True).returncode:
+        pytest.skip("not allowed to give a process a file system of its own")
+    ray = f"{Path(sys.executable).parent}/ray start --address {cluster[0].address} --block --num-cpus 0"
+    command = f"mount -t tmpfs none {tmp_path} && exec {ray} --resources '{{\"worker\": 1}}'"
+    node = subprocess.Popen([*alone, f"{command} --object-store-memory {OBJECTS}"], start_new_session=True)
+    yield node.pid
+    os.killpg(node.pid, signal.SIGTERM)
+    node.wait(60)
 
-    with Untether(str(file), "--out", str(path)) as first:  # a worker is killed, then the coordinator
-        wait_for(lambda: first.workers(), first)
-        moment(2)
-        first.workers()[0].kill()
-        wait_for(lambda: commits(path) >= 1, first)
-        moment(2)
-        first.kill()
-        assert first.orphans() == []
 
-    with Untether("--resume", str(path)) as second:  # a worker is killed once more
-        wait_for(lambda: second.workers(), second)
-        intruder = untether_here("run", "--resume", str(path))
-        assert intruder.returncode == 2
-        assert f"in use by another run (process {second.process.pid} on" in intruder.stderr
-        moment(1)
-        second.workers()[-1].kill()
-        code, said = second.end()
-        assert code == 0, said
-
-    run = RunDirectory.open(path)
-    assert_whole(run, undisturbed)
-    events = run.read("events")
-    assert (run.read("samples")["verdict"] == "not_received").any(), "a finite cloud"
-    died = events[events["kind"] == "worker_died"]
-    assert len(died) >= 1 and set(died["outcome"]) == {"crashed"} and died["detail"].str.len().min() > 40
-
-    other = untether_here("run", "--resume", str(path), "--set", "rounds=4")
-    assert other.returncode == 2 and "rounds: 3 there, 4 here" in other.stderr
-    again = untether_here("run", "--resume", str(path))  # nothing is left to do
-    assert again.returncode == 0 and "run directory:" in again.stdout
+def _workers(node: int) -> set[int]:
+    """Process ids of the workers that a node runs; `node` is its raylet, or what started that."""
+    found = set()
+    for process in psutil.Process(node).children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith("ray::Worker"):
+                found.add(process.pid)
+        except psutil.Error:
+            continue
+    return found
 
 
 def test_ctrl_c_while_ray_starts_ends_at_once(tmp_path):
@@ -111,3 +121,95 @@ def test_ctrl_c_while_ray_starts_ends_at_once(tmp_path):
         code, said = run.end(timeout_s=120)
         assert code == 1 and "Resume with: untether run --resume" in said
         assert run.orphans() == []
+
+
+def test_a_machine_too_busy_for_ray_stops_the_run_resumably(monkeypatch):
+    import ray
+
+    def late(**_):
+        raise Exception("The current node timed out during startup.\nAnd more")
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(ResumableStop, match=r"Ray did not start.*timed out during startup\.\)"):
+        start_here(2, 0, 2)
+
+
+def test_a_worker_stays_from_call_to_call_and_is_replaced_once_dead(joined, tmp_path):
+    """The model that it holds is loaded once; a call to a dead worker says so, the next one finds a new worker."""
+    run = RunDirectory.create(tmp_path / "run", tiny(arms="local"))
+
+    def process():
+        """Which process a call reaches; every call has an executor of its own, as in a host."""
+        executor = RayExecutor("worker", make_post(run))
+        executor.call(Fetch(seed=1, round=0, devices=(0,)), Inputs(), deadline_s=120)
+        return joined.get(joined.get_actor("worker", RayExecutor.NAMESPACE).pid.remote())
+
+    first = process()
+    assert process() == first
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(WorkerDied):
+        process()
+    second = process()
+    assert second != first and process() == second
+
+
+def test_a_worker_that_no_node_takes_says_so(joined, tmp_path, monkeypatch):
+    """All that is offered is taken, by actors that do not go away."""
+    monkeypatch.setattr(untether.clients.hosting.executors, "PLACED_S", 4.0)
+    run = RunDirectory.create(tmp_path / "run", tiny())
+    room = joined.remote(WorkerProcess).options(num_cpus=0, resources={"worker": 1})
+    holders = [room.remote() for _ in range(2)]
+    joined.get([holder.pid.remote() for holder in holders])
+    executor = RayExecutor("worker-of-nobody", make_post(run))
+    with pytest.raises(ResumableStop, match=r"worker 0 was placed on no node .* 2 of the resource `worker`"):
+        executor.call(Share(seed=1, round=0), Inputs(), deadline_s=60.0)
+
+
+@pytest.mark.timeout(1200)
+def test_a_run_killed_three_times_ends_like_an_undisturbed_one(cluster, node_apart, tmp_path, undisturbed, moment):
+    """Begun on this machine, where a worker and then the coordinator is killed; resumed on a cluster that loses a node,
+    and another of whose nodes does not see the run directory.
+    """
+    path, file = tmp_path / "run", tmp_path / "experiment.toml"
+    file.write_text(EXPERIMENT.to_toml())
+
+    with Untether(str(file), "--out", str(path)) as first:
+        wait_for(lambda: first.workers(), first)
+        moment(2)
+        first.workers()[0].kill()
+        wait_for(lambda: commits(path) >= 1, first)
+        moment(2)
+        first.kill()
+        assert first.orphans() == []
+
+    made, nodes = cluster
+    there = Path(f"/proc/{node_apart}/root{tmp_path}")
+    raylets = [*(node.all_processes["raylet"][0].process.pid for node in nodes), node_apart]
+    on_three = ("--ray-address", made.address, "--set", "engine.workers=3")
+    with Untether("--resume", str(path), *on_three) as second:
+        wait_for(lambda: all(_workers(pid) for pid in raylets), second)
+        assert [len(_workers(pid)) for pid in raylets] == [1, 1, 1], "a worker a node"
+        intruder = untether_here("run", "--resume", str(path))
+        assert intruder.returncode == 2
+        assert f"in use by another run (process {second.process.pid} on" in intruder.stderr
+        assert list(there.iterdir()) == [], "it works, and not on the disk of the others"
+        made.remove_node(nodes[1], allow_graceful=False)
+        code, said = second.end()
+        assert code == 0, said
+
+    run = RunDirectory.open(path)
+    assert_whole(run, undisturbed)
+    assert (run.read("samples")["verdict"] == "not_received").any(), "a finite cloud"
+    kept, expected = (
+        [store.devices(round, "placebo") for round in range(3)]
+        for store in (AdapterStore(path, 1), AdapterStore(undisturbed.path, 1))
+    )
+    assert kept == expected, "superseded adapters are deleted at home too"
+    died = run.read("events").query("kind == 'worker_died'")
+    assert set(died["outcome"]) == {"crashed"} and died["detail"].str.len().min() > 40
+    assert died["detail"].str.contains("its node has died").sum() == 1, died["detail"].tolist()
+
+    other = untether_here("run", "--resume", str(path), "--set", "rounds=4")
+    assert other.returncode == 2 and "rounds: 3 there, 4 here" in other.stderr
+    again = untether_here("run", "--resume", str(path))  # nothing is left to do
+    assert again.returncode == 0 and "run directory:" in again.stdout

@@ -8,6 +8,8 @@ docs/cluster.md.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from untether.sim.core import limits
@@ -19,10 +21,26 @@ STORE_SHARE, LEAST_STORE_BYTES, MOST_STORE_BYTES = 0.3, 100_000_000, 10_000_000_
 
 
 def runtime_env() -> dict[str, Any]:
-    """Returns what Ray's processes need to import this program as it runs here."""
-    root = str(import_root())
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    return {"env_vars": {"PYTHONPATH": path}}
+    """Returns what processes of a running cluster need to import this program as it runs here."""
+    return {"env_vars": {"PYTHONPATH": _python_path()}}
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, [str(import_root()), os.environ.get("PYTHONPATH", "")]))
+
+
+@contextmanager
+def _inherited(name: str, value: str) -> Iterator[None]:
+    """Sets an environment variable for the processes that are started meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def memory_here() -> dict[str, int]:
@@ -49,11 +67,12 @@ def start_here(cpus: int, gpus: int, workers: int) -> None:
     import ray
 
     try:
-        ray.init(
-            address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, log_to_driver=False,
-            configure_logging=False, resources={"worker": workers}, runtime_env=runtime_env(),
-            **memory_here(),
-        )
+        # Inherited, not by a `runtime_env`: for that, Ray would not use the processes that it starts ahead.
+        with _inherited("PYTHONPATH", _python_path()):
+            ray.init(
+                address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, log_to_driver=False,
+                configure_logging=False, resources={"worker": workers}, **memory_here(),
+            )
     except Exception as error:  # a plain one is what Ray raises
         raise ResumableStop(f"Ray did not start; is this machine too busy? ({_first_line(error)})") from error
 

@@ -231,7 +231,7 @@ def _simulate(runs: Sequence[RunDirectory], progress: LiveProgress, stop: thread
         wanted = [run.experiment.engine.hosts or workers for run in waiting]
         hosts = max(min(pair) for pair in zip(wanted, devices, strict=True))
     else:
-        start_here(max(2, hosts), gpus, workers)
+        start_here(hosts, gpus, workers)
     renew_signals()  # Ray has put a handler of its own in their place, which ends the process at once
     healing = {"num_cpus": 1, "num_gpus": 0.0, "max_restarts": -1}  # a dead actor comes back; `exchange` asks again
     failed: list[BaseException] = []
@@ -391,6 +391,10 @@ def from_run_config(config: Mapping[str, Any]) -> tuple[RunDirectory, int, LiveP
 
 
 def _gpus() -> int:
+    """How many GPUs there are; PyTorch, which takes seconds to import, is asked only where it could find one."""
+    drivers = (Path("/dev") / name for name in ("nvidiactl", "kfd", "dxg"))  # CUDA, ROCm, Windows' Linux
+    if sys.platform == "linux" and not any(driver.exists() for driver in drivers):
+        return 0
     try:
         import torch
     except ImportError:
