@@ -25,7 +25,7 @@ def tiny(**changes) -> Experiment:
     """Six devices with two tasks that take two optimizer steps; `changes` are dotted fields, dots as `__`."""
     fields = {
         "name": "tiny", "arms": "local,placebo,collaborative,cloud", "population.users": "6", "population.queries": "2",
-        "population.tasks": "LaMP_2,LaMP_4", "training.steps": "2", "training.batch_size": "4",
+        "population.tasks": "LaMP_3,LaMP_7", "training.steps": "2", "training.batch_size": "2",
         "generation.max_new_tokens": "6", "cloud.samples": "6", "engine.threads": "1", "engine.workers": "2",
         "evaluation.resamples": "100",
     }  # fmt: skip

@@ -69,7 +69,7 @@ def in_a_notebook(call):
 
 @pytest.mark.timeout(1200)
 def test_a_stopped_run_ends_with_the_numbers_of_one_that_was_not(tmp_path, capfd):
-    experiment, out = tiny(rounds=2, engine__workers=1), tmp_path / "run"
+    experiment, out = tiny(rounds=2, engine__workers=1, population__users=2), tmp_path / "run"
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     first = Interrupter()

@@ -50,7 +50,7 @@ def test_hosts_and_shards_change_nothing(run, name, more):
     assert ours.keys() == theirs.keys() and len(theirs)
     for key, array in theirs.items():
         # Not entry by entry: where a gradient is about 0, Adam's step follows the sign of a rounding error.
-        assert np.linalg.norm(ours[key] - array) < 0.01 * np.linalg.norm(array)
+        assert np.linalg.norm(ours[key] - array) < 0.03 * np.linalg.norm(array)
         assert array.dtype == np.float64
     columns = [column for column in answers(one).columns if column != "prediction"]
     assert_frame_equal(answers(many)[columns], answers(one)[columns])
@@ -196,14 +196,14 @@ def test_what_anybody_is_scored_on_is_trained_on_by_nobody(run, monkeypatch):
     from dataclasses import replace
 
     population = open_population(run.worker.experiment, 1)
-    query = next(query for query in population.user(0).queries if query.task == "LaMP_4")
+    query = next(query for query in population.user(0).queries if query.task == "LaMP_7")
     plain = type(population).user
 
     def leaky(self, index):
         user = plain(self, index)
         if index != 1:
             return user
-        first = user.of_task("LaMP_4")[0]
+        first = user.of_task("LaMP_7")[0]
         leak = replace(first, item_id="leak", input=query.input, output=query.gold)
         return replace(user, history=tuple(leak if item is first else item for item in user.history))
 

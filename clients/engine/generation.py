@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,7 +98,7 @@ def generate(
     keep_heap()
     with torch.inference_mode(), fast_products():
         room = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
-        for batch in _batches(base, wanted, room, rows, batch_size):
+        for batch in _at_even_pace(_batches(base, wanted, room, rows, batch_size)):
             _halving(decode, batch, base.device)
     give_back()
     return answers
@@ -189,6 +189,14 @@ def _batches(
             batches.append([index])
             longest = lengths[index]
     return [sorted(batch, key=lambda index: (adapter(index), list(rows[index].prompt_ids))) for batch in batches]
+
+
+def _at_even_pace(batches: Sequence[list[int]]) -> Iterator[list[int]]:
+    """The longest rows and the shortest in turn, so that rows done tell how long the others will take. A long one
+    comes first: what memory there is too little of shows at once.
+    """
+    for number in range(len(batches)):
+        yield batches[number // 2 if number % 2 == 0 else -1 - number // 2]
 
 
 def _halving(work: Callable[[list[int]], None], batch: list[int], device: torch.device) -> None:

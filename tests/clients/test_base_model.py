@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -81,7 +82,10 @@ def test_encoding_is_what_a_device_encodes_and_batches_lose_nothing(tokenizer):
 
 
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path, tokenizer, monkeypatch):
+    from untether.clients.base_model import pretrain as module
+
     monkeypatch.setattr(corpus, "USERS_A_CHUNK", 4)
+    monkeypatch.setattr(module, "held_out_loss", partial(held_out_loss, users=4))
     recipe = Recipe(7, 6, 512, 2, hidden=16, layers=1, heads=2, feed_forward=16, warmup=2)
     for folder in ("whole", "parts"):
         tokenizer.save_pretrained(tmp_path / folder)
@@ -93,8 +97,6 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path, 
     def stop_after_saving(folder, *arguments):
         save(folder, *arguments)
         raise Stop
-
-    from untether.clients.base_model import pretrain as module
 
     save = module._save
     with pytest.MonkeyPatch.context() as patch:

@@ -239,8 +239,7 @@ def test_bfloat16_base_with_float32_adapters_casts_like_peft():
     assert logits.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("frozen", ["A", "B"])
+@pytest.mark.parametrize(("kind", "frozen"), [("llama", "A"), ("gpt2", "B")])
 def test_a_frozen_side_is_a_frozen_parameter_of_peft(kind, frozen):
     base, model = engine.tiny_base(kind)
     others = engine.mixed_jobs(base)

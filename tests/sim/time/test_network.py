@@ -192,7 +192,7 @@ def test_availability_is_one_knob():
 @pytest.mark.parametrize("rhythm", [0.0, 0.5, 1.0])
 def test_availability_is_the_share_of_whole_days_whatever_the_rhythm(distribution, kind, rhythm):
     """A fleet's mean over whole days; the spread between its devices says how exact that is."""
-    for availability in (0.05, 0.3, 0.5, 0.6, 0.75, 0.9, 0.99):
+    for availability in (0.05, 0.5, 0.75, 0.99):
         network = Network(
             kind=kind, availability=availability, rhythm=rhythm, distribution=distribution, mean_down_s=1000,
             quiet_hour=2,
