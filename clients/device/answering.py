@@ -187,7 +187,8 @@ def _decode(worker: Worker, order: Learn, questions: Sequence[_Question]) -> lis
     """
     names = [(id(question.adapter), question.prompt) for question in questions]
     unique = dict(zip(names, questions, strict=True))
-    prepared = {name: _prepared(worker, order, question) for name, question in unique.items()}
+    encoded = {prompt: encode_prompt(worker.base.tokenizer, prompt) for _, prompt in unique}  # one for several arms
+    prepared = {name: _prepared(worker, order, question, encoded[name[1]]) for name, question in unique.items()}
     asked = {one.content: one for one in prepared.values()}
     store = worker.answers
     kept = store.get(list(asked)) if store else {}
@@ -220,9 +221,8 @@ class _Prepared:
     """A digest of all that, the base model and the way of drawing: equal contents, equal answers."""
 
 
-def _prepared(worker: Worker, order: Learn, question: _Question) -> _Prepared:
+def _prepared(worker: Worker, order: Learn, question: _Question, prompt_ids: list[int]) -> _Prepared:
     settings, task, adapter = worker.experiment.generation, get_task(question.query.task), question.adapter
-    prompt_ids = encode_prompt(worker.base.tokenizer, question.prompt)
     labels = tuple(task.labels or ()) if worker.experiment.by_likelihood else ()
     limit = 0 if labels else settings.max_new_tokens or task.max_new_tokens
     seed = derive(order.seed, question.row["device_id"], order.round, "decode", question.query.query_id)

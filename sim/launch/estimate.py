@@ -122,7 +122,7 @@ def guess_of(work: Mapping[Step, float], speed: Speed, workers: int) -> Guess:
     answers = work.get(("learn", "answers"), 0.0)
     return Guess(
         work, {step: costs[step[1]] / max(1, workers) for step in STEPS},
-        {STEPS[1]: speed.encoder_setup_s, ("learn", "tokens"): speed.base_setup_s}, report_s=3.0 + 1e-3 * answers,
+        {STEPS[1]: speed.encoder_setup_s, ("learn", "tokens"): speed.base_setup_s}, report_s=2.0 + 1e-3 * answers,
     )  # fmt: skip
 
 

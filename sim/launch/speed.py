@@ -20,7 +20,7 @@ from untether.sim.core.durable import write_atomically
 from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
 
-VERSION = 4
+VERSION = 6
 LIMIT_S = 600.0
 TOGETHER = 4
 
@@ -150,15 +150,16 @@ def _measure_here(experiment: Experiment, threads: int) -> Speed:
     now = (lambda: time.process_time() / threads) if on_cpu else WallClock().now_s
     loading = threads if on_cpu else 1  # by one thread
     population = open_population(experiment, experiment.seeds[0])
-    users = [population.user(index) for index in range(min(4, len(population)))]
-    items = [item for user in users for task in user.tasks for item in known_history(user, task, 0, 0)][:64]
+    users = [population.user(index) for index in range(min(8, len(population)))]
+    items = [item for user in users for task in user.tasks for item in known_history(user, task, 0, 0)]
+    items = items[:128]  # a batch of answers
     texts = [get_task(item.task).prompt(item.input, item.form) for item in items]
 
     begun = 0.0 if on_cpu else now()  # a worker, too, begins with the imports that this process began with
     encoder = models.encoder(experiment.filters.encoder, experiment.engine.device, "")
     encoder.encode([f"{item.input} {item.output}" for item in items[:8]])
     encoder_setup_s = (now() - begun) * loading
-    pairs = [f"{number} {item.input} {item.output}" for number, item in enumerate(items)]
+    pairs = [f"{number} {item.input} {item.output}" for number, item in enumerate(items[:64])]
     begun = now()
     encoder.encode(pairs)
     sample_s = (now() - begun) / max(1, len(pairs)) * 1.3  # the verdicts beside the vectors
@@ -183,10 +184,10 @@ def _measure_here(experiment: Experiment, threads: int) -> Speed:
     todo = jobs(1)
     begun = now()
     trained = train(base, todo)
-    token_s = (now() - begun) / max(1.0, tokens_a_step(todo) * steps * len(todo))
+    token_s = (now() - begun) / max(1.0, tokens_a_step(todo) * steps * len(todo)) * 1.15  # keeping the adapters, too
 
     stack = AdapterStack.of_states(base, [spec], [trained[todo[0].key].state])
-    rows = [GenerationRow(example.prompt_ids, 0) for example in examples[: 64 if count > 2 else 4]]
+    rows = [GenerationRow(example.prompt_ids, 0) for example in examples[: 128 if count > 2 else 4]]
     limits_ = [len(example.target_ids) + 1 for example in examples[: len(rows)]]
     begun = now()
     generate(base, stack, rows, max_new_tokens=limits_)

@@ -31,8 +31,10 @@ NAMES: Mapping[Step, str] = {
 REPORT = "report"
 """The stage after the last round: tables, statistics, the page."""
 
-BEGUN = 0.05
-"""The share of a step from which on its own pace counts as much as the guess."""
+BEGUN, BEGUN_ANSWERING = 0.05, 0.5
+"""The share of a step from which on its own pace counts as much as the guess. Of answers the first tell little: the
+longest prompts are read first, by workers that begin one after the other.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,8 @@ class TimeLeft:
         known = self.guess.cost_s.get(step)
         if known is None:
             return spent / units if units else None
-        weight = BEGUN * (self._due(step) or self._units_of(step) or 0.0)
+        begun = BEGUN_ANSWERING if step == STEPS[-1] else BEGUN
+        weight = begun * (self._due(step) or self._units_of(step) or 0.0)
         return (spent + weight * known * self._pace()) / (units + weight) if units + weight else known * self._pace()
 
     def _pace(self) -> float:
