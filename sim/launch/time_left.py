@@ -32,8 +32,8 @@ REPORT = "report"
 """The stage after the last round: tables, statistics, the page."""
 
 BEGUN, BEGUN_ANSWERING = 0.05, 0.5
-"""The share of a step from which on its own pace counts as much as the guess. Of answers the first tell little: the
-longest prompts are read first, by workers that begin one after the other.
+"""The share of a step from which on its own pace counts as much as the guess. Of answers the first tell little: workers
+begin with them one after the other, each with its longest prompts.
 """
 
 
