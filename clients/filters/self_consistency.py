@@ -31,7 +31,12 @@ class SelfConsistency:
 
 
 def agreement(task: str, output: str, again: str) -> float:
-    """Returns how far two outputs agree, 0 to 1, by the task's primary metric."""
+    """Returns how far two outputs agree, 0 to 1, by the task's primary metric; what is no answer, a rating that is no
+    number, agrees with none.
+    """
     metric = get_task(task).primary
-    score = float(METRICS.get(metric)(again, output))
+    try:
+        score = float(METRICS.get(metric)(again, output))
+    except ValueError:
+        return 0.0
     return score if higher_is_better(metric) else max(0.0, 1.0 - score / STARS)

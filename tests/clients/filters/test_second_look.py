@@ -97,7 +97,8 @@ def test_no_device_changes_anothers_verdict():
     ("task", "output", "again", "score"),
     [
         ("LaMP_2", "comedy", "comedy", 1.0), ("LaMP_2", "comedy", "classic", 0.0), ("LaMP_3", "5", "3", 0.5),
-        ("LaMP_3", "1", "5", 0.0), ("LaMP_4", "a walk in town", "a walk at night", 0.5),
+        ("LaMP_3", "1", "5", 0.0), ("LaMP_3", "It was fine.", "5", 0.0), ("LaMP_3", "nan", "5", 0.0),
+        ("LaMP_3", "5", "It was fine.", 0.0), ("LaMP_4", "a walk in town", "a walk at night", 0.5),
     ],
 )  # fmt: skip
 def test_agreement_by_hand(task, output, again, score):

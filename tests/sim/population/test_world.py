@@ -117,6 +117,11 @@ def test_seeing_items_helps_and_knowing_archetypes_helps_more(task):
     assert right["pretraining"] >= right["none"]
 
 
+@pytest.mark.parametrize("score", ["", "12", "6", "fine"])
+def test_a_review_without_a_score_says_nothing_of_its_writer(score):
+    assert world_task("LaMP_3").evidence(Item("I bought this tent for college. It was a real bargain.", score)) is None
+
+
 def test_a_review_is_scored_as_worked_by_hand():
     reviews = world_task("LaMP_3")
     scene = reviews.read("I bought this tent for college. It was a real bargain. The seller was rude.")

@@ -60,7 +60,9 @@ class Reviews(QueryShaped):
     def evidence(self, item: Item) -> Evidence | None:
         """Returns which score the remarks got."""
         scene = self.read(item.input)
-        return None if scene is None or item.output not in "12345" else Evidence(facts=scene.facts, output=item.output)
+        if scene is None or item.output not in set("12345"):
+            return None
+        return Evidence(facts=scene.facts, output=item.output)
 
     def log_likelihood(self, evidence: Iterable[Evidence], weights: np.ndarray) -> np.ndarray:
         """Returns the log-likelihood [particles]: Gaussian error of half a star, one-sided at 1 and 5."""
