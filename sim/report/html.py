@@ -132,8 +132,8 @@ def _price(experiment: Experiment, events: pd.DataFrame) -> float | None:
 
 
 def inline(svg: str, name: str, said: str = "") -> Markup:
-    """Returns an SVG's text for the middle of a page: its ids its own, its ink the page's text colour. `said`: for
-    those who cannot see it.
+    """Returns an SVG's text for the middle of a page: its ids its own, its ink the page's text colour, and no figure so
+    wide that its letters outgrow the page's. `said`: for those who cannot see it.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
@@ -141,7 +141,9 @@ def inline(svg: str, name: str, said: str = "") -> Markup:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = svg.replace(figures.INK, "currentColor").replace(figures.PAPER, "var(--paper)")
     label = f'aria-label="{escape(said)}" ' if said else ""
-    return Markup(svg.replace("<svg ", f'<svg role="img" {label}', 1))
+    points = re.match(r'<svg [^>]*?width="([\d.]+)pt"', svg)
+    width = f'style="max-width: min(58rem, {2.4 * float(points[1]):.0f}px)" ' if points else ""
+    return Markup(svg.replace("<svg ", f'<svg role="img" {label}{width}', 1))
 
 
 def _exclusions(facts: Mapping[str, Any]) -> list[tuple[str, int]]:
