@@ -92,7 +92,6 @@ def commits(path: Path) -> int:
     return len(list((path / "state" / "commits").glob("*.json")))
 
 
-
 def assert_whole(run, undisturbed, rounds=3):
     """Every round is there once, and its results are those of the undisturbed run."""
     assert_same_results(run, undisturbed)

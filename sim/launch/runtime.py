@@ -14,13 +14,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
 
-from untether.sim.core import limits
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import Failure, ResumableStop, UserError, disk_is_full
 from untether.sim.experiment import Experiment, key_values
@@ -29,6 +27,7 @@ from untether.sim.experiment.plugins import fingerprints
 from untether.sim.launch.cluster import join_cluster, start_here
 from untether.sim.launch.estimate import expected_work, guess_of
 from untether.sim.launch.progress import LiveProgress, Voice
+from untether.sim.launch.resources import Resources
 from untether.sim.launch.speed import speed_of
 from untether.sim.launch.time_left import Guess
 from untether.sim.population.source import open_population
@@ -43,25 +42,6 @@ _HANDLERS: list[Callable[[int, Any], None]] = []
 
 GRACE_S = 6.0
 """How long an interrupted run may take to end by itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """How a run uses this machine: worker processes, Flower nodes, torch threads a worker, GPUs."""
-
-    workers: int
-    hosts: int
-    threads: int
-    gpus: int
-
-    @classmethod
-    def of(cls, experiment: Experiment, devices: int) -> Resources:
-        """Returns the resources from `[engine]`, this process's cores and the GPUs: one worker a core, or one a GPU."""
-        engine, cores = experiment.engine, limits.cores()
-        gpus = _gpus() if engine.device in ("auto", "cuda") else 0
-        workers = max(1, min(engine.workers or (gpus or cores), devices))
-        hosts = max(1, min(engine.hosts or workers, devices))
-        return cls(workers, hosts, engine.threads or max(1, cores // workers), gpus)
 
 
 def prepare(experiment: Experiment, out: Path | None) -> RunDirectory:
@@ -388,15 +368,3 @@ def from_run_config(config: Mapping[str, Any]) -> tuple[RunDirectory, int, LiveP
     layout = Resources.of(found, found.population.users)
     print(f"run directory: {run.path.resolve()}", flush=True)
     return run, layout.threads, LiveProgress()
-
-
-def _gpus() -> int:
-    """How many GPUs there are; PyTorch, which takes seconds to import, is asked only where it could find one."""
-    drivers = (Path("/dev") / name for name in ("nvidiactl", "kfd", "dxg"))  # CUDA, ROCm, Windows' Linux
-    if sys.platform == "linux" and not any(driver.exists() for driver in drivers):
-        return 0
-    try:
-        import torch
-    except ImportError:
-        return 0
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -19,6 +19,7 @@ from untether.sim.core import limits
 from untether.sim.core.durable import write_atomically
 from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
+from untether.sim.launch.resources import Resources
 
 VERSION = 6
 LIMIT_S = 600.0
@@ -70,9 +71,9 @@ def measure(experiment: Experiment) -> Speed:
 
     As many processes measure as workers will work, at most `TOGETHER`: beside each other they are slower than alone.
     """
-    command = [sys.executable, "-m", "untether.sim.launch.speed"]
-    told = json.dumps({"experiment": experiment.to_toml(), "threads": _threads(experiment)})
-    count = min(TOGETHER, max(1, limits.cores() // _threads(experiment)))
+    command, layout = [sys.executable, "-m", "untether.sim.launch.speed"], _layout(experiment)
+    told = json.dumps({"experiment": experiment.to_toml(), "threads": layout.threads})
+    count = min(TOGETHER, layout.workers)
 
     def once(_: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, input=told, capture_output=True, text=True, timeout=LIMIT_S)
@@ -107,18 +108,18 @@ def _file() -> Path:
 
 def _key(experiment: Experiment) -> str:
     model, engine = experiment.model, experiment.engine
+    layout = _layout(experiment)
     named = os.environ.get("UNTETHER_BASE_MODEL", "") if model.base == "embedded" else ""
     words = (
         VERSION, model.base, named, model.dtype, experiment.filters.encoder, engine.device, limits.cores(),
-        _threads(experiment), experiment.lora.rank, experiment.training.batch_size, experiment.cloud.provider,
+        layout.threads, layout.workers, experiment.lora.rank, experiment.training.batch_size, experiment.cloud.provider,
         experiment.cloud.model, experiment.population.source, experiment.population.path,
     )  # fmt: skip
     return " ".join(map(str, words))
 
 
-def _threads(experiment: Experiment) -> int:
-    cores = limits.cores()
-    return experiment.engine.threads or max(1, cores // (experiment.engine.workers or cores))
+def _layout(experiment: Experiment) -> Resources:
+    return Resources.of(experiment, experiment.population.users)
 
 
 def _request_s(experiment: Experiment) -> float:

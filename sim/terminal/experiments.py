@@ -83,7 +83,7 @@ def check(
     """
     from untether.sim.launch import speed
     from untether.sim.launch.estimate import estimate
-    from untether.sim.launch.runtime import Resources
+    from untether.sim.launch.resources import Resources
     from untether.sim.launch.runtime import check as check_everything
 
     experiment = Experiment.read(file, key_values(set_, "--set"))

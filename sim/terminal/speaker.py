@@ -33,7 +33,7 @@ class Speaker:
             return
         from untether.sim.launch import speed
         from untether.sim.launch.estimate import estimate
-        from untether.sim.launch.runtime import Resources
+        from untether.sim.launch.resources import Resources
 
         experiment = directory.experiment
         found = speed.kept(experiment)
