@@ -154,6 +154,7 @@ def _say(count: int, out: Path, task: str) -> None:
     console.print(f"wrote {count} interactions to {out}", markup=False, soft_wrap=True)
     source = f'[population]\nsource = "jsonl"\npath = "{out}"\n'
     console.print(f"an experiment on them needs:\n\n{source}\n{task}", markup=False, soft_wrap=True)
+    console.print(f"what they hold: untether data check {out} --experiment FILE.toml", markup=False, soft_wrap=True)
 
 
 def _table(*names: str) -> Table:

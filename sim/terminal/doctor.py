@@ -136,9 +136,12 @@ def _disk(experiment: Experiment) -> Examined:
 
 
 def _base(experiment: Experiment) -> Examined:
+    from transformers.utils import logging as transformers_logging
+
     from untether.clients.base_model import resolve
     from untether.clients.engine.base import FrozenBase
 
+    transformers_logging.disable_progress_bar()  # between the doctor's lines
     model, begun = experiment.model, WallClock().now_s()
     device, given = experiment.engine.device, model.template_args
     base = FrozenBase.load(resolve(model.base), model.dtype, device, template_args=given)
