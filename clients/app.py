@@ -6,7 +6,10 @@ Replies carry counts, outcomes and times. Histories, samples and private adapter
 from __future__ import annotations
 
 import functools
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -14,10 +17,14 @@ from flwr.clientapp import ClientApp
 from untether.clients.device.worker import Endpoint
 from untether.clients.hosting.executors import Executor, InProcess, RayExecutor
 from untether.clients.hosting.host import guarded, run_order
+from untether.clients.hosting.node import Node
 from untether.clients.hosting.process import Post, WorkerProcess
+from untether.clients.hosting.resident import ResidentExecutor
+from untether.sim.core.clock import WallClock
+from untether.sim.experiment import Experiment
 from untether.sim.rounds.flower_records import order_from, to_records
 from untether.sim.rounds.messages import Reply
-from untether.sim.run.directory import RunDirectory
+from untether.sim.run.directory import RunDirectory, versions
 from untether.sim.run.places import find_run
 
 app = ClientApp()
@@ -25,9 +32,19 @@ app = ClientApp()
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Returns the number of the partition that this node has (node ids are random)."""
-    partition = ConfigRecord({"partition": int(context.node_config["partition-id"])})
-    return Message(RecordDict({"host": partition}), reply_to=message)
+    """Returns the number of the partition that this node has (node ids are random) and its version; of a deployed node
+    also, where the server asks, what it may know of the node's user.
+    """
+
+    def say() -> dict[str, Any]:
+        said = {"partition": int(context.node_config["partition-id"]), "versions": json.dumps(versions())}
+        node = Node.of(context.node_config)
+        if node is not None and "run" in message.content:
+            said["told"] = json.dumps(node.told(Experiment.parse(str(message.content["run"]["experiment"]))))
+        return said
+
+    found = guarded(say)
+    return Message(RecordDict({"error" if "error" in found else "host": ConfigRecord(found)}), reply_to=message)
 
 
 @app.query("share")
@@ -70,18 +87,46 @@ def reply_to(message: Message, context: Context) -> Message:
     """Carries out the order in a message, for the run that the message names, and returns the reply as a message."""
 
     def work() -> Reply:
-        settings = message.content["run"]
-        run = find_run(str(settings["id"]))
-        progress = run.path / "state" / "progress" / f"{context.node_config['partition-id']}.done"
-        return run_order(make_executor(settings, run, context), run, order_from(message.content), progress)
+        node = Node.of(context.node_config)
+        return _simulated(message.content, context) if node is None else _deployed(message.content, node)
 
     found = guarded(work)
     content = to_records(found) if isinstance(found, Reply) else RecordDict({"error": ConfigRecord(found)})
     return Message(content, reply_to=message)
 
 
+def _simulated(content: RecordDict, context: Context) -> Reply:
+    """A host of a simulation: it finds the run directory on this machine, which keeps what its devices keep."""
+    settings = content["run"]
+    run = find_run(str(settings["id"]))
+    progress = run.path / "state" / "progress" / f"{context.node_config['partition-id']}.done"
+    return run_order(make_executor(settings, run, context), run, order_from(content), progress)
+
+
+def _deployed(content: RecordDict, node: Node) -> Reply:
+    """A node of a deployment: everything is its own. Events are told at the time of the pass, since the run began."""
+    settings = content["run"]
+    experiment = node.experiment(Experiment.parse(str(settings["experiment"])))
+    run = node.run(str(settings["id"]), experiment)
+    began_s = WallClock().epoch_s() - float(settings["began_s"])
+    executor = ResidentExecutor(node.home, Post(
+        str(settings["id"]), experiment.to_toml(), _endpoint(settings, node), str(run.path / "state"),
+        experiment.engine.threads, node.device,
+    ))  # fmt: skip
+    reply = run_order(executor, run, order_from(content), keeper=node.keeper)
+    return replace(reply, events=[{**event, "time_s": began_s} for event in reply.events])
+
+
+def _endpoint(settings: ConfigRecord, node: Node | None = None) -> Endpoint:
+    """Where the cloud is: the node's own endpoint, or that of the run."""
+    if node is not None and (own := node.own.get("cloud", {})).get("base_url"):
+        return Endpoint(own["base_url"], str(own.get("model") or settings["model"]))
+    where = (str(settings[name]) for name in ("base_url", "model", "fingerprint"))
+    return Endpoint(*where, float(settings["limit_s"]))
+
+
 def make_executor(settings: ConfigRecord, run: RunDirectory, context: Context) -> Executor:
-    """Returns the executor of this host: a Ray actor where Ray runs, otherwise this process.
+    """Returns the executor of a simulation's host: a Ray actor where Ray runs, otherwise this process.
 
     Args:
         settings: What the server sends about the run: its id, experiment, cloud endpoint and threads a worker.
@@ -89,11 +134,9 @@ def make_executor(settings: ConfigRecord, run: RunDirectory, context: Context) -
         context: Flower's context of this node, which gives its number.
     """
     partition = int(context.node_config["partition-id"])
-    where = (str(settings[name]) for name in ("base_url", "model", "fingerprint"))
-    endpoint = Endpoint(*where, float(settings["limit_s"]))
     scratch = str(Path(run.path / "state").resolve())
     run_id, experiment, threads = str(settings["id"]), str(settings["experiment"]), int(settings["threads"])
-    post = Post(run_id, experiment, endpoint, scratch, threads, partition)
+    post = Post(run_id, experiment, _endpoint(settings), scratch, threads, partition)
     if _in_ray():
         return RayExecutor(f"worker-{context.run_id}-{partition}", post)
     return InProcess(lambda: _here().at(post))

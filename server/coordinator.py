@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -19,7 +19,10 @@ from untether.sim.run.usage import Usage
 from untether.strategies import open_strategy
 
 
-def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, stop: threading.Event) -> None:
+def coordinate(
+    grid: Grid, run: RunDirectory, threads: int, progress: Progress, stop: threading.Event,
+    hosts: Mapping[int, int] | None = None,
+) -> None:  # fmt: skip
     """Runs every round that is not committed yet, then turns the run directory into tables and a report.
 
     Args:
@@ -28,6 +31,7 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
         threads: Torch threads of each worker.
         progress: Receives what is done.
         stop: Set from outside to stop the run, resumably.
+        hosts: Node ids by partition, where they are known; otherwise the nodes are asked.
 
     Raises:
         UserError: A mistake in the experiment or the input.
@@ -39,7 +43,7 @@ def coordinate(grid: Grid, run: RunDirectory, threads: int, progress: Progress, 
         Usage() as usage, announced(run) as name, open_cloud(run.experiment, run) as cloud,
         tracked(run, progress) as watching,
     ):  # fmt: skip
-        run_rounds(run, FlowerBackend(grid, run, name, strategy, cloud, threads, stop), strategy, watching)
+        run_rounds(run, FlowerBackend(grid, run, name, strategy, cloud, threads, stop, hosts), strategy, watching)
         progress.update("report", {}, 0)
         truth = cloud.truth()
         finish(run, truth, cloud.facts(), usage)

@@ -50,8 +50,8 @@ class FleetStrategy(Strategy):
             seed: Of the fleet; all that is drawn comes from (seed, round).
             round: The round, from 0.
             shared: What was shared before it.
-            replies: Of the hosts, or one that joins them. Devices and hosts that failed are in their `outcome` column
-                and in no array.
+            replies: Of the hosts, or one that joins them. Devices that failed, with their worker or their host, are
+                `lost` and in no array.
 
         Returns:
             The arrays, `shared` itself where nobody took part.

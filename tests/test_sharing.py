@@ -13,7 +13,7 @@ from untether.clients.stores.adapter_store import AdapterStore
 from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.population.source import open_population
 from untether.sim.rounds.loop import run_rounds
-from untether.sim.rounds.messages import Reply, Update
+from untether.sim.rounds.messages import Reply, Update, outcomes
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies import Study, run_study
 from untether.strategies import open_strategy
@@ -234,13 +234,13 @@ def test_a_device_that_was_lost_leaves_the_cohort(run):
     class Loses(InProcessBackend):
         def send(self, order, progress):
             if isinstance(order, Update):
-                failed = Reply({"device": [0], "outcome": ["host_failed"]})
+                failed = Reply(lost={0: "host_failed"})
                 return [*super().send(order.cut(order.devices[1:]), progress), failed]
             return super().send(order, progress)
 
     strategy = open_strategy(experiment)
     plain = strategy.aggregate
-    strategy.aggregate = lambda *a: told.extend(a[3][0].columns["outcome"]) or plain(*a)
+    strategy.aggregate = lambda *a: told.extend(outcomes(a[3][0]).values()) or plain(*a)
     run_rounds(directory, Loses(directory, InProcess(lambda: worker)), strategy, Silent())
     directory.merge(experiment)
     assert told == ["ok"] * 5 + ["host_failed"]

@@ -25,10 +25,10 @@ from untether.clients.cloud.answer_cache import AnswerCache, cache_key
 from untether.clients.cloud.dialect import Dialect
 from untether.clients.cloud.faults import Fault, classify, is_too_long
 from untether.clients.cloud.journal import Journal
-from untether.clients.cloud.records import TRANSPORT_OUTCOMES, Attempt, CloudReply, CloudRequest, CloudSettings
+from untether.clients.cloud.records import Attempt, CloudReply, CloudRequest, CloudSettings
 from untether.clients.cloud.wire import http_client, loop_factory
 from untether.sim.core.errors import ResumableStop, UserError
-from untether.sim.core.records import CUT
+from untether.sim.core.records import CUT, TRANSPORT_OUTCOMES
 from untether.sim.core.seeding import derive
 from untether.sim.core.text import plain, shown
 from untether.sim.experiment.endpoint import check_address

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from untether.sim.core.records import TRANSPORT_OUTCOMES
 from untether.sim.prompts.protocol import Pair, Uploaded
-
-TRANSPORT_OUTCOMES = frozenset({"timeout", "rate_limited", "server_error", "unreachable", "dropped", "not_an_answer"})
-"""Outcomes of the wire, not of an answer: in virtual time none of them may remain (the run stops, resumably)."""
 
 
 class CloudSettings(Protocol):

@@ -173,6 +173,7 @@ def _ask(worker: Worker, requests: Sequence[CloudRequest], devices: int) -> list
         cache=cloud.cache or worker.scratch / "answers.sqlite",
         journal=Journal(worker.scratch / "sent.jsonl"),
         api_key=None if cloud.provider == "openai" else "",  # the run's own gateway never sees the user's key
+        wall=worker.experiment.hardware.clock == "wall",
     )
     return client.ask_sync(requests, on_done)
 

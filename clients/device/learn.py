@@ -24,7 +24,6 @@ from untether.clients.engine.jobs import tokens_a_step
 from untether.clients.engine.training import Example, TrainJob, TrainResult
 from untether.clients.stores.adapter_cache import train_once
 from untether.clients.stores.adapter_store import AdapterArrays, adapter_version, as_arrays, as_tensors
-from untether.sim.core.clock import DAY_S
 from untether.sim.core.kinds import POLICIES, STRATEGIES
 from untether.sim.core.learning import LoraSpec, TrainSettings
 from untether.sim.core.seeding import derive
@@ -78,9 +77,10 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     answers = cloud_answers(worker, order, devices, inputs) if CLOUD in experiment.arms else []
     answers += answer(worker, order, devices, adapters)
     events = train_event_rows(order, results)
+    ended_s = worker.timeline(order.seed, order.measured).round_end_s(order.round)
     tables = {
         "predictions": answers,
-        "metrics": [{**row, "time_s": (order.round + 1) * DAY_S} for row in metric_rows(answers)],
+        "metrics": [{**row, "time_s": ended_s} for row in metric_rows(answers)],
         "training": training_rows(results),
         "ledger": ledger_rows(experiment, devices, order),
     }

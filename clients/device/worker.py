@@ -22,6 +22,7 @@ from untether.sim.population.source import Population, device_id, open_populatio
 from untether.sim.rounds.messages import Order, Reply, Version
 from untether.sim.rounds.work import Work
 from untether.sim.time.timeline import Timeline
+from untether.sim.time.wall import timeline_of
 
 if TYPE_CHECKING:
     from untether.clients.engine.base import FrozenBase
@@ -191,7 +192,7 @@ class Worker:
             measured: The measured profile of this machine as JSON, as the order has it.
         """
         if self._timeline is None or self._timeline.seed != seed:
-            self._timeline = Timeline(self.experiment, seed, device_id, json.loads(measured))
+            self._timeline = timeline_of(self.experiment, seed, device_id, json.loads(measured))
         return self._timeline
 
     def devices(self, order: Order) -> list[Device]:

@@ -11,7 +11,7 @@ import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from untether.clients.device.worker import Inputs, Outcome
 from untether.clients.hosting.executors import Executor, WorkerDied
@@ -33,12 +33,15 @@ NODES = 3
 """Nodes that may be lost under a shard before it is to blame: it can take a node's memory, and with it the node."""
 
 
+T = TypeVar("T")
+
 BLOCK_ADAPTERS = 256
 """Adapters that a worker trains at a time, about; the engine splits them into cohorts within its memory budget."""
 
 
 def run_order(
-    executor: Executor, run: RunDirectory, order: Order, progress: Path | None = None
+    executor: Executor, run: RunDirectory, order: Order, progress: Path | None = None,
+    keeper: Callable[[RunDirectory, Order], DeviceStore] = DeviceStore,
 ) -> Reply:  # fmt: skip
     """Carries out an order, shard by shard of devices.
 
@@ -51,11 +54,13 @@ def run_order(
         run: The run directory, which holds the devices' store.
         order: The order, cut to this host's devices.
         progress: A file to write the number of finished devices to.
+        keeper: Opens the devices' store.
     """
     engine, watch = run.experiment.engine, _Watch(progress)
-    store = DeviceStore(run, order)
+    store = keeper(run, order)
     if not order.devices:
-        return store.keep(order, _call_again(executor, order, store.inputs(order), engine.deadline_s, watch))
+        outcome = _call_again(executor, order, store.inputs(order), engine.deadline_s, watch)
+        return store.told(order, store.keep(order, outcome))
     replies: list[Reply] = []
     size = _shard_size(run.experiment, order)
     queue = [order.devices[start : start + size] for start in range(0, len(order.devices), size)][::-1]
@@ -91,7 +96,7 @@ def run_order(
                 continue
         watch.add(len(some), {} if outcome is None else outcome.work)
         replies.append(reply)
-    return joined([*replies, _lost_reply(run, order, lost, failures)])
+    return store.told(order, joined([*replies, _lost_reply(run, order, lost, failures)]))
 
 
 def _shard_size(experiment: Experiment, order: Order) -> int:
@@ -153,7 +158,7 @@ def _lost_reply(
     for table, rows in tables.items():
         run.write_part(table, order.seed, order.round, name, rows)
     return Reply(
-        columns={"device": list(lost), "outcome": list(lost.values())}, failures=failures,
+        lost=lost, failures=failures,
         events=[_event(order, number, failure) for number, failure in enumerate(failures)],
         parts={table: [name] for table in tables},
     )  # fmt: skip
@@ -170,7 +175,7 @@ def _event(order: Order, number: int, failure: Mapping[str, Any]) -> dict[str, A
     }  # fmt: skip
 
 
-def guarded(work: Callable[[], Reply]) -> Reply | dict[str, str]:
+def guarded(work: Callable[[], T]) -> T | dict[str, str]:
     """Does some work; an error is returned as {"error": kind, "message", "traceback"}, so that no reply is lost."""
     try:
         return work()

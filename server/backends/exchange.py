@@ -6,17 +6,31 @@ Flower's own `send_and_receive` waits without looking up, so a Ctrl-C would hang
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import Failure, ResumableStop, UserError
 
 POLL_S = 0.05
+FAILURE, LATE = "Failure", "late"
+NOTHING: frozenset[str] = frozenset()
+EVERYTHING = frozenset({FAILURE, LATE, "UserError", "ResumableStop"})
+"""What of a host may be forgiven: errors by kind, and that it does not answer in time."""
+
 TRIES = 3
 """How often a host is asked before its failure inside Flower (a dead actor) counts. A pass may be run again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Stands for the reply of a host that is forgiven. `why`: in its words, or Flower's."""
+
+    why: str
 
 
 def nodes(grid: Grid, at_least: int, deadline_s: float, stop: threading.Event) -> list[int]:
@@ -44,14 +58,15 @@ def exchange(
     messages: Iterable[Message],
     deadline_s: float,
     stop: threading.Event,
-    heartbeat: Callable[[], object] = lambda: None,
-    forgiving: bool = False,
-) -> list[Message | None]:
+    heartbeat: Callable[[int], object] = lambda replies: None,
+    forgiven: Collection[str] = NOTHING,
+) -> list[Message | Lost]:
     """Pushes the messages and returns the replies in the order of the messages.
 
-    `heartbeat` is called at every look; while what it returns changes, and whenever a reply comes, the deadline starts
-    anew. Raises ResumableStop when `stop` is set or the deadline passes, UserError and ResumableStop as the hosts say,
-    and Failure with the host's traceback for anything else; `forgiving`: None takes the place of that reply.
+    `heartbeat` is called at every look, with the number of replies; while what it returns changes, and whenever a reply
+    comes, the deadline starts anew. Raises ResumableStop when `stop` is set or the deadline passes, UserError and
+    ResumableStop as the hosts say, and Failure with the host's traceback for anything else; what is `forgiven` makes
+    the reply a `Lost` instead.
     """
     clock, messages = WallClock(), list(messages)
     end_s = clock.now_s() + deadline_s
@@ -62,23 +77,27 @@ def exchange(
     while waiting:
         for reply in grid.pull_messages(list(waiting)):
             place = waiting.pop(reply.metadata.reply_to_message_id)
-            if reply.has_error() and tries[place] < TRIES:
+            gone = reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
+            if reply.has_error() and not gone and tries[place] < TRIES:
                 tries[place] += 1
                 again = _copy(messages[place])
                 waiting[next(iter(grid.push_messages([again])))] = place
             else:
                 replies[place] = reply
             end_s = clock.now_s() + deadline_s
-        if (now := heartbeat()) != beat:
+        if (now := heartbeat(len(replies))) != beat:
             beat, end_s = now, clock.now_s() + deadline_s
         if stop.is_set():
             raise ResumableStop("interrupted")
         if clock.now_s() > end_s:
+            if LATE in forgiven:
+                break
             late = f"{len(waiting)} of {len(messages)} hosts"
             raise ResumableStop(f"{late} neither answered nor got on within {deadline_s:.0f} s (engine.deadline_s)")
         if waiting:
             clock.sleep(POLL_S)
-    return [_checked(replies[place], forgiving) for place in range(len(messages))]
+    late = Lost(f"no answer within {deadline_s:.0f} s (engine.deadline_s)")
+    return [_checked(replies[place], forgiven) if place in replies else late for place in range(len(messages))]
 
 
 def _copy(message: Message) -> Message:
@@ -87,19 +106,18 @@ def _copy(message: Message) -> Message:
     )
 
 
-def _checked(reply: Message, forgiving: bool) -> Message | None:
+def _checked(reply: Message, forgiven: Collection[str]) -> Message | Lost:
+    kind, message, trace = FAILURE, "", ""
     if reply.has_error():
-        if forgiving:
-            return None
-        raise Failure(f"a host failed inside Flower: {reply.error.reason}")
-    if "error" in reply.content:
-        said = reply.content["error"]
-        kind, message, trace = (str(said[name]) for name in ("error", "message", "traceback"))
-        if kind == "UserError":
-            raise UserError(message)
-        if kind == "ResumableStop":
-            raise ResumableStop(message)
-        if forgiving:
-            return None
-        raise Failure(f"{message}\n{trace}")
-    return reply
+        message = f"a host failed inside Flower: {reply.error.reason}"
+    elif "error" in reply.content:
+        kind, message, trace = (str(reply.content["error"][name]) for name in ("error", "message", "traceback"))
+    else:
+        return reply
+    if kind in forgiven:
+        return Lost(message)
+    if kind == "UserError":
+        raise UserError(message)
+    if kind == "ResumableStop":
+        raise ResumableStop(message)
+    raise Failure(f"{message}\n{trace}".rstrip())

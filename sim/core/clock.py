@@ -45,6 +45,10 @@ class WallClock:
         """Waits for real."""
         time.sleep(duration_s)
 
+    def epoch_s(self) -> float:
+        """Returns the seconds since 1970, which all machines count alike, about."""
+        return time.time()
+
     def timestamp(self) -> str:
         """Returns the date and time in UTC, ISO 8601, to the second."""
         return datetime.now(UTC).isoformat(timespec="seconds")

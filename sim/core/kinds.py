@@ -42,6 +42,7 @@ LINKS: Registry[Any] = Registry("link", "network.kind", {
 POPULATIONS: Registry[Any] = Registry("population", "population.source", {
     "world": f"{_SOURCE}:FromWorld", "lamp": f"{_SOURCE}:FromFiles",
     "jsonl": "untether.sim.population.formats.jsonl:FromJsonl",
+    "nodes": "untether.sim.population.formats.nodes:FromNodes",
 })  # fmt: skip
 
 # server.generator: makes a Generator of its options. `openai` is an endpoint that somebody else serves.

@@ -125,6 +125,9 @@ LEAK = "rejected_by:leak"
 CUT = "cut before it began"
 """What the detail of an attempt says whose tokens were spent before the answer's first word."""
 
+TRANSPORT_OUTCOMES = frozenset({"timeout", "rate_limited", "server_error", "unreachable", "dropped", "not_an_answer"})
+"""Outcomes of the wire, not of an answer: in virtual time none of them may remain (the run stops, resumably)."""
+
 NOT_RECEIVED = "not_received"
 """The verdict on a sample that the cloud wrote and that never reached its device."""
 

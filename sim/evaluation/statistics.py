@@ -154,6 +154,8 @@ class _Comparison:
         self._user = _numbered(frame, ["seed", "user_id"])
         self._query = _numbered(frame, ["seed", "user_id", "query_id"])
         self._asked = _numbered(frame, order[:-1])
+        self._scores = None if frame["gold"].notna().any() else frame["score"].to_numpy()
+        self.metrics = task.metrics if self._scores is None else [m for m in task.metrics if m in _of_score(task)]
         self._pairs = list(zip(frame["prediction"].fillna("").tolist(), frame["gold"].tolist(), strict=True))
         self._rows = {arm: np.flatnonzero(frame["arm"] == arm) for arm in self.arms}
         came = frame["outcome"] == "ok" if "outcome" in frame else pd.Series(True, frame.index)
@@ -162,18 +164,18 @@ class _Comparison:
     def arm_rows(self, arm: str) -> list[TableRow]:
         """The arm's own rows, one a metric."""
         answers = self._rows[arm]
-        return [self._row(arm, metric, None, answers, self._sums(metric, answers)) for metric in self.task.metrics]
+        return [self._row(arm, metric, None, answers, self._sums(metric, answers)) for metric in self.metrics]
 
     def contrast_rows(self, arm: str, reference: str, margin: float) -> list[TableRow]:
         """The comparison's rows, one a metric, over the queries that both arms answered."""
         answers, others = self._rows[arm], self._rows[reference]
         shared = np.intersect1d(self._asked[answers], self._asked[others])
         answers, others = (rows[np.isin(self._asked[rows], shared)] for rows in (answers, others))
-        mine = [self._sums(metric, answers) for metric in self.task.metrics]
-        theirs = [self._sums(metric, others) for metric in self.task.metrics]
+        mine = [self._sums(metric, answers) for metric in self.metrics]
+        theirs = [self._sums(metric, others) for metric in self.metrics]
         p_values = self._permute(mine, theirs)
         rows = []
-        for metric, own, other, p in zip(self.task.metrics, mine, theirs, p_values, strict=True):
+        for metric, own, other, p in zip(self.metrics, mine, theirs, p_values, strict=True):
             row = self._row(arm, metric, reference, answers, own)
             if reference in self._silent and (arm, reference) in NON_INFERIORITY:
                 rows.append(row)  # no verdict on answers that never came
@@ -265,7 +267,11 @@ class _Comparison:
 
     @cached_property
     def _values(self) -> dict[str, np.ndarray]:
-        """Query-level metrics of all answers, [answers]: each different (prediction, gold) scored once."""
+        """Query-level metrics of all answers, [answers]: each different (prediction, gold) scored once. Where the texts
+        stayed on the devices, the scores that these sent.
+        """
+        if self._scores is not None:
+            return {self.task.primary: self._scores}
         scored = {pair: score(self.task.name, *pair) for pair in dict.fromkeys(self._pairs)}
         metrics = next(iter(scored.values()))
         return {metric: np.array([scored[pair][metric] for pair in self._pairs]) for metric in metrics}
@@ -286,6 +292,11 @@ def _numbered(frame: pd.DataFrame, names: list[str]) -> np.ndarray:
         codes, values = pd.factorize(frame[name])
         numbers = pd.factorize(numbers * len(values) + codes)[0]
     return numbers
+
+
+def _of_score(task: Task) -> set[str]:
+    """The metrics that follow from each answer's score on the primary one; macro-F1 needs the answers themselves."""
+    return {task.primary, *(["rmse"] if task.primary == "mae" else [])}
 
 
 def _ratio(total: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import NAMED
 from untether.sim.core.text import shown, valid
 from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, check_arms
+from untether.sim.experiment.deployed import check_deployed
 from untether.sim.experiment.models.catalogue import EMBEDDED, training_of
 from untether.sim.experiment.plugins import load_plugins, located, resolved
 from untether.sim.experiment.privacy import Privacy
@@ -159,6 +160,11 @@ class Experiment(Section):
         starts = {arm: self.for_arm(arm)[1] for arm in self.arms if ARMS[arm].trains}
         begun = {arm: training.start for arm, training in starts.items() if training.needs_shared}
         check_sharing(self.strategy, self.arms, begun)
+        return self
+
+    @model_validator(mode="after")
+    def _deployable(self) -> Experiment:
+        check_deployed(self.seeds, self.arms, self.population, self.filters, self.network, self.hardware)
         return self
 
     @property

@@ -65,7 +65,8 @@ class PopulationSection(Section):
     """Who the users are."""
 
     source: str = Field(
-        "world", description="`world` (embedded, synthetic), `lamp` (files) or `jsonl` (a line an interaction)"
+        "world", description="`world` (embedded, synthetic), `lamp` (files), `jsonl` (a line an interaction) or "
+        "`nodes` (a deployment: each node has its own user's data)"
     )
     path: str = Field(
         "", description="lamp: folder of files (one task's, or a parent of several); jsonl: a file, or a folder of them"
@@ -89,6 +90,10 @@ class PopulationSection(Section):
     )
     arrivals: float = Field(0.5, ge=0, description="world, replay: new interactions a user, task and round")
     round_days: float = Field(30.0, gt=0, description="files, replay: days of a real history that a round stands for")
+
+    only: int = Field(
+        -1, ge=-1, description="a deployed node: the device whose user these data are of; -1: they are of all devices"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> PopulationSection:

@@ -115,6 +115,9 @@ class Network(Section):
 class Hardware(Section):
     """The machines, in virtual time; costs are those of `nominal_model`, not of the model that learns here."""
 
+    clock: Literal["virtual", "wall"] = Field(
+        "virtual", description="`wall`: the devices are real (a deployment), so nothing of them is simulated"
+    )
     profiles: tuple[str, ...] = Field(
         ("pixel-8",), min_length=1,
         description="names of the catalogue, one drawn for each device; `name:3` is three times as likely"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -21,7 +20,7 @@ import psutil
 
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import Failure, ResumableStop, UserError, disk_is_full
-from untether.sim.experiment import Experiment, key_values
+from untether.sim.experiment import Experiment
 from untether.sim.experiment.endpoint import without_credentials
 from untether.sim.experiment.plugins import fingerprints
 from untether.sim.launch.cluster import join_cluster, start_here
@@ -109,7 +108,7 @@ def check(experiment: Experiment) -> None:
         population = open_population(experiment, seed)
         if len(population) == 0:
             raise UserError(f"the population of seed {seed} is empty: no user has enough history and a query")
-        population.user(0)
+        population.asked(0)
         Rounds(experiment, seed, population)  # profiles, models, traces, policy
 
 
@@ -352,19 +351,3 @@ def renew_signals() -> None:
     if _HANDLERS and threading.current_thread() is threading.main_thread():
         for number in STOPS:
             signal.signal(number, _HANDLERS[0])
-
-
-def from_run_config(config: Mapping[str, Any]) -> tuple[RunDirectory, int, LiveProgress]:
-    """Returns the run directory, threads a worker and progress of an app that Flower started (`flwr run .`).
-
-    `config` has the arguments of `untether run`: `experiment` (a TOML file), `set` (KEY=VALUE words, quoted as for a
-    shell) and `out`.
-    """
-    experiment, set_, out = (str(config.get(name, "")).strip() for name in ("experiment", "set", "out"))
-    found = Experiment.read(
-        Path(experiment).expanduser() if experiment else None, key_values(shlex.split(set_), "--run-config set")
-    )
-    run = prepare(found, Path(out).expanduser() if out else None)
-    layout = Resources.of(found, found.population.users)
-    print(f"run directory: {run.path.resolve()}", flush=True)
-    return run, layout.threads, LiveProgress()

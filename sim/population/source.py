@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+from untether.sim.core.errors import UserError
 from untether.sim.core.kinds import POPULATIONS
 from untether.sim.core.records import Exclusion, Query, User
 from untether.sim.experiment import Experiment
@@ -157,6 +158,28 @@ class FromWorld(Population):
         return NOW_S
 
 
+class OnlyUser(Population):
+    """One user's data as those of device `device`: a node's own."""
+
+    def __init__(self, data: Population, device: int):
+        self.data, self.device = data, device
+
+    def __len__(self) -> int:
+        return self.device + 1
+
+    @property
+    def order(self) -> str:
+        return self.data.order
+
+    def user(self, index: int) -> User:
+        if index != self.device:
+            raise UserError(f"this node has the data of device {self.device}, not of device {index}")
+        return self.data.user(0)
+
+    def exclusions(self) -> Counter[str]:
+        return self.data.exclusions()
+
+
 def device_id(index: int) -> str:
     """Returns the name of device `index`, sortable up to 100,000 devices."""
     return f"d{index:05d}"
@@ -168,4 +191,6 @@ def open_population(experiment: Experiment, seed: int) -> Population:
     Raises:
         UserError: A file is missing or malformed, or a task is unknown.
     """
-    return POPULATIONS.bind(experiment.population.source, experiment.settings)(experiment, seed)
+    population = experiment.population
+    found = POPULATIONS.bind(population.source, experiment.settings)(experiment, seed)
+    return found if population.only < 0 else OnlyUser(found, population.only)

@@ -22,7 +22,7 @@ from untether.sim.run.usage import Usage
 
 COMPARED = (
     "seed", "round", "device_id", "user_id", "arm", "task", "query_id", "prediction", "gold",
-    "cluster", "outcome",
+    "score", "cluster", "outcome",
 )  # fmt: skip
 """Columns of `predictions` that the statistics need."""
 ASKED = ("kind", "attempt", "outcome", "detail")
@@ -89,7 +89,7 @@ def finish(
 def _unseen(predictions: pd.DataFrame) -> dict[str, Any]:
     """Tasks whose golds the official ROUGE hardly sees: how many, and what ROUGE over any script says of each arm."""
     found: dict[str, Any] = {}
-    for task, rows in predictions.groupby("task"):
+    for task, rows in predictions[predictions["gold"].notna()].groupby("task"):
         if "rouge1" not in get_task(str(task)).metrics:
             continue
         golds = rows.drop_duplicates(["user_id", "gold"])["gold"]

@@ -172,7 +172,9 @@ def _words(text: str) -> int:
 
 
 def _some(run: RunDirectory, table: str, devices: Sequence[str]) -> pd.DataFrame:
+    """Rows of some devices; none of those whose texts stayed there (a deployment)."""
     try:
-        return pq.read_table(run.path / f"{table}.parquet", filters=[("device_id", "in", list(devices))]).to_pandas()
+        rows = pq.read_table(run.path / f"{table}.parquet", filters=[("device_id", "in", list(devices))]).to_pandas()
     except FileNotFoundError:
         return pd.DataFrame()
+    return rows[rows["gold" if table == "predictions" else "output"].notna()]

@@ -24,6 +24,8 @@ def to_records(message: Order | Reply) -> RecordDict:
     else:
         said = {name: json.dumps(getattr(message, name)) for name in _JSON}
         found["reply"] = ConfigRecord({**said, "events": _packed(message.events)})
+        found["tables"] = ConfigRecord({name: _packed(rows) for name, rows in message.tables.items()})
+        found["lost"] = ConfigRecord({str(device): outcome for device, outcome in message.lost.items()})
         found["devices"] = ConfigRecord({name: list(values) for name, values in message.columns.items() if values})
         found["totals"] = MetricRecord(message.counts())
     if arrays := getattr(message, "arrays", None):
@@ -41,7 +43,11 @@ def reply_from(content: RecordDict) -> Reply:
     said = content["reply"]
     columns = {name: list(values) for name, values in content["devices"].items()}
     parsed = {name: json.loads(str(said[name])) for name in _JSON}
-    return Reply(columns, _unpacked(said["events"]), arrays=_arrays(content), **parsed)
+    tables = {name: _unpacked(rows) for name, rows in content["tables"].items()}
+    lost = {int(device): str(outcome) for device, outcome in content["lost"].items()}
+    return Reply(
+        columns, _unpacked(said["events"]), arrays=_arrays(content), tables=tables, lost=lost, **parsed
+    )  # fmt: skip
 
 
 def order_columns(order: Order) -> dict[str, Any]:

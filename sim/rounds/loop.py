@@ -11,6 +11,7 @@ from untether.sim.rounds.messages import Order, Reply, Share, complete, errors, 
 from untether.sim.rounds.planner import Rounds, sizes_of
 from untether.sim.rounds.work import Work
 from untether.sim.run.directory import RunDirectory
+from untether.sim.run.environment import began_s
 from untether.sim.run.shared import SharedAdapters, SharedPart
 
 
@@ -66,7 +67,8 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
         rounds = [round for round in range(experiment.rounds) if not run.committed(seed, round)]
         if not rounds:
             continue
-        virtual = Rounds(experiment, seed, population, run.carried(seed, rounds[0] - 1))
+        carried = run.carried(seed, rounds[0] - 1) or {"timeline": {"began_s": began_s(run)}}
+        virtual = Rounds(experiment, seed, population, carried)
         part = SharedPart(run, seed, rounds[0] - 1)
         if virtual.federates and part.arrays is None:
             begun = send(virtual.begin(0, devices))
@@ -114,7 +116,7 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
             parts["events"] = [run.write_part("events", seed, round, "round", events)]
             if left := virtual.ledger_rows(day):
                 parts.setdefault("ledger", []).append(run.write_part("ledger", seed, round, "uploads", left))
-            virtual.advance(day, errors(learned))
+            virtual.advance(day, errors(learned), learned.lost)
             facts = {"totals": learned.counts(), **_facts(asked, updated, learned), **part.write(round)}
             run.commit(seed, round, parts, facts, virtual.state() if round + 1 < experiment.rounds else None)
             part.prune(round)

@@ -204,10 +204,12 @@ ORDERS: dict[str, type[Order]] = {kind.work: kind for kind in (Fetch, Refilter, 
 class Reply:
     """What one host says of an order.
 
-    `columns`: a value a device, `device` (its number) and `outcome` among them. `events`: rows of the table of that
+    `columns`: a value a device, `device` (its number) and `outcome` among them. `lost`: what became of the devices that
+    are in no column, by number: they are not paired with what others counted. `events`: rows of the table of that
     name. `parts`: the names of what it left in the devices' store, by table. `models`: what it used, by name, with the
     fingerprint. `failures`: the workers that died under it. `facts`: counts and texts of models, by name. `arrays`:
-    what it shares: of `Update`, `GROUP/sum/...` and `GROUP/stack/...`.
+    what it shares: of `Update`, `GROUP/sum/...` and `GROUP/stack/...`. `tables`: rows by table, without any text of a
+    user, of a node whose store is not the run directory.
     """
 
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -217,11 +219,13 @@ class Reply:
     failures: Sequence[Mapping[str, Any]] = ()
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    lost: Mapping[int, str] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     def counts(self) -> dict[str, float]:
         """Returns the sum of every counted column, and the number of devices by outcome."""
         found = {name: sum(values) for name, values in self.columns.items() if not name.startswith(_NOT_COUNTED)}
-        outcomes = list(self.columns.get("outcome", ()))
+        outcomes = [*self.columns.get("outcome", ()), *self.lost.values()]
         return found | {f"outcome.{name}": outcomes.count(name) for name in sorted(set(outcomes))}
 
 
@@ -232,6 +236,7 @@ def joined(replies: Iterable[Reply]) -> Reply:
     facts: dict[str, dict[str, Any]] = {}
     events, models, failures = [], {}, []
     arrays: dict[str, np.ndarray] = {}
+    lost: dict[int, str] = {}
     for reply in replies:
         for mine, theirs in ((columns, reply.columns), (parts, reply.parts)):
             for name, values in theirs.items():
@@ -243,6 +248,7 @@ def joined(replies: Iterable[Reply]) -> Reply:
         events += reply.events
         models |= reply.models
         failures += reply.failures
+        lost |= reply.lost
         for name, array in reply.arrays.items():
             kind = name.partition("/")[2]
             if name in arrays and kind.startswith(SUM):
@@ -250,19 +256,19 @@ def joined(replies: Iterable[Reply]) -> Reply:
             elif name in arrays and kind.startswith(STACK):
                 array = np.concatenate([arrays[name], array])
             arrays[name] = array
-    return Reply(columns, events, parts, models, failures, facts, arrays)
+    return Reply(columns, events, parts, models, failures, facts, arrays, lost)
 
 
 def complete(devices: Iterable[int], reply: Reply) -> None:
     """Raises Failure if a device of the plan is not in the reply: a round is committed whole."""
     wanted = set(devices)
-    if missing := wanted.difference(reply.columns.get("device", ())):
+    if missing := wanted.difference(reply.columns.get("device", ()), reply.lost):
         raise Failure(f"{len(missing)} of {len(wanted)} devices are in no host's reply, such as {min(missing)}")
 
 
 def outcomes(reply: Reply) -> dict[int, str]:
     """Returns what became of each device."""
-    return dict(_by_device(reply, "outcome"))
+    return dict(_by_device(reply, "outcome")) | dict(reply.lost)
 
 
 def materials(reply: Reply) -> dict[int, Material]:

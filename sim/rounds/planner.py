@@ -7,13 +7,14 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
 from untether.sim.core.kinds import POLICIES, STRATEGIES
+from untether.sim.core.records import TRANSPORT_OUTCOMES
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, METHOD, trained
 from untether.sim.population.source import Population, device_id
@@ -49,8 +50,8 @@ from untether.sim.rounds.sharing import (
 )
 from untether.sim.time.asking import Ask, Size
 from untether.sim.time.policies import Policies
-from untether.sim.time.timeline import Timeline
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, VirtualWork
+from untether.sim.time.wall import timeline_of
 
 KINDS = ("augment", "answer")
 """Of the events that are requests."""
@@ -85,7 +86,7 @@ class Rounds:
     ):
         state = state or {}
         self.experiment, self.seed, self.population = experiment, seed, population
-        self.timeline = Timeline(experiment, seed, device_id, state.get("timeline"))
+        self.timeline = timeline_of(experiment, seed, device_id, state.get("timeline"))
         kept = state.get("policies", {})
         self.policies = {on: Policies(experiment.drift, kept.get(on), experiment.settings) for on in (SAMPLES, REAL)}
         self._samples: dict[int, dict[int, tuple[int, ...]]] = {
@@ -174,7 +175,8 @@ class Rounds:
         """Tells whose answer reaches its device, and when. `sizes` of the requests that were made."""
         delivery = self.timeline.deliver(agenda.plan, sizes)
         finals = [delivery.finals[name] for name in sorted(agenda.plan.granted) if name in sizes]
-        missed = [each for each in finals if not each.answered]
+        written = [each for each in finals if sizes[each.request_id].outcome not in TRANSPORT_OUTCOMES]
+        missed = [each for each in written if not each.answered]
         lost = {
             lane: tuple(RequestOf(each.device, each.request_id) for each in missed if each.lane == lane)
             for lane in (AUGMENT, CLOUD)
@@ -320,6 +322,8 @@ class Rounds:
         real training (`answers`, `learned`: their own rows), and all else that the passes noted.
         """
         schedule = day.schedule
+        if self.timeline.real:
+            return [dict(row) for row in (*answers, *learned)] + transfer_rows(self.timeline, schedule.plan, day.cohort)
         details = {row["request_id"]: row["detail"] for row in answers if row["kind"] in KINDS}
         training = {row["event_id"]: row for row in learned if row["kind"] == "train"}
         rows = [dict(row) for row in (*answers, *learned) if row["kind"] not in (*KINDS, "train")]
@@ -341,12 +345,15 @@ class Rounds:
 
     # --- 6. commit --------------------------------------------------------------------------------------------
 
-    def advance(self, day: Day, errors: Mapping[str, Mapping[int, Sequence[float]]] | None = None) -> None:
+    def advance(
+        self, day: Day, errors: Mapping[str, Mapping[int, Sequence[float]]] | None = None, lost: Collection[int] = ()
+    ) -> None:
         """Makes a round the past. `errors`: how wrong each device's answers were (see `Policies.observe`), of the arm
-        that is `watched` for those that learn from samples or from real data alone.
+        that is `watched` for those that learn from samples or from real data alone; `lost`: the devices that the learn
+        pass could not finish, which have no adapter of this round.
         """
         round = day.schedule.plan.round
-        self.timeline.advance(day.schedule)
+        self.timeline.advance(day.schedule, lost)
         self._trained_in |= dict.fromkeys(day.cohort.took_part, round)
         for device, (tokens, done) in day.served.items():
             self.policies[SAMPLES].served(round, device, tokens, done)

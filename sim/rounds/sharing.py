@@ -11,7 +11,7 @@ from untether.sim.core.seeding import derive
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import FEDERATED
 from untether.sim.rounds.selection import Candidates
-from untether.sim.time.network.transfers import Carried, carry
+from untether.sim.time.network.transfers import Carried
 from untether.sim.time.timeline import Plan, Schedule, Timeline
 from untether.sim.time.timeline_state import VirtualWork
 
@@ -90,8 +90,7 @@ class Exchange:
                 yield works[device]
                 continue
             size = self._size(device, self._down)
-            link = self.timeline.link(device)
-            tries, done_s = carry(link, device, self.plan.start_s, self.plan.end_s, size, "down")
+            tries, done_s = self.timeline.carry(device, self.plan.start_s, self.plan.end_s, size, "down")
             self._carried += tries
             if done_s is not None:
                 yield replace(works[device], from_s=done_s)
@@ -103,8 +102,7 @@ class Exchange:
             if version.arm != FEDERATED or version.outcome != "ok" or version.live_s >= self.plan.end_s:
                 continue
             size = self._size(version.device, self._up)
-            link = self.timeline.link(version.device)
-            tries, done_s = carry(link, version.device, version.live_s, self.plan.end_s, size, "up")
+            tries, done_s = self.timeline.carry(version.device, version.live_s, self.plan.end_s, size, "up")
             self._carried += tries
             if done_s is not None:
                 arrived.append(version.device)
@@ -128,8 +126,9 @@ def transfer_rows(timeline: Timeline, plan: Plan, cohort: Cohort) -> list[dict[s
     for late in sorted(set(cohort.selected) - set(cohort.took_part)):
         device = timeline.device_id(late)
         rows.append({
-            "time_s": plan.end_s, "event_id": f"straggler-s{timeline.seed}-r{plan.round}-{device}", "attempt": 0,
-            "device_id": device, "arm": FEDERATED, "kind": "straggler", "outcome": "late",
+            "time_s": timeline.round_end_s(plan.round), "attempt": 0, "device_id": device,
+            "event_id": f"straggler-s{timeline.seed}-r{plan.round}-{device}", "arm": FEDERATED, "kind": "straggler",
+            "outcome": "late",
         })  # fmt: skip
     return rows
 

@@ -176,7 +176,7 @@ class RunDirectory:
                     if not is_whole(self.path / name):
                         raise damaged(self.path / name, "it cannot be read to its end")
             if self._carried_path(seed, last + 1).exists():  # written before its commit, which deletes the one before
-                if not self._carried_path(seed, last).exists():
+                if last >= 0 and not self._carried_path(seed, last).exists():
                     raise UserError(f"{self._commit_path(seed, last + 1)}: this file of the run is gone. {REMEDY}")
             elif 0 <= last < experiment.rounds - 1:
                 read_json(self._carried_path(seed, last))

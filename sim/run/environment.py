@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,18 @@ from untether.sim.core.package_data import import_root
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.plugins import fingerprints
 from untether.sim.prompts.protocol import prompt_templates
+from untether.sim.run.directory import RunDirectory
 
 PACKAGES = (
     "untether", "flwr", "ray", "torch", "transformers", "peft", "sentence-transformers", "numpy", "openai", "pandas",
     "pyarrow", "scipy", "pydantic", "safetensors", "tokenizers",
 )
+
+
+def began_s(run: RunDirectory) -> float:
+    """Returns when a run began, in seconds since 1970."""
+    started = (run.read_json("environment.json") or {}).get("started") or WallClock().timestamp()
+    return datetime.fromisoformat(started).timestamp()
 
 
 def describe(experiment: Experiment) -> dict[str, Any]:

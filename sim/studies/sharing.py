@@ -191,9 +191,10 @@ def findings(study: Study, rows: pd.DataFrame, budget: float) -> list[str]:
     for title, own in _panels(study, rows):
         sign = 1.0 if higher_is_better(own["metric"].iloc[0]) else -1.0
         best = own.loc[own["gain"].idxmax()]
-        clear = own[own["gain_low"] > 0][STRATEGY].tolist()
-        text = f"{title}: `{best[STRATEGY]}` gains most over training alone, {_signed(best)}; "
-        text += f"clear of zero: {', '.join(f'`{name}`' for name in clear) if clear else 'none'}."
+        verdict = "gains most over training alone" if best["gain"] > 0 else "loses least against training alone"
+        text = f"{title}: `{best[STRATEGY]}` {verdict}, {_signed(best)}; "
+        better, worse = own[own["gain_low"] > 0], own[own["gain_high"] < 0]
+        text += f"clearly better: {_names(better)}; clearly worse: {_names(worse)}."
         reached = own[own["rounds_to_target"].notna()]
         if len(reached):
             least = reached.loc[reached["bytes_to_target"].idxmin()]
@@ -227,9 +228,13 @@ def _robustness(study: Study, rows: pd.DataFrame) -> Iterator[str]:
         told = ", ".join(f"`{name}` {change:+.3f}" for name, change in sorted(lost.items(), key=lambda pair: -pair[1]))
         late = worst[worst["task"] == task]["stragglers"].mean()
         yield (
-            f"{task}, robustness: from availability {float(steps[-1]):g} to {float(steps[0]):g}, where {late:.0%} of "
-            f"those asked do not deliver, quality changes by {told}."
+            f"{task.replace('_', '-')}, robustness: from availability {float(steps[-1]):g} to {float(steps[0]):g}, "
+            f"where {late:.0%} of those asked do not deliver, quality changes by {told}."
         )
+
+
+def _names(rows: pd.DataFrame) -> str:
+    return ", ".join(f"`{name}`" for name in rows[STRATEGY]) or "none"
 
 
 def _signed(row: pd.Series) -> str:

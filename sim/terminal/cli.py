@@ -17,6 +17,7 @@ from untether.sim.experiment.arms import METHOD
 from untether.sim.terminal.compare import compare
 from untether.sim.terminal.completion import complete_setting, complete_study
 from untether.sim.terminal.data import data_app
+from untether.sim.terminal.deploy import deploy
 from untether.sim.terminal.doctor import doctor
 from untether.sim.terminal.experiments import experiment_app
 from untether.sim.terminal.review import review
@@ -183,6 +184,7 @@ def study(
 
 
 app.command()(review)
+app.command()(deploy)
 
 
 @app.command()

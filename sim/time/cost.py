@@ -17,8 +17,8 @@ from functools import cached_property
 from untether.sim.core.kinds import MODELS
 from untether.sim.experiment.sections import Lora
 from untether.sim.time.devices.backends import CACHE_SHARE, CHECKPOINTING_TIME, RUNTIME_BYTES, STORED_BITS, backend
+from untether.sim.time.devices.heat import Heat as Heat
 from untether.sim.time.hardware import Profile
-from untether.sim.time.heat import Heat as Heat
 
 GIGA = 1e9
 

@@ -16,7 +16,7 @@ from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import PROFILES
 from untether.sim.core.seeding import derive
 from untether.sim.time.devices.backends import BACKENDS, backend
-from untether.sim.time.heat import Heat
+from untether.sim.time.devices.heat import Heat
 
 THIS_MACHINE = "this-machine"
 """The profile that is measured instead of looked up."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from untether.sim.core.clock import HOUR_S
 from untether.sim.core.errors import UserError
 from untether.sim.experiment.virtual_sections import Hardware
+from untether.sim.time.devices.heat import cooled, heated
 from untether.sim.time.hardware import Profile
-from untether.sim.time.heat import cooled, heated
 from untether.sim.time.network.spells import (
     ALWAYS,
     Daily,

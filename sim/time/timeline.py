@@ -14,11 +14,11 @@ from __future__ import annotations
 import gc
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.seeding import derive
@@ -28,6 +28,7 @@ from untether.sim.time.asking import Ask, Asked, Final, Rules, Size, VirtualAtte
 from untether.sim.time.cost import CostModel, model_shape
 from untether.sim.time.hardware import THIS_MACHINE, Fleet, Profile
 from untether.sim.time.network import Link, Links, StateTrace
+from untether.sim.time.network.transfers import Carried, carry
 from untether.sim.time.readiness import Body, Readiness, rest, work
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, TrainedVersion, VirtualWork
 
@@ -93,7 +94,7 @@ class Schedule(Delivery):
 
 
 class Timeline:
-    """The virtual time of one seed of an experiment.
+    """The virtual time of one seed of an experiment; `real`: whether it is simulated at all.
 
     Args:
         experiment: The experiment.
@@ -104,6 +105,8 @@ class Timeline:
     Raises:
         UserError: A profile or model is unknown, or a trace cannot be read.
     """
+
+    real = False
 
     def __init__(
         self, experiment: Experiment, seed: int, device_id: Callable[[int], str], state: Mapping[str, Any] | None = None
@@ -217,9 +220,12 @@ class Timeline:
         versions = tuple(version for each in works for version in self._train(plan, each, finals, state))
         return Schedule(plan, delivery.attempts, finals, state, versions)
 
-    def advance(self, schedule: Schedule) -> None:
-        """Makes a schedule the past: the next round starts from it."""
+    def advance(self, schedule: Schedule, lost: Collection[int] = ()) -> None:
+        """Makes a schedule the past: the next round starts from it. Devices that were `lost` trained nothing in it."""
         self._state = schedule.state
+        for (device, _), found in self._state.live.items() if lost else ():
+            if device in lost:
+                found[:] = [version for version in found if version.round != schedule.plan.round]
 
     def state(self) -> dict[str, Any]:
         """Returns the state that a resumed run needs (JSON)."""
@@ -307,14 +313,24 @@ class Timeline:
             state.live[key].append(version)
         return version
 
+    def carry(
+        self, device: int, start_s: float, end_s: float, size_bytes: float, way: Literal["up", "down"]
+    ) -> tuple[list[Carried], float | None]:
+        """Sends what is shared over the device's link, as `sim.time.network.transfers.carry` says."""
+        return carry(self.link(device), device, start_s, end_s, size_bytes, way)
+
     # --- answering --------------------------------------------------------------------------------------------
 
     def query_time_s(self, round: int, device: int, number: int) -> float:
         """Returns when query `number` of a round is asked: its end or, through the day, between 7 and 23 o'clock."""
         if self.experiment.hardware.queries == "round_end":
-            return (round + 1) * DAY_S
+            return self.round_end_s(round)
         drawn = derive(self.seed, self.device_id(device), round, "query", number) / 2**63
         return round * DAY_S + (7 + 16 * drawn) * 3600
+
+    def round_end_s(self, round: int) -> float:
+        """Returns when a round ends."""
+        return (round + 1) * DAY_S
 
     def answering(self, schedule: Schedule, device: int, arm: str, time_s: float) -> TrainedVersion | None:
         """Returns the adapter that answers at `time_s`; None: the frozen base.

@@ -1,6 +1,7 @@
 """Private means private: nothing of a user is in any message between a host and the server."""
 
 import itertools
+import json
 import threading
 
 import numpy as np
@@ -31,7 +32,7 @@ from untether.sim.rounds.messages import (
     Upload,
     Version,
 )
-from untether.sim.run.directory import RunDirectory
+from untether.sim.run.directory import RunDirectory, versions
 from untether.sim.run.places import announced
 
 
@@ -76,7 +77,8 @@ def test_a_run_that_was_not_announced_is_not_found(monkeypatch, tmp_path):
 
 
 def test_a_host_says_which_partition_it_is(monkeypatch, tmp_path):
-    assert _ask(monkeypatch, tmp_path, "query.hello")["host"] == {"partition": 3}
+    said = _ask(monkeypatch, tmp_path, "query.hello")["host"]
+    assert said == {"partition": 3, "versions": json.dumps(versions())}
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def clock(monkeypatch):
         monkeypatch.setattr(TaskIdentity, name, 1)
 
 
-def _ask(script, stop=None, heartbeat=lambda: None, deadline_s=10.0):
+def _ask(script, stop=None, heartbeat=lambda replies: None, deadline_s=10.0):
     grid = Grid(script)
     messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in script]
     return exchange(grid, messages, deadline_s, stop or threading.Event(), heartbeat)
@@ -95,7 +95,7 @@ def test_a_silent_host_ends_in_a_resumable_stop():
 
 def test_the_deadline_starts_anew_while_hosts_get_on():
     with pytest.raises(ResumableStop):
-        _ask({1: [None]}, heartbeat=lambda: min(int(Clock.time_s), 45))
+        _ask({1: [None]}, heartbeat=lambda replies: min(int(Clock.time_s), 45))
     assert 55 <= Clock.time_s < 56
 
 

@@ -12,7 +12,9 @@ from untether.clients.hosting.host import guarded, run_order
 from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import open_population
-from untether.sim.rounds.messages import ORDERS, Reply
+from untether.sim.rounds.flower_records import reply_from, to_records
+from untether.sim.rounds.material import Material
+from untether.sim.rounds.messages import ORDERS, Reply, complete, joined, materials, outcomes
 from untether.sim.run.directory import RunDirectory
 
 EXPERIMENT = Experiment.read(None, {"arms": "majority,local,cloud", "population.tasks": "LaMP_2,LaMP_4"})
@@ -69,16 +71,16 @@ def test_a_worker_that_dies_once_costs_a_retry_and_nothing_else(tmp_path):
 
 def test_the_one_guilty_device_is_found_and_marked(tmp_path):
     result = _run(tmp_path, Flaky(poison={6}))
-    outcomes = dict(zip(result.columns["device"], result.columns["outcome"], strict=True))
-    assert outcomes == {device: "crashed" if device == 6 else "ok" for device in range(10)}
+    assert outcomes(result) == {device: "crashed" if device == 6 else "ok" for device in range(10)}
+    complete(range(10), result)
+    assert result.lost == {6: "crashed"} and result.counts() == {"outcome.crashed": 1, "outcome.ok": 9}
     assert all("signal 9" in failure["detail"] for failure in result.failures)
 
 
 def test_finding_the_guilty_one_of_256_costs_a_dozen_deaths(tmp_path):
     executor = Flaky(poison={77})
     result = _run(tmp_path, executor, devices=range(256), shard=256)
-    assert sorted(result.columns["device"]) == list(range(256))
-    assert result.columns["outcome"].count("crashed") == 1
+    assert sorted(outcomes(result)) == list(range(256)) and result.lost == {77: "crashed"}
     assert len(result.failures) == 11, "twice whole, then 128, 64, ..., 2, and the one device twice"
 
 
@@ -108,7 +110,18 @@ def test_a_lost_node_is_no_devices_fault(tmp_path):
 def test_a_device_that_takes_every_node_with_it_is_found(tmp_path):
     executor = Flaky(with_node=100)
     result = _run(tmp_path, executor, devices=range(1), shard=1)
-    assert result.columns["outcome"] == ["crashed"] and len(executor.calls) < 10
+    assert result.lost == {0: "crashed"} and len(executor.calls) < 10
+
+
+def test_what_others_counted_is_not_taken_for_a_lost_devices():
+    """Columns are lists: a device that has no counts must not stand between those that have."""
+    counts = {"real": 3, "real_tokens": 30, "longest": 9, "longest_real": 9}
+    columns = {name: [0] for name in ("accepted", "accepted_tokens", "received", "received_tokens")}
+    of_one = Reply({"device": [1], "outcome": ["ok"], **columns, **{name: [n] for name, n in counts.items()}})
+    both = joined([Reply(lost={0: "crashed"}), of_one])
+    assert materials(both) == {1: Material(**counts)}
+    again = reply_from(to_records(both))
+    assert materials(again) == materials(both) and outcomes(again) == {0: "crashed", 1: "ok"}
 
 
 def test_every_death_is_an_event(tmp_path):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from untether.sim.core.errors import UserError
 from untether.sim.experiment.sections import Lora
 from untether.sim.time.cost import SHAPES, CostModel, ModelShape, model_shape
+from untether.sim.time.devices.heat import Heat
 from untether.sim.time.hardware import FIGURES, MAY_HAVE, Fleet, Profile, built_in, catalogue
-from untether.sim.time.heat import Heat
 
 PLAIN = Profile(
     name="plain", title="", kind="board", ram_gib=1, usable_ram=0.5, compute_gflops=10, training_share=0.5,

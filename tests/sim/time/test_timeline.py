@@ -10,7 +10,7 @@ from tests.sim.timelines import QUICK, SIZE, asks, run, timeline, trained, works
 from untether.sim.core.clock import DAY_S, HOUR_S
 from untether.sim.core.errors import UserError
 from untether.sim.time.asking import Ask, Size, traffic
-from untether.sim.time.heat import Heat
+from untether.sim.time.devices.heat import Heat
 from untether.sim.time.timeline import Plan, Schedule, Timeline, VirtualWork
 
 # --- a finite cloud, by hand ----------------------------------------------------------------------------------
