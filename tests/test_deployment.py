@@ -1,4 +1,4 @@
-"""The same app on real nodes: SuperLink and SuperNodes on loopback, with TLS, one node killed, one cut from its cloud."""
+"""The same app on real nodes: SuperLink and SuperNodes with TLS on loopback, one killed, one cut from its cloud."""
 
 from __future__ import annotations
 

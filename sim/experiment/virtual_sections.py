@@ -56,8 +56,8 @@ class Network(Section):
     )
     availability: float = Field(
         1.0, ge=0, le=1, description="share of whole days a link is up, whatever the rhythm, in one knob: below 1 it "
-        "adds on/off spells to any kind, with gaps of mean_down_s and mean_up_s made to fit. wifi_only, outages and "
-        "state traces take their time on top"
+        "adds on/off spells to any kind, with gaps of mean_down_s and mean_up_s made to fit (at 1, `onoff` has its own "
+        "mean_up_s). wifi_only, outages and state traces take their time on top"
     )
     mean_up_s: float = Field(1200.0, gt=0, description="onoff: mean length of a spell with a link")
     mean_down_s: float = Field(1200.0, gt=0, description="mean length of a gap, before rhythm joins any")

@@ -63,7 +63,7 @@ class LiveProgress:
         self._seeds: tuple[int, ...] = ()
         self._rounds = 1
         self._at: dict[str, Any] = {}
-        self._stage, self._work = "", dict[str, float]()
+        self._stage, self._work, self._devices = "", dict[str, float](), 0
         self._said: tuple[str, str] = ("", "")
         self._said_s = 0.0
         self._guess: Guess | None = None
@@ -140,7 +140,7 @@ class LiveProgress:
         """
         now = self._now()
         self._time.update(now, stage, work, total)
-        self._stage, self._work = stage, dict(work)
+        self._stage, self._work, self._devices = stage, dict(work), total
         self._cloud |= {name: count for name, count in work.items() if name.startswith("cloud")}
         step = self._time.step()
         key = (stage, step[1] if step else "")
@@ -199,13 +199,14 @@ class LiveProgress:
         return NAMES[step] if step else self._stage or "starting"
 
     def count(self) -> str:
-        """Returns what is counted in this step: "120 of 600 answers, 12/s"."""
+        """Returns what is counted in this step: "120 of 600 answers, 12/s"; of real nodes, who only reply: "2 of 3
+        devices".
+        """
         step = self._time.step()
-        if step is None:
-            return ""
-        done, due = self._time.counts(step)
-        if not done and due is None:
-            return ""
+        done, due = self._time.counts(step) if step else (0.0, None)
+        if step is None or not done and not due:
+            whole = self._work.get("devices", 0.0)
+            return f"{_amount(whole)} of {_amount(self._devices)} devices" if whole else ""
         elapsed = self._now() - self._step_s
         rate = (done - self._step_units) / elapsed if elapsed > 0 and done > self._step_units else None
         of = f" of {_amount(due)}" if due is not None and due >= done else ""

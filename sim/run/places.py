@@ -17,8 +17,9 @@ from untether.sim.run.directory import RunDirectory
 
 
 def run_id(run: RunDirectory) -> str:
-    """Returns the id of a run in messages."""
-    return hashlib.blake2b(str(run.path.resolve()).encode(), digest_size=8).hexdigest()
+    """Returns the id of a run in messages: of its place and its beginning, since nodes keep what they have of it."""
+    started = (run.read_json("environment.json") or {}).get("started", "")
+    return hashlib.blake2b(f"{run.path.resolve()} {started}".encode(), digest_size=8).hexdigest()
 
 
 @contextlib.contextmanager
