@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -27,6 +28,8 @@ from untether.sim.rounds.messages import Reply
 from untether.sim.run.directory import RunDirectory, versions
 from untether.sim.run.places import find_run
 
+T = TypeVar("T")
+
 app = ClientApp()
 
 
@@ -36,14 +39,13 @@ def hello(message: Message, context: Context) -> Message:
     also, where the server asks, what it may know of the node's user.
     """
 
-    def say() -> dict[str, Any]:
+    def say(node: Node | None) -> dict[str, Any]:
         said = {"partition": int(context.node_config["partition-id"]), "versions": json.dumps(versions())}
-        node = Node.of(context.node_config)
         if node is not None and "run" in message.content:
             said["told"] = json.dumps(node.told(Experiment.parse(str(message.content["run"]["experiment"]))))
         return said
 
-    found = guarded(say)
+    found = _said(context, say)
     return Message(RecordDict({"error" if "error" in found else "host": ConfigRecord(found)}), reply_to=message)
 
 
@@ -86,13 +88,21 @@ def learn(message: Message, context: Context) -> Message:
 def reply_to(message: Message, context: Context) -> Message:
     """Carries out the order in a message, for the run that the message names, and returns the reply as a message."""
 
-    def work() -> Reply:
-        node = Node.of(context.node_config)
+    def work(node: Node | None) -> Reply:
         return _simulated(message.content, context) if node is None else _deployed(message.content, node)
 
-    found = guarded(work)
+    found = _said(context, work)
     content = to_records(found) if isinstance(found, Reply) else RecordDict({"error": ConfigRecord(found)})
     return Message(content, reply_to=message)
+
+
+def _said(context: Context, work: Callable[[Node | None], T]) -> T | dict[str, str]:
+    """What some work returns, or its error; a deployed node keeps the words of that to itself."""
+    node = guarded(lambda: Node.of(context.node_config))
+    if isinstance(node, dict):
+        return node
+    found = guarded(lambda: work(node))
+    return node.kept_to_itself(found) if node is not None and isinstance(found, dict) and "error" in found else found
 
 
 def _simulated(content: RecordDict, context: Context) -> Reply:

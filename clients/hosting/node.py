@@ -20,6 +20,7 @@ from typing import Any
 
 from untether.clients.hosting.store import DeviceStore
 from untether.sim.core import strict_json
+from untether.sim.core.clock import WallClock
 from untether.sim.core.durable import make_folder
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.records import Part
@@ -90,8 +91,11 @@ class Node:
         where, data = self.home / "node.toml", copy.deepcopy(sent.model_dump())
         data["cloud"] |= {"api_key_env": "", "cache": ""}  # a path of the server's machine is none of this one's
         data["engine"] |= {"cache": ""}
-        if "base_url" in self.own.get("cloud", {}):
+        cloud = self.own.get("cloud", {})
+        if "base_url" in cloud:
             data["cloud"]["provider"] = "openai"
+        elif "api_key_env" in cloud:
+            raise UserError(f"{where}: [cloud] api_key_env without base_url: name the endpoint that the key is for")
         if "population" in self.own:
             data["population"] |= {"users": 1, "skip_users": 0, "shared_users": 0, "only": self.device}
         elif sent.population.source == NODES:
@@ -110,8 +114,7 @@ class Node:
         everybody = getattr(getattr(population, "data", None), "everybody", ())
         if len(everybody) > 1:
             raise UserError(
-                f"{experiment.population.path}: data of {len(everybody)} users, such as `{everybody[0].user_id}`. A "
-                "node has one user: give each a folder"
+                f"{experiment.population.path}: data of {len(everybody)} users. A node has one user: give each a folder"
             )
         return told(population, self.device)
 
@@ -126,6 +129,14 @@ class Node:
         run.check_resumable(experiment)
         run.take_over(experiment)
         return run
+
+    def kept_to_itself(self, error: Mapping[str, str]) -> dict[str, str]:
+        """Returns an error as the server gets it. Its words, which may quote the user's data, stay in `errors.log`."""
+        whole = "\n".join(filter(None, (WallClock().timestamp(), error["message"], error["traceback"])))
+        with (self.home / "errors.log").open("a", encoding="utf-8") as log:
+            log.write(f"{whole}\n\n")
+        return {**error, "message": f"node {self.device}: {error['error']}; errors.log in its folder says more",
+                "traceback": ""}  # fmt: skip
 
     @cached_property
     def secret(self) -> bytes:

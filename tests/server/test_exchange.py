@@ -1,15 +1,19 @@
 """Every wait ends: with the replies, a stop, or a deadline that starts anew while somebody gets on."""
 
 import itertools
+import json
 import threading
 
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from untether.server.backends import exchange as module
-from untether.server.backends.exchange import exchange, nodes
+from untether.server.backends.exchange import EVERYTHING, exchange, nodes
+from untether.server.backends.flower import greet
 from untether.sim.core.errors import Failure, ResumableStop, UserError
+from untether.sim.run.directory import versions
 
 
 class Clock:
@@ -116,3 +120,40 @@ def test_what_a_host_says_went_wrong_is_raised():
         _ask({1: [_wrong("ResumableStop")]})
     with pytest.raises(Failure, match="a Failure\nline 1"):
         _ask({1: [_wrong("Failure")]})
+
+
+def _hello(partition, **other):
+    return RecordDict({"host": ConfigRecord({"partition": partition, "versions": json.dumps(versions() | other)})})
+
+
+def _greet(script, **more):
+    return greet(Grid(script), list(script), 10.0, threading.Event(), **more)
+
+
+def test_nodes_are_known_by_their_number():
+    found = _greet({71: [_hello(1)], 72: [_hello(0)]})
+    assert {number: message.metadata.src_node_id for number, message in found.items()} == {1: 71, 0: 72}
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (_hello(1, untether="0.0.1"), "node 1 has untether 0.0.1, .*, and the server .*Install the same version"),
+        (_hello(0), "two nodes have partition-id=0"),
+    ],
+)
+def test_a_node_that_does_not_fit_is_refused(second, said):
+    with pytest.raises(UserError, match=said):
+        _greet({71: [_hello(0)], 72: [second]})
+
+
+def test_what_is_forgiven_is_told_in_the_hosts_words():
+    gone = Error(code=ErrorCode.NODE_UNAVAILABLE, reason="not there")
+    wrong = RecordDict({"error": ConfigRecord({"error": "UserError", "message": "my data", "traceback": ""})})
+    messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in range(1, 5)]
+    script = {1: [_said("a")], 2: [gone], 3: [wrong], 4: [None]}
+    first, *others = exchange(Grid(script), messages, 10.0, threading.Event(), forgiven=EVERYTHING)
+    assert first.content["result"]["said"] == "a", "and a node that is gone was asked once: its script has one answer"
+    assert [lost.why for lost in others] == [
+        "a host failed inside Flower: not there", "my data", "no answer within 10 s (engine.deadline_s)"
+    ]  # fmt: skip
