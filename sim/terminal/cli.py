@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from untether.sim.core.errors import Failure, ResumableStop, UserError
-from untether.sim.experiment import Experiment, key_values
-from untether.sim.experiment.arms import METHOD
 from untether.sim.terminal.compare import compare
 from untether.sim.terminal.completion import complete_setting, complete_study
 from untether.sim.terminal.data import data_app
@@ -21,7 +18,10 @@ from untether.sim.terminal.deploy import deploy
 from untether.sim.terminal.doctor import doctor
 from untether.sim.terminal.experiments import experiment_app
 from untether.sim.terminal.review import review
-from untether.sim.terminal.speaker import Speaker, Voice
+from untether.sim.terminal.speaker import Speaker
+
+if TYPE_CHECKING:
+    from untether.sim.launch.progress import Voice
 
 app = typer.Typer(
     help="Simulate a fleet of phones that each personalize a small language model with a cloud model's help.",
@@ -53,6 +53,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print a line of JSON an even
 
 def _version(wanted: bool) -> None:
     if wanted:
+        import importlib.metadata
+
         typer.echo(f"untether {importlib.metadata.version('untether')}")
         raise typer.Exit()
 
@@ -86,6 +88,7 @@ def run(
     Without arguments: the default experiment on the embedded users, model and cloud. Ctrl-C stops cleanly; what is
     committed stays, and `--resume DIR` goes on from there (fields of `[engine]` may change on the way).
     """
+    from untether.sim.experiment import Experiment
     from untether.sim.launch.runtime import launch, prepare, redirected, reopen
     from untether.sim.run.directory import RunDirectory
 
@@ -115,7 +118,8 @@ def run(
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run directory.")]) -> None:
     """Write tables, figures and report.html of a finished run again, and print its table."""
-    from untether.sim.launch.console import arms_table, make_console
+    from untether.sim.launch.console import arms_table
+    from untether.sim.launch.progress import make_console
     from untether.sim.report import write_report
     from untether.sim.run.directory import RunDirectory
 
@@ -132,7 +136,7 @@ def export(
     directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     device: Annotated[str, typer.Option(help="Device, such as d00003.")],
-    arm: Annotated[str, typer.Option(help="Arm whose adapter is wanted.")] = METHOD,
+    arm: Annotated[str, typer.Option(help="Arm whose adapter is wanted.")] = "collaborative",
     seed: Annotated[int | None, typer.Option(help="Seed; default: the run's first.")] = None,
 ) -> None:
     """Write one device's adapter as a PEFT folder that `PeftModel.from_pretrained` loads."""
@@ -166,6 +170,7 @@ def study(
 
     The same command again goes on where it stopped; finished cells are not run again.
     """
+    from untether.sim.experiment import key_values
     from untether.sim.launch.runtime import launch, redirected
     from untether.sim.studies import Study, run_study
 
@@ -202,6 +207,7 @@ def tune(
 
     A study like any other: its table, its findings and the settings to take over; the same command again goes on.
     """
+    from untether.sim.experiment import Experiment, key_values
     from untether.sim.studies.tuning import RATES, write_study
 
     axes = {name: [_plain(value) for value in values.split(",")] for name, values in key_values(grid, "--grid").items()}
@@ -236,7 +242,7 @@ def serve(
 
     from untether.server.gateway import serve as serve_generator
     from untether.server.generator import create
-    from untether.sim.experiment import parse_plain
+    from untether.sim.experiment import key_values, parse_plain
     from untether.sim.experiment.plugins import load_plugins
 
     load_plugins(plugin or (), "--plugin")
@@ -290,7 +296,7 @@ def list_models() -> None:
     from rich.table import Table
 
     from untether.sim.experiment.models.catalogue import catalogue
-    from untether.sim.launch.console import make_console
+    from untether.sim.launch.progress import make_console
 
     table = Table("name", "model", "parameters", "download", "licence", "roles", "fetched", box=None)
     for model in catalogue().values():
@@ -334,6 +340,8 @@ def _voice(quiet: bool, json_: bool) -> Voice:
 
 
 def _overrides(pairs: list[str] | None) -> dict[str, str]:
+    from untether.sim.experiment import key_values
+
     return key_values(pairs, "--set")
 
 

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from untether.sim.core.text import shown
-from untether.sim.launch.progress import make_console
 
 
 def compare(
@@ -22,6 +21,7 @@ def compare(
 
     The first run is what the others are compared with.
     """
+    from untether.sim.launch.progress import make_console
     from untether.sim.report.compare import Comparison, words, write_comparison
     from untether.sim.run.directory import RunDirectory
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from untether.sim.core.package_data import find
-from untether.sim.experiment import guide
 
 
 def complete_setting(incomplete: str) -> list[str]:
     """`lora.r` becomes `lora.rank=`; behind the `=`, the names that the field knows."""
+    from untether.sim.experiment import guide
+
     name, equals, value = incomplete.partition("=")
     if not equals:
         return [f"{field}=" for field in guide.names() if field.startswith(name)]
@@ -20,11 +21,15 @@ def complete_setting(incomplete: str) -> list[str]:
 
 def complete_field(incomplete: str) -> list[str]:
     """Fields by their beginning."""
+    from untether.sim.experiment import guide
+
     return [field for field in guide.names() if field.startswith(incomplete)]
 
 
 def complete_section(incomplete: str) -> list[str]:
     """Sections by their beginning."""
+    from untether.sim.experiment import guide
+
     return [section for section in guide.sections() if section.startswith(incomplete)]
 
 

@@ -9,8 +9,6 @@ import typer
 from rich.table import Table
 
 from untether.sim.core.errors import UserError
-from untether.sim.experiment import Experiment, key_values
-from untether.sim.launch.progress import make_console
 
 data_app = typer.Typer(help="Data sets: check, convert, fetch, write.", no_args_is_help=True)
 Out = Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="File to write.")]
@@ -25,6 +23,8 @@ def check(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field.")] = None,
 ) -> None:
     """Say what a data set holds: users, histories, dates, and what would be left out and why."""
+    from untether.sim.experiment import Experiment, key_values
+    from untether.sim.launch.progress import make_console
     from untether.sim.population.formats.look import look
 
     lines = path.suffix == ".jsonl" or (path.is_dir() and any(path.glob("*.jsonl")))
@@ -110,6 +110,7 @@ def fetch(
     site: Annotated[str, typer.Option(help="where the files are, where not at their authors'")] = "",
 ) -> None:
     """Download LaMP's official files; the same command again goes on where it stopped."""
+    from untether.sim.launch.progress import make_console
     from untether.sim.population.formats import fetch as download
 
     if what != "lamp":
@@ -138,6 +139,7 @@ def world(
     drift: Annotated[str, typer.Option(help="with --rounds: how users change: gradual, abrupt or recurring")] = "none",
 ) -> None:
     """Write users of the embedded world as ordinary LaMP files, with truth.parquet beside them."""
+    from untether.sim.experiment import Experiment
     from untether.sim.population.world.export import write_lamp
 
     if drift != "none" and not rounds:
@@ -150,6 +152,8 @@ def world(
 
 
 def _say(count: int, out: Path, task: str) -> None:
+    from untether.sim.launch.progress import make_console
+
     console = make_console()
     console.print(f"wrote {count} interactions to {out}", markup=False, soft_wrap=True)
     source = f'[population]\nsource = "jsonl"\npath = "{out}"\n'

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from untether.sim.core.errors import UserError
-from untether.sim.experiment import Experiment, key_values
 from untether.sim.terminal.completion import complete_setting
 from untether.sim.terminal.speaker import Speaker
 
@@ -38,6 +37,7 @@ def deploy(
     user's data, its store. With `--write` the folder DIR gets certificates, the app, a folder a node and
     `commands.txt`, to be carried to other machines (docs/deploy.md). Ctrl-C stops; the same command goes on.
     """
+    from untether.sim.experiment import Experiment, key_values
     from untether.sim.launch.deploy import Deployment, deployable
     from untether.sim.launch.runtime import stopping
     from untether.sim.run.directory import RunDirectory

@@ -10,8 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from untether.sim.core.errors import UserError
-from untether.sim.experiment import Experiment, guide, key_values
-from untether.sim.launch.progress import make_console
 from untether.sim.terminal.completion import complete_field, complete_section, complete_setting
 
 experiment_app = typer.Typer(help="Look at experiments, their fields and their cost.", no_args_is_help=True)
@@ -34,6 +32,9 @@ def show(
     set_: Set = None,
 ) -> None:  # fmt: skip
     """Print an experiment as TOML, resolved, with the meaning of every field; or the fields of a section in a table."""
+    from untether.sim.experiment import Experiment, guide, key_values
+    from untether.sim.launch.progress import make_console
+
     if what and not what.endswith(".toml") and not Path(what).exists():
         rows = guide.in_section(what)
         table = _table()
@@ -55,6 +56,9 @@ def explain(
     field: Annotated[str, typer.Argument(metavar="FIELD", help="Such as lora.rank.", autocompletion=complete_field)],
 ) -> None:
     """Explain one field: meaning, default, values, what it changes, where it is used."""
+    from untether.sim.experiment import guide
+    from untether.sim.launch.progress import make_console
+
     found = guide.explain(field)
     table = _table()
     table.show_header = False
@@ -81,8 +85,10 @@ def check(
 
     Measures for some seconds on the experiment's own models; what was measured is kept for the next time.
     """
+    from untether.sim.experiment import Experiment, key_values
     from untether.sim.launch import speed
     from untether.sim.launch.estimate import estimate
+    from untether.sim.launch.progress import make_console
     from untether.sim.launch.resources import Resources
     from untether.sim.launch.runtime import check as check_everything
 

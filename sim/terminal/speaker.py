@@ -6,22 +6,23 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from untether.sim.core.errors import UserError
-from untether.sim.launch.progress import Voice, make_console, say_event
 
 if TYPE_CHECKING:
+    from untether.sim.launch.progress import Voice
     from untether.sim.run.directory import RunDirectory
-
-__all__ = ["Speaker", "Voice"]
-
 
 class Speaker:
     """Speaks on `file` (default: standard output) in one `voice`."""
 
     def __init__(self, voice: Voice, file: IO[str] | None = None):
+        from untether.sim.launch.progress import make_console
+
         self.voice, self.console = voice, make_console(file)
 
     def say(self, event: str, text: str, **facts: Any) -> None:
         """Prints a line for people, or an event with its facts for programs."""
+        from untether.sim.launch.progress import say_event
+
         if self.voice == "json":
             say_event(self.console, event, **facts)
         elif self.voice == "lines":
@@ -53,6 +54,8 @@ class Speaker:
 
     def done(self, directory: RunDirectory) -> None:
         """Prints the table of a finished run, and where it is."""
+        from untether.sim.launch.progress import say_event
+
         report = directory.path / "report.html"
         if self.voice == "quiet":
             self.console.print(str(directory.path), soft_wrap=True, markup=False)
@@ -68,6 +71,8 @@ class Speaker:
 
     def study_done(self, folder: Path) -> None:
         """Prints a finished study's findings, and where it is."""
+        from untether.sim.launch.progress import say_event
+
         report = folder / "report.html"
         if self.voice == "quiet":
             self.console.print(str(folder), soft_wrap=True, markup=False)

@@ -18,7 +18,7 @@ from untether.sim.report.compare import Comparison
 from untether.sim.run.directory import RunDirectory
 from untether.sim.terminal.cli import app
 from untether.sim.terminal.completion import complete_field, complete_section, complete_setting, complete_study
-from untether.sim.terminal.doctor import examine
+from untether.sim.terminal.examining import examine
 
 
 def said(*words: str, code: int = 0) -> str:
