@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from tests.sim.timelines import run, timeline
+from untether.clients.hosting.node import Node
 from untether.plugins import apart
 from untether.sim.experiment import Experiment, fields
 from untether.sim.run.directory import TABLES, RunDirectory
@@ -148,6 +149,11 @@ def test_toml_blocks_are_experiments_or_studies(page, tmp_path):
     write_files(page, tmp_path)
     with apart():
         for number, text in enumerate(text for language, text in blocks(page) if language == "toml"):
+            if text.startswith("# node.toml"):
+                (tmp_path / "node.toml").write_text(text)
+                real = {"hardware.clock": "wall", "seeds": "1", "arms": "local,collaborative"}
+                Node(tmp_path, 0).experiment(Experiment.read(None, real))
+                continue
             (tmp_path / f"{number}.toml").write_text(text)
             read = Study.read if "[base]" in text else Experiment.read
             read(str(tmp_path / f"{number}.toml"))
@@ -157,7 +163,7 @@ def test_toml_blocks_are_experiments_or_studies(page, tmp_path):
 def test_run_configs_name_fields(page):
     for config in re.findall(r"--run-config '([^']*)'", page.read_text(encoding="utf-8")):
         given = dict(pair.split("=", 1) for pair in shlex.split(config))
-        assert set(given) <= {"experiment", "set", "out"}
+        assert set(given) <= {"experiment", "set", "out", "resume", "nodes"}
         assert {word.split("=", 1)[0] for word in shlex.split(given.get("set", ""))} <= KNOWN
 
 
