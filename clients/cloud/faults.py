@@ -15,6 +15,7 @@ import openai
 
 from untether.clients.cloud.answer import ErrorInside
 from untether.clients.cloud.dialect import named_change
+from untether.clients.cloud.wire import proxy_to
 from untether.sim.core import strict_json
 from untether.sim.core.text import shown
 
@@ -67,12 +68,16 @@ def classify(error: Exception, parameters: Mapping[str, Any]) -> Fault:
 def _unconnected(error: openai.APIConnectionError) -> Fault:
     cause: BaseException | None = error.__cause__
     name = type(cause).__name__ if cause is not None else ""
-    detail = shown(f"{name}: {cause}" if cause is not None else str(error), MAX_WORDS)
+    said = str(cause).strip() or "the connection ended"
+    detail = shown(f"{name}: {said}" if cause is not None else str(error), MAX_WORDS)
     if "CERTIFICATE_VERIFY_FAILED" in detail:
         remedy = "set SSL_CERT_FILE to the file of the authority that signed it, if you trust it"
         return Fault("unreachable", f"the endpoint's certificate is not trusted ({detail}): {remedy}", fatal="user")
-    if name == "ProxyError":
-        remedy = "check HTTPS_PROXY, HTTP_PROXY and ALL_PROXY, or name the host in NO_PROXY"
+    if "WRONG_VERSION_NUMBER" in detail:
+        return Fault("unreachable", f"the endpoint speaks no TLS ({detail}): give its http:// address")
+    proxy = proxy_to(str(error.request.url))
+    if name == "ProxyError" or name == "ConnectError" and proxy:
+        remedy = f"check {proxy or 'its variable'}, or name the host in NO_PROXY"
         return Fault("unreachable", f"the proxy does not let the request through ({detail}): {remedy}")
     return Fault("unreachable" if name in {"ConnectError", "ConnectTimeout"} else "dropped", detail)
 

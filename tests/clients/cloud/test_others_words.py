@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.clients.cloud.test_dialects import events, question, raw
+from tests.clients.cloud.test_dialects import asked, events, question, raw
 from tests.clients.scripted_cloud import KEY, PAIRS, Cloud, client, completion, good, orders, outcomes, says, send
 from untether.clients.cloud.answer import read_answer, unwrapped
 from untether.clients.cloud.faults import wait_in_words
@@ -111,3 +111,33 @@ def test_an_answer_in_a_tag_is_the_answer(written, meant):
 ])  # fmt: skip
 def test_delays_in_several_units_and_in_fields(text, seconds):
     assert wait_in_words(text) == seconds
+
+
+# --- what stands between --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """No proxy and no certificates of the environment's own."""
+    for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    return monkeypatch
+
+
+def test_an_endpoint_without_tls_is_told_as_one(bare, cloud):
+    with pytest.raises(ResumableStop, match="speaks no TLS.*give its http:// address"):
+        asked(cloud.base_url.replace("http:", "https:")).ask_sync(orders())
+
+
+def test_a_proxy_that_does_not_answer_is_named_without_its_password(bare):
+    bare.setenv("HTTPS_PROXY", "http://me:word@127.0.0.1:9")
+    with pytest.raises(ResumableStop, match="proxy .*HTTPS_PROXY=http://127.0.0.1:9") as caught:
+        asked("https://cloud.invalid/v1").ask_sync(orders())
+    assert "word" not in str(caught.value)
+
+
+def test_the_environments_certificates_count_on_this_machine_too(bare):
+    bare.setenv("SSL_CERT_FILE", "/nonexistent/ca.pem")
+    with pytest.raises(UserError, match="SSL_CERT_FILE"):
+        asked("https://127.0.0.1:9/v1").ask_sync(orders())
