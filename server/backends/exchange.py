@@ -15,8 +15,9 @@ from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import Failure, ResumableStop, UserError
 
 POLL_S = 0.05
-TRIES = 3
-"""How often a host is asked before its failure inside Flower (a dead actor) counts. A pass may be run again."""
+PAUSES_S = (0.5, 2.0, 5.0, 15.0)
+"""How long a host that failed inside Flower (a dead actor, which Ray starts again) is left alone before it is asked
+once more; after the last one its failure counts. A pass may be run again."""
 
 
 def nodes(grid: Grid, at_least: int, deadline_s: float, stop: threading.Event) -> list[int]:
@@ -58,25 +59,30 @@ def exchange(
     waiting = dict(zip(grid.push_messages(messages), range(len(messages)), strict=True))
     replies: dict[int, Message] = {}
     beat: object = None
-    tries = [1] * len(messages)
-    while waiting:
-        for reply in grid.pull_messages(list(waiting)):
-            place = waiting.pop(reply.metadata.reply_to_message_id)
-            if reply.has_error() and tries[place] < TRIES:
-                tries[place] += 1
-                again = _copy(messages[place])
-                waiting[next(iter(grid.push_messages([again])))] = place
+    failed = [0] * len(messages)
+    later: dict[int, float] = {}
+    while waiting or later:
+        for reply in grid.pull_messages(list(waiting)) if waiting else ():
+            place, pause_s = waiting.pop(reply.metadata.reply_to_message_id), 0.0
+            if reply.has_error() and failed[place] < len(PAUSES_S):
+                pause_s = PAUSES_S[failed[place]]
+                later[place] = clock.now_s() + pause_s
+                failed[place] += 1
             else:
                 replies[place] = reply
-            end_s = clock.now_s() + deadline_s
+            end_s = clock.now_s() + pause_s + deadline_s
+        for place in [place for place, at_s in later.items() if at_s <= clock.now_s()]:
+            del later[place]
+            [name] = grid.push_messages([_copy(messages[place])])
+            waiting[name] = place
         if (now := heartbeat()) != beat:
             beat, end_s = now, clock.now_s() + deadline_s
         if stop.is_set():
             raise ResumableStop("interrupted")
         if clock.now_s() > end_s:
-            late = f"{len(waiting)} of {len(messages)} hosts"
+            late = f"{len(waiting) + len(later)} of {len(messages)} hosts"
             raise ResumableStop(f"{late} neither answered nor got on within {deadline_s:.0f} s (engine.deadline_s)")
-        if waiting:
+        if waiting or later:
             clock.sleep(POLL_S)
     return [_checked(replies[place], forgiving) for place in range(len(messages))]
 
@@ -91,7 +97,13 @@ def _checked(reply: Message, forgiving: bool) -> Message | None:
     if reply.has_error():
         if forgiving:
             return None
-        raise Failure(f"a host failed inside Flower: {reply.error.reason}")
+        reason = " ".join(str(reply.error.reason).split())
+        if "memory" in reason.lower():
+            raise ResumableStop(
+                f"memory ran out on this machine, and a host was ended for it ({reason[:200]}). End other programs, or "
+                "take fewer engine.workers; then resume the run"
+            )
+        raise Failure(f"a host failed inside Flower: {reason}")
     if "error" in reply.content:
         said = reply.content["error"]
         kind, message, trace = (str(said[name]) for name in ("error", "message", "traceback"))
