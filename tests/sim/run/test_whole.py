@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 
 from untether.clients.cloud.answer_cache import AnswerCache
 from untether.clients.stores.adapter_store import AdapterStore
-from untether.sim.core.errors import UserError
+from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
 from untether.sim.run.directory import RunDirectory
+from untether.sim.run.shared import SharedAdapters, SharedPart
 from untether.sim.run.whole import plain_name, refuse_links
 
 DAMAGES = {
@@ -116,6 +118,58 @@ def test_a_weight_that_changed_within_an_adapter_is_found(tmp_path):
     assert np.array_equal(store.load(0, "d00001", "local")["lora_A"], states["d00001"]["lora_A"])
     with pytest.raises(UserError, match="not the one that was written"):
         store.load(0, "d00002", "local")
+
+
+def test_an_adapter_that_was_there_and_is_gone_is_an_error_and_not_a_new_beginning(tmp_path):
+    store, state = AdapterStore(tmp_path, 0), {"lora_A": np.ones((2, 4), dtype=np.float32)}
+    for round in (0, 1):
+        store.save(round, "block", {"local": {"d00000": state}})
+    (store.root / "round-1" / "local" / "block.safetensors").unlink()
+    with pytest.raises(UserError, match=r"round-1/local/block\.safetensors: this file of the run is gone"):
+        AdapterStore(tmp_path, 0).load(2, "d00000", "local")
+    shutil.rmtree(store.root)
+    with pytest.raises(UserError, match="is gone"):
+        AdapterStore(tmp_path, 0).load(0, "d00000", "local")
+    assert AdapterStore(tmp_path, 0).load(0, "d00000", "placebo") is None, "it never had one"
+
+
+def test_an_adapter_that_was_pruned_is_not_missed(tmp_path):
+    store, state = AdapterStore(tmp_path, 0), {"lora_A": np.ones((2, 4), dtype=np.float32)}
+    for round in (0, 1):
+        store.save(round, "block", {"local": {"d00000": state}})
+    assert store.prune(1) == 1
+    assert AdapterStore(tmp_path, 0).load_exactly(0, "d00000", "local") is None
+    assert AdapterStore(tmp_path, 0).load(1, "d00000", "local") is not None
+
+
+def second_half_zeroed(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+
+
+SHARED_DAMAGES = {**DAMAGES, "half zeroed": second_half_zeroed}
+
+
+@pytest.mark.parametrize("damage", SHARED_DAMAGES)
+def test_shared_adapters_that_are_damaged_are_trained_anew(stopped, damage):
+    shared = SharedAdapters(stopped, 1)
+    shared.write({"task/a": np.ones((8, 64), dtype=np.float32)}, {"a reason": 2})
+    assert shared.there
+    SHARED_DAMAGES[damage](shared.path)
+    assert not shared.there and shared.arrays() == {} and shared.left_out() == {}
+
+
+@pytest.mark.parametrize("damage", SHARED_DAMAGES)
+def test_what_devices_share_is_not_read_from_a_damaged_file(stopped, damage):
+    seed = stopped.experiment.seeds[0]
+    part = SharedPart(stopped, seed, -1)
+    part.begin({"a": np.ones((8, 64), dtype=np.float32)}, {"A": 512, "B": 0})
+    stopped.commit(seed, 0, {}, part.write(0))
+    assert SharedPart(stopped, seed, 0).whole == {"A": 512, "B": 0}
+    [path] = stopped.path.glob("adapters/**/round-0.safetensors")
+    SHARED_DAMAGES[damage](path)
+    with pytest.raises(ResumableStop, match=r"round-0\.safetensors"):
+        SharedPart(stopped, seed, 0)
 
 
 @pytest.mark.parametrize("damage", ["cut", "zeroed", "junk"])
