@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.lora_layers import is_linear
+from untether.sim.core import strict_json
 from untether.sim.core.errors import UserError
 from untether.sim.core.learning import LoraSpec
 from untether.sim.core.text import shown
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def target_names(base: FrozenBase, spec: LoraSpec) -> tuple[str, ...]:
@@ -143,24 +147,35 @@ def load_peft(folder: str | Path) -> tuple[LoraSpec, dict[str, Tensor]]:
         UserError: The folder is none, or uses what the stack does not support (DoRA, bias, ...).
     """
     folder = Path(folder)
+    file, weights = folder / _CONFIG, folder / _WEIGHTS
     try:
-        config = json.loads((folder / _CONFIG).read_text())
-        state = load_file(folder / _WEIGHTS)
-    except (OSError, ValueError) as error:
+        config = strict_json.loads(file.read_bytes())
+        state = load_file(weights)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: not a PEFT adapter folder ({error}); it needs {_CONFIG} and {_WEIGHTS}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{folder / _CONFIG}: peft_type {config.get('peft_type')!r}; only LORA can be loaded")
-    _plain_lora(config, folder / _CONFIG)
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise UserError(f"{file}: peft_type {shown(str(kind), 40)!r}; only LORA can be loaded")
+    _plain_lora(config, file)
     targets = config["target_modules"]
     try:
+        if isinstance(targets, str):
+            re.compile(targets)
         spec = LoraSpec(
             rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0),
             target_modules=targets if isinstance(targets, str) else tuple(targets),
             use_rslora=config.get("use_rslora", False),
         )  # fmt: skip
+        if type(spec.rank) is not int or type(spec.use_rslora) is not bool:
+            raise TypeError(f"r = {spec.rank!r}, use_rslora = {spec.use_rslora!r}")
         spec.scaling  # noqa: B018 - raises for what is no number
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{folder / _CONFIG}: r, lora_alpha or target_modules are not LoRA's ({error})") from error
-    if odd := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
-        raise UserError(f"{folder / _WEIGHTS}: {odd[0]} has values that are no numbers. Train the adapter again")
+    except (TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        raise UserError(f"{file}: r, lora_alpha, use_rslora or target_modules are not LoRA's ({error})") from error
+    for name, tensor in state.items():
+        if tensor.dtype not in _DTYPES:
+            raise UserError(f"{weights}: {shown(name, 80)} is {tensor.dtype}, and adapters have real ones")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{weights}: {name} has values that are no numbers. Train the adapter again")
+        if ".lora_A." in name and tensor.shape[0] != spec.rank:
+            raise UserError(f"{weights}: {name} is of rank {tensor.shape[0]}, and {_CONFIG} says r = {spec.rank}")
     return spec, state
