@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from untether.sim.core import strict_json
 from untether.sim.core.durable import write_atomically, written
 from untether.sim.core.errors import UserError
 from untether.sim.rounds.messages import FIRST
@@ -129,10 +130,10 @@ class AdapterStore:
         try:
             with safe_open(path, framework="numpy") as file:
                 found = {name: file.get_slice(name)[row] for name in file.keys()}
-                sums = json.loads((file.metadata() or {}).get("versions", "null"))
+                sums = strict_json.loads((file.metadata() or {}).get("versions", "null"))
         except (OSError, RuntimeError, SafetensorError, ValueError, IndexError) as error:
             raise damaged(path, error) from error
-        if sums is not None and adapter_version(found) != sums[row]:
+        if sums is not None and not (isinstance(sums, list) and adapter_version(found) in sums[row : row + 1]):
             raise damaged(path, "an adapter in it is not the one that was written")
         return found
 
@@ -155,7 +156,9 @@ class AdapterStore:
             for path in _listed(folder, "*.safetensors"):
                 try:
                     with safe_open(path, framework="numpy") as file:
-                        devices = json.loads(file.metadata()["devices"])
+                        devices = strict_json.loads(file.metadata()["devices"])
+                    if not isinstance(devices, list):
+                        raise ValueError("it names no devices")
                 except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, KeyError) as error:
                     if path.exists():
                         raise damaged(path, error) from error

@@ -7,10 +7,14 @@ import shutil
 import sqlite3
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from untether.clients.cloud.answer_cache import AnswerCache
 from untether.clients.stores.adapter_store import AdapterStore
+from untether.plugins import apart
 from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
 from untether.sim.run.directory import RunDirectory
@@ -214,3 +218,50 @@ def test_a_name_that_becomes_a_file_is_plain(tmp_path, name):
     with pytest.raises(UserError, match="is no name that untether gives"):
         plain_name(name, "the task", tmp_path / "predictions.parquet")
     assert plain_name("LaMP_2N", "the task", tmp_path) == "LaMP_2N"
+
+
+@pytest.mark.parametrize("name", ["mine.py", "../mine.py", "~/mine.py", "{run}/mine.py", "{run}/../run/mine.py"])
+def test_code_that_came_with_a_run_directory_is_not_run_by_looking_at_it(stopped, name):
+    (stopped.path / "mine.py").write_text("raise SystemExit('this ran')")
+    (stopped.path.parent / "mine.py").write_text("raise SystemExit('this ran')")
+    file = stopped.path / "experiment.toml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("plugins")]
+    file.write_text("\n".join([f'plugins = ["{name.format(run=stopped.path)}"]', *lines]))
+    with pytest.raises(UserError, match="code that came with the run directory"):
+        _ = RunDirectory.open(stopped.path).experiment
+
+
+def test_a_plug_in_of_ones_own_is_run_where_it_lies(stopped):
+    mine = stopped.path.parent / "own.py"
+    mine.write_text("from untether.plugins import register\nregister('policy', 'own', len)\n")
+    file = stopped.path / "experiment.toml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("plugins")]
+    file.write_text("\n".join([f'plugins = ["{mine}"]', *lines]))
+    with apart():
+        assert RunDirectory.open(stopped.path).experiment.plugins == (str(mine),)
+
+
+def table(path, **columns):
+    pq.write_table(pa.table({"arm": ["local"], "metric": ["mae"], "value": [1.0], **columns}), path)
+
+
+@pytest.mark.parametrize(("columns", "said"), [
+    ({"value": ["much"]}, "of another kind than untether writes"), ({"value": [float("nan")]}, "no number"),
+    ({"value": [None]}, "no number"), ({"value": [float("inf")]}, "no number"),
+])  # fmt: skip
+def test_a_score_that_is_no_number_is_not_read_as_zero(stopped, columns, said):
+    table(stopped.path / "metrics.parquet")
+    assert stopped.read("metrics")["value"].tolist() == [1.0]
+    table(stopped.path / "metrics.parquet", **columns)
+    with pytest.raises(UserError, match=rf"metrics\.parquet.*{said}"):
+        stopped.read("metrics")
+
+
+@pytest.mark.parametrize(("devices", "versions"), [("5", "null"), ('["d00000"]', "5"), ('["d00000"]', "[]")])
+def test_an_adapters_file_that_says_nonsense_of_itself_is_damaged(tmp_path, devices, versions):
+    store = AdapterStore(tmp_path, 0)
+    path = store.root / "round-0" / "local" / "block.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file({"a": np.ones((1, 2), np.float32)}, path, metadata={"devices": devices, "versions": versions})
+    with pytest.raises(UserError, match=r"block\.safetensors: this file of the run is damaged"):
+        store.load(0, "d00000", "local")
