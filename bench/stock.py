@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from bench.measure import Outcome
 from bench.workload import DeviceData, Workload, encoder_path, filters
-from untether.clients.engine.adapters import peft_config
+from untether.clients.engine.door.peft_format import peft_config
 
 
 def run(workload: Workload, workers: int) -> Outcome:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.measure import Outcome
 from bench.workload import Workload, encoder_path, filters
-from untether.clients.engine.adapters import peft_config
+from untether.clients.engine.door.peft_format import peft_config
 from untether.clients.engine.jobs import Example, TrainJob, batch_plan
 from untether.clients.engine.kernels.gemm import fast_products
 from untether.clients.filters import judge

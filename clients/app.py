@@ -129,7 +129,7 @@ def _deployed(content: RecordDict, node: Node) -> Reply:
 
 def _endpoint(settings: ConfigRecord, node: Node | None = None) -> Endpoint:
     """Where the cloud is: the node's own endpoint, or that of the run."""
-    if node is not None and (own := node.own.get("cloud", {})).get("base_url"):
+    if node is not None and (own := node.endpoint).get("base_url"):
         return Endpoint(own["base_url"], str(own.get("model") or settings["model"]))
     where = (str(settings[name]) for name in ("base_url", "model", "fingerprint"))
     return Endpoint(*where, float(settings["limit_s"]))

@@ -27,6 +27,7 @@ from starlette.requests import ClientDisconnect
 
 from untether.server.background import Gateway, start_background
 from untether.server.batching import Batcher
+from untether.server.connections import BoundedProtocol
 from untether.server.generator import Completion, GenerationRequest, Generator, NotRecorded, PromptTooLong, create
 from untether.sim.core import strict_json
 from untether.sim.core.errors import UserError
@@ -142,7 +143,10 @@ def serve(
 
 def _server(generator: Generator, api_key: str | None) -> uvicorn.Server:
     app = create_app(generator, api_key)
-    return uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=2))
+    config = uvicorn.Config(
+        app, http=BoundedProtocol, ws="none", log_level="error", access_log=False, timeout_graceful_shutdown=2
+    )
+    return uvicorn.Server(config)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -60,7 +60,7 @@ def read_answer(body: bytes) -> CloudAnswer:
         Unusable: It is one, and its content is nothing that can be read.
         ErrorInside: It is an error, in the place of the choices or in a choice.
     """
-    if body.lstrip()[:6] in (b"data: ", b"event:") or body.lstrip()[:5] == b"data:":
+    if body.lstrip().startswith((b"data:", b"event:", b":")):  # a line that begins with a colon keeps a stream alive
         return _streamed(body)
     try:
         whole = strict_json.loads(body)
@@ -82,8 +82,9 @@ def _completion(whole: Any, body: bytes) -> CloudAnswer:
         if whole.get("error") or "choices" in whole or {"detail", "message", "msg"} & set(whole):
             raise ErrorInside(_status_of(whole), whole.get("error") or said)
         raise _no_completion(body)
-    if choice.get("error"):
-        raise ErrorInside(_status_of(choice), choice["error"])
+    finish = _finish(choice.get("finish_reason"))
+    if choice.get("error") or finish == "error":
+        raise ErrorInside(_status_of(choice), choice.get("error") or "finish_reason = error")
     message = choice.get("message")
     if not isinstance(message, dict):
         message = {"content": choice.get("text")}  # the older completions API
@@ -92,7 +93,7 @@ def _completion(whole: Any, body: bytes) -> CloudAnswer:
     refusal = message.get("refusal")
     return split_thought(CloudAnswer(
         plain(text), shown(refusal, 300) if isinstance(refusal, str) else "",
-        _name(choice.get("finish_reason"), 40), _name(whole.get("model")), _name(whole.get("system_fingerprint")),
+        finish, _name(whole.get("model")), _name(whole.get("system_fingerprint")),
         _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")), thought, _name(whole.get("note")),
     ))  # fmt: skip
 
@@ -180,6 +181,15 @@ def _name(value: object, limit: int = 200) -> str:
     return shown(value, limit) if isinstance(value, str) else ""
 
 
+def _finish(value: object) -> str:
+    """Why an answer ends, in OpenAI's words where others have theirs (`MAX_TOKENS`, `content_filter: OTHER`)."""
+    said = _name(value, 40)
+    word = said.lower()
+    if word in ("max_tokens", "max_output_tokens", "max_length", "token_limit"):
+        return "length"
+    return "content_filter" if word.startswith(("content_filter", "safety")) else word if word == "error" else said
+
+
 def _count(value: object) -> int | None:
     """Tokens as an endpoint tells them: 50, 50.0 or "50"; None for anything else."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
@@ -192,8 +202,8 @@ def _count(value: object) -> int | None:
 # --- reasoning ------------------------------------------------------------------------------------------------
 
 _TAGS = "think|thinking|thought|thoughts|reasoning|reflection|seed:think"
-_OPENING = re.compile(rf"\s*(?:<({_TAGS})>|\[(THINK)\])", re.IGNORECASE)
-_CLOSING = re.compile(rf"(?:</(?:{_TAGS})>|\[/THINK\])", re.IGNORECASE)
+_OPENING = re.compile(rf"\s*(?:<({_TAGS})>|\[(THINK)\]|◁think▷|<\|START_THINKING\|>)", re.IGNORECASE)
+_CLOSING = re.compile(rf"(?:</(?:{_TAGS})>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>)", re.IGNORECASE)
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>")
 _MARK = re.compile(r"<\|(?:end|return|call|start)\|>")
 
@@ -229,6 +239,7 @@ def _is_json(text: str) -> bool:
 
 _FENCE = re.compile(r"\A```[\w-]*[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _LABEL = re.compile(r"\A(?:output|answer)\s*:\s*", re.IGNORECASE)
+_TAGGED = re.compile(r"\A<(output|answer)>(.*)</\1>\Z", re.IGNORECASE | re.DOTALL)
 
 
 def unwrapped(text: str) -> str:
@@ -238,6 +249,8 @@ def unwrapped(text: str) -> str:
     text = text.strip()
     if fenced := _FENCE.match(text):
         text = fenced[1].strip()
+    if tagged := _TAGGED.match(text):
+        text = tagged[2].strip()
     if text.startswith("{"):
         try:
             found = strict_json.loads(text)

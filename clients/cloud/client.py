@@ -23,7 +23,7 @@ import openai
 from untether.clients.cloud.answer import CloudAnswer, Unusable, read_answer, split_thought, unwrapped
 from untether.clients.cloud.answer_cache import AnswerCache, cache_key
 from untether.clients.cloud.dialect import Dialect
-from untether.clients.cloud.faults import Fault, classify, is_too_long
+from untether.clients.cloud.faults import Fault, classify, is_about_the_key, is_too_long
 from untether.clients.cloud.journal import Journal
 from untether.clients.cloud.records import Attempt, CloudReply, CloudRequest, CloudSettings
 from untether.clients.cloud.wire import http_client, loop_factory
@@ -316,7 +316,8 @@ class CloudClient:
         fault = sent.fault
         assert fault is not None
         duration_s = time.perf_counter() - sent.begun
-        detail = self._redact(fault.detail) + (f" (then without {fault.change})" if fault.change else "")
+        otherwise = "as a stream" if fault.change == "stream" else f"without {fault.change}"
+        detail = self._redact(fault.detail) + (f" (then {otherwise})" if fault.change else "")
         return Attempt(number, draw, fault.outcome, duration_s, fault.bytes_up, fault.bytes_down, detail=detail)
 
     async def _survive(self, fault: Fault, request: CloudRequest, attempts: list[Attempt]) -> bool:
@@ -358,7 +359,7 @@ class CloudClient:
     def _explain(self, detail: str) -> str:
         variable = self.config.api_key_env
         where = f"the cloud at cloud.base_url = {self.base_url}"
-        if detail.startswith(("HTTP 401", "HTTP 403")):
+        if is_about_the_key(detail):
             key = f"the key in the environment variable {variable} (cloud.api_key_env)" if self._key else (
                 f"a request without a key: the environment variable {variable} (cloud.api_key_env) is not set"
             )  # fmt: skip
@@ -431,6 +432,8 @@ def _answered(number: int, draw: int, reply: CloudReply, sent: _Sent) -> Attempt
     if answer.cut_before_it_began:
         spent = "its reasoning took" if answer.thought else "were spent on"
         notes.append(f"{CUT}: {spent} all of cloud.max_tokens")
+    elif reply.outcome == "malformed" and not answer.text.strip() and not sent.unusable:
+        notes.append("an empty answer" + (", beside its reasoning" if answer.thought else ""))
     if sent.unusable:
         notes.append(shown(sent.unusable, 200))
     tokens_in, tokens_out = answer.tokens_in, answer.tokens_out

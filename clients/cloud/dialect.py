@@ -14,9 +14,10 @@ OPTIONAL = ("response_format", "seed", "top_p", "temperature", "system", "max_to
 """What may be left out, the likeliest to be unknown first."""
 
 _SPELLINGS = {
-    "stream": r"only supports? stream|stream mode|streaming is required|must (?:be )?stream|stream\W{1,3}true",
+    "stream": r"only supports? stream|stream mode|non-?stream|must (?:be )?stream"
+    r"|stream(?:ing)?\W{0,3} ?(?:is required|must be|\W{1,3}true)|stream\W{1,3}true",
     "system": r"system\W{0,3}(?:role|prompt|message|instruction|turn)s?|role\W{1,5}system\b|developer instruction"
-    r"|roles? must alternate|must alternate",
+    r"|roles? must alternate|must alternate|supports?\W{1,3}system\b",
     "response_format": r"response_?format|json_?schema|structured[ _]outputs?|guided_json|json mode|\bgrammar\b",
     "seed": r"(?<![a-z0-9_])seed(?![a-z0-9_])",
     "top_p": r"(?<![a-z0-9])top_?p(?![a-z0-9_])",
@@ -75,8 +76,7 @@ class Dialect:
         return [*self.changes, *([f"max_tokens={self.most_tokens}"] if self.most_tokens else [])]
 
     def learn(self, change: str, parameters: Mapping[str, Any], text: str = "") -> None:
-        """Heeds a change from now on. `text` are the endpoint's words, which may tell the most tokens that it writes.
-        """
+        """Heeds a change from now on. `text` are the endpoint's words, which may tell the most tokens it writes."""
         if change == "max_tokens":
             asked = parameters.get("max_tokens", parameters.get("max_completion_tokens", 0))
             fewer = [int(n) for n in re.findall(r"(?<![\d.])\d{2,7}(?![\d.])", text) if 16 <= int(n) < asked]

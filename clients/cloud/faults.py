@@ -15,6 +15,7 @@ import openai
 
 from untether.clients.cloud.answer import ErrorInside
 from untether.clients.cloud.dialect import named_change
+from untether.clients.cloud.wire import proxy_to
 from untether.sim.core import strict_json
 from untether.sim.core.text import shown
 
@@ -67,12 +68,16 @@ def classify(error: Exception, parameters: Mapping[str, Any]) -> Fault:
 def _unconnected(error: openai.APIConnectionError) -> Fault:
     cause: BaseException | None = error.__cause__
     name = type(cause).__name__ if cause is not None else ""
-    detail = shown(f"{name}: {cause}" if cause is not None else str(error), MAX_WORDS)
+    said = str(cause).strip() or "the connection ended"
+    detail = shown(f"{name}: {said}" if cause is not None else str(error), MAX_WORDS)
     if "CERTIFICATE_VERIFY_FAILED" in detail:
         remedy = "set SSL_CERT_FILE to the file of the authority that signed it, if you trust it"
         return Fault("unreachable", f"the endpoint's certificate is not trusted ({detail}): {remedy}", fatal="user")
-    if name == "ProxyError":
-        remedy = "check HTTPS_PROXY, HTTP_PROXY and ALL_PROXY, or name the host in NO_PROXY"
+    if "WRONG_VERSION_NUMBER" in detail:
+        return Fault("unreachable", f"the endpoint speaks no TLS ({detail}): give its http:// address")
+    proxy = proxy_to(str(error.request.url))
+    if name == "ProxyError" or name == "ConnectError" and proxy:
+        remedy = f"check {proxy or 'its variable'}, or name the host in NO_PROXY"
         return Fault("unreachable", f"the proxy does not let the request through ({detail}): {remedy}")
     return Fault("unreachable" if name in {"ConnectError", "ConnectTimeout"} else "dropped", detail)
 
@@ -93,34 +98,43 @@ def _status(
         where = f" to {target}" if target else ""
         detail = f"{how} {status} sends the request elsewhere{where}, and redirects are not followed"
         return Fault("rejected", detail, fatal="user", **size)
+    wait_s = retry_after_s(headers)
+    if wait_s is None:
+        wait_s = wait_in_words(json.dumps(content)[:4000])
     if status == 429 or (status == 402):
         quota = code == "insufficient_quota" or status == 402
-        wait_s = retry_after_s(headers)
-        if wait_s is None:
-            wait_s = wait_in_words(json.dumps(content)[:4000] if content is not None else "")
         return Fault("rate_limited", detail, wait_s, "stop" if quota else "", **size)
     if code in ("content_filter", "content_policy_violation"):
         return Fault("refused", detail, **size)
     if status in (408, 409, 425) or status >= 500:
         loading = status == 503 and re.search(r"\bload|warm|start(ing|up)|initiali", said, re.IGNORECASE) is not None
-        certain = change if change in ("system", "stream") or status == 501 else ""
-        wait_s = retry_after_s(headers)
+        named = change in ("system", "stream") or status == 501 or _UNKNOWN.search(everything) is not None
         return Fault(
-            "server_error", detail, wait_in_words(said) if wait_s is None else wait_s, change=certain,
+            "server_error", detail, wait_s, change=change if named else "",
             unexplained=status >= 500 and "response_format" in parameters and not loading, loading=loading, **size,
         )  # fmt: skip
-    if status in (400, 422):
-        too_long = not change and _TOO_LONG.search(everything) is not None
-        return Fault("rejected", detail, fatal="user", change=change, unexplained=not change and not too_long, **size)
+    if status in (400, 422) or status == 404 and "parameter" in said.lower():
+        explained = change or _TOO_LONG.search(everything) or _KEY.search(everything)
+        return Fault("rejected", detail, fatal="user", change=change, unexplained=not explained, **size)
     return Fault("rejected", detail, fatal="user", **size)
 
 
 _TOO_LONG = re.compile(r"context|too (?:long|large|many tokens)|exceeds? the (?:max|limit)", re.IGNORECASE)
+_KEY = re.compile(r"api[ _-]?key|credential|unauthori[sz]ed|authenticat", re.IGNORECASE)
+_UNKNOWN = re.compile(
+    r"support|unknown|unrecogni[sz]ed|not (?:allowed|permitted|implemented)|unexpected", re.IGNORECASE
+)
+"""Words for what an endpoint does not know, where its status says only that it failed."""
 
 
 def is_too_long(detail: str) -> bool:
     """Returns whether an endpoint's words say that the request does not fit its context."""
     return _TOO_LONG.search(detail) is not None
+
+
+def is_about_the_key(detail: str) -> bool:
+    """Returns whether an error says that the endpoint does not take the key."""
+    return detail.startswith(("HTTP 401", "HTTP 403")) or detail.startswith("HTTP 400") and bool(_KEY.search(detail))
 
 
 def _target(url: str, location: str) -> str:
@@ -216,10 +230,14 @@ def _parameter(content: Any) -> str:
 # --- how long to wait -----------------------------------------------------------------------------------------
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_NUMBER = r"[0-9]{1,7}(?:\.[0-9]{1,6})?"
+_UNIT = r"(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|h)(?![a-z])"
+_PART = re.compile(rf"({_NUMBER})\s*({_UNIT})", re.IGNORECASE)
 _WAIT = re.compile(
-    r"(?:retry_?delay|retry[_ -]?after|try again|again|retry|wait|reset)[^0-9\n]{0,40}?([0-9]{1,7}(?:\.[0-9]{1,6})?)\s*"
-    r"(milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|h)(?![a-z])", re.IGNORECASE,
+    r"(?:retry_?delay|retry[_ -]?after|try again|again|retry|wait|reset)[^0-9\n]{0,40}?"
+    rf"((?:{_NUMBER}\s*{_UNIT}\s?){{1,3}})", re.IGNORECASE,
 )  # fmt: skip
+_FIELD = re.compile(rf"""retry_?after(?:_s|_seconds)?["']?\s*:\s*["']?({_NUMBER})["']?\s*[,}}]""", re.IGNORECASE)
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -239,11 +257,12 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 
 def wait_in_words(text: str) -> float | None:
-    """Returns the longest wait that an error's words ask for ("try again in 20.5s", Google's `retryDelay`), None
-    without.
+    """Returns the longest wait that an error's words ask for ("try again in 1m20.5s", Google's `retryDelay`, a field
+    `retry_after` of seconds), None without.
     """
-    waits = [float(number) * _UNITS[_unit(unit)] for number, unit in _WAIT.findall(text)]
-    return max(waits, default=None)
+    spans = [_PART.findall(span) for span in _WAIT.findall(text)]
+    waits = [sum(float(number) * _UNITS[_unit(unit)] for number, unit in span) for span in spans]
+    return max([*waits, *map(float, _FIELD.findall(text))], default=None)
 
 
 def _unit(word: str) -> str:

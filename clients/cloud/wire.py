@@ -7,6 +7,8 @@ import os
 import ssl
 import zlib
 from collections.abc import AsyncIterator, Callable
+from urllib.parse import urlsplit
+from urllib.request import proxy_bypass_environment
 
 import httpx2
 import openai
@@ -31,8 +33,6 @@ def http_client(url: str, max_tokens: int) -> httpx2.AsyncClient:
     Raises UserError where the environment's proxy or certificates cannot be used.
     """
     loopback = is_loopback(url)
-    # Reading them takes a tenth of a second, each time that a host asks; plain HTTP to this machine knows none.
-    certificates = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if loopback and url.startswith("http:") else True
 
     async def bound(response: httpx2.Response) -> None:
         encoding = response.headers.get("content-encoding", "identity").lower()
@@ -46,6 +46,9 @@ def http_client(url: str, max_tokens: int) -> httpx2.AsyncClient:
         response.stream = _Bounded(response.stream, most, encoding != "identity")
 
     try:
+        # Reading them takes a tenth of a second, each time that a host asks; plain HTTP to this machine knows none.
+        plain = loopback and url.startswith("http:")
+        certificates = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else httpx2.create_ssl_context()
         return openai.DefaultAsyncHttpxClient(
             verify=certificates, trust_env=not loopback, follow_redirects=False, event_hooks={"response": [bound]},
             headers={"Accept-Encoding": "identity"},
@@ -93,6 +96,14 @@ def _environment(error: Exception) -> str:
         f"the environment's proxy cannot be used: {found or said} is of a kind that is not known here. Give an http:// "
         "or socks5:// address, or unset the variable"
     )
+
+
+def proxy_to(url: str) -> str:
+    """Returns the variable, with its value, of the proxy that the environment puts before a URL; empty for none."""
+    parts = urlsplit(url)
+    if is_loopback(url) or proxy_bypass_environment(parts.netloc):
+        return ""
+    return _set((f"{parts.scheme}_PROXY".upper(), "ALL_PROXY"))
 
 
 def _set(names: tuple[str, ...]) -> str:

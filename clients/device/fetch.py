@@ -141,7 +141,7 @@ def _reply(
 
 def _check_model(worker: Worker) -> None:
     """Raises UserError for a model that cannot be used, before a cloud is paid for what nobody could learn from."""
-    from untether.clients.engine.adapters import target_names
+    from untether.clients.engine.door.peft_format import target_names
 
     experiment = worker.experiment
     for arm in trained(experiment.arms):

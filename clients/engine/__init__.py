@@ -155,7 +155,7 @@ def generate(
 
 def save_peft(folder: str | Path, adapter: Adapter, base: FrozenBase) -> None:
     """Writes an adapter as a folder that `peft.PeftModel.from_pretrained` loads."""
-    from untether.clients.engine.adapters import save_peft as write
+    from untether.clients.engine.door.peft_format import save_peft as write
 
     write(folder, adapter.spec, dict(adapter.state), base)
 
@@ -166,7 +166,7 @@ def load_peft(folder: str | Path) -> Adapter:
     Raises:
         UserError: The folder is none, or uses more than plain LoRA or rsLoRA.
     """
-    from untether.clients.engine.adapters import load_peft as read
+    from untether.clients.engine.door.peft_format import load_peft as read
 
     return Adapter(*read(folder))
 

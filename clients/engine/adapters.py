@@ -1,4 +1,4 @@
-"""Many LoRA adapters stacked on one frozen base, and their conversion to and from PEFT's format.
+"""Many LoRA adapters stacked on one frozen base, with their states under PEFT's keys.
 
 All weights of adapter k lie in row k of one matrix `flat` [adapters, size], layer after layer, A as [rank, in] and B
 transposed as [rank, out], ranks zero-padded to the largest. So clipping and the optimizer work on rows, and a batch
@@ -8,30 +8,24 @@ As side by side. Zero padding stays zero: its gradients are zero by construction
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.door.peft_format import attention_hint, load_peft, save_peft, target_names
+from untether.clients.engine.door.trial import try_adapted
 from untether.clients.engine.jobs import Trainable
-from untether.clients.engine.lora_layers import Fusion, LinearPart, Piece, Route, is_linear, weight_of
+from untether.clients.engine.lora_layers import Fusion, LinearPart, Piece, Route, weight_of
 from untether.sim.core.errors import UserError
 from untether.sim.core.learning import LoraSpec
-from untether.sim.core.text import shown
 
 _PREFIX = "base_model.model."
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -119,6 +113,9 @@ class AdapterStack:
         self.dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         self.flat = torch.zeros(len(self.specs), self.layout.size, dtype=self.dtype, device=base.device)
         self._set_scale()
+        for spec in self.specs:
+            if base.lean is None and spec.target_modules not in base.tried:
+                _try_adapters(base, spec.target_modules)
 
     @classmethod
     def create(cls, base: FrozenBase, specs: Sequence[LoraSpec], seeds: Sequence[int]) -> AdapterStack:
@@ -263,125 +260,35 @@ class AdapterStack:
         self._scale = torch.tensor([spec.scaling for spec in self.specs], dtype=self.dtype, device=self.base.device)
 
 
-def target_names(base: FrozenBase, spec: LoraSpec) -> tuple[str, ...]:
-    """Returns the names of the layers that PEFT itself would adapt for this spec, in the model's order."""
-    if spec.target_modules not in base.targets:
-        base.targets[spec.target_modules] = _find_targets(base.model, spec.target_modules)
-    return base.targets[spec.target_modules]
+def _try_adapters(base: FrozenBase, target_modules: tuple[str, ...] | str) -> None:
+    """Raises UserError where rows of a batch with adapters on these layers differ from each row with its own alone."""
+    base.tried.add(target_modules)
+    specs = [LoraSpec(rank, 2 * rank, target_modules=target_modules) for rank in (1, 2)]
+    stack = AdapterStack.create(base, specs, [1, 2])
+    draw = torch.Generator().manual_seed(3)
+    stack.flat.add_(0.05 * torch.randn(stack.flat.shape, generator=draw).to(stack.flat))
+    worn = [
+        {
+            name: (stack.layout.A(stack.flat, name)[k], stack.layout.B(stack.flat, name)[k].T, spec.scaling)
+            for name in stack.targets_of[k]
+        }
+        for k, spec in enumerate(specs)
+    ]
+    route, remedy = stack.route([0, 1], [1, 1], 3), attention_hint(base.model)
 
+    def routed(*inputs, **named) -> Tensor:
+        with stack.active(route):
+            return base.logits_at(*inputs, **named)
 
-def _find_targets(model: torch.nn.Module, target_modules: tuple[str, ...] | str) -> tuple[str, ...]:
-    with torch.device("meta"):
-        empty = type(model)(copy.deepcopy(model.config))
+    begun = f"target_modules {target_modules!r} cannot be adapted here: "
     try:
-        wrapped = peft.get_peft_model(empty, peft_config(LoraSpec(rank=1, target_modules=target_modules)))
-    except ValueError as error:
-        raise UserError(f"target_modules {target_modules!r} do not fit the base model: {error}") from error
-    names = tuple(name for name, module in wrapped.base_model.model.named_modules() if isinstance(module, LoraLayer))
-    layers = dict(model.named_modules())
-    for name in names:
-        if not is_linear(layers[name]):
-            kind = type(layers[name]).__name__
-            raise UserError(
-                f"target_modules {target_modules!r} match {name!r}, a {kind}; only linear layers can be adapted"
-                + attention_hint(model)
-            )
-    return names
-
-
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"), "bias": ("none", None),
-    "layers_pattern": (None, "", []), "layers_to_transform": (None, []), "fan_in_fan_out": (True, False, None),
-    "lora_ga_config": (None, {}), "eva_config": (None, {}), "corda_config": (None, {}), "loftq_config": (None, {}),
-}  # fmt: skip
-"""What fields of PEFT's LoRA may say that changes nothing of a trained adapter; others must be empty or false."""
-
-_MEANT = frozenset((
-    "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "inference_mode",
-    "base_model_name_or_path", "auto_mapping", "revision", "peft_version", "megatron_core", "runtime_config",
-    "exclude_modules", "ensure_weight_tying", "qalora_group_size", "velora_config", "target_parameters", "arrow_config",
-    "megatron_config", "trainable_token_indices", "use_qalora", "use_bdlora",
-))  # fmt: skip
-
-
-def _plain_lora(config: dict[str, object], file: Path) -> None:
-    """Raises UserError where a folder's adapter computes anything beside plain or rank-stabilised LoRA."""
-    for name in ("r", "lora_alpha", "target_modules"):
-        if not config.get(name):
-            raise UserError(f"{file}: no field {name}, which a LoRA adapter needs")
-    odd = []
-    for name, value in config.items():
-        if name in _NEUTRAL:
-            fine = any(value is known or (value == known and type(value) is type(known)) for known in _NEUTRAL[name])
-        elif name in _MEANT:
-            fine = name not in ("target_parameters", "arrow_config", "trainable_token_indices", "use_qalora",
-                                "use_bdlora") or not value  # fmt: skip
-        else:  # DoRA, aLoRA, rank patterns, and whatever a later PEFT brings
-            fine = not value
-        if not fine:
-            odd.append(f"{name} = {shown(json.dumps(value, default=str), 40)}")
-    if odd:
-        raise UserError(f"{file}: {', '.join(odd)} cannot be loaded; only plain LoRA and rsLoRA can")
-
-
-def attention_hint(model: torch.nn.Module) -> str:
-    """Returns the remedy for a model of which some layers cannot be adapted, such as the router of a mixture of
-    experts: the names of those in its attention that can.
-    """
-    names = {
-        name.rpartition(".")[2]: None for name, module in model.named_modules()
-        if is_linear(module) and any(word in name.rpartition(".")[0] for word in ("attn", "attention"))
-    }  # fmt: skip
-    return f". Set lora.target_modules = {json.dumps(list(names))}, the layers of its attention" if names else ""
-
-
-def peft_config(spec: LoraSpec, base_name: str | None = None, conv1d: bool = False) -> peft.LoraConfig:
-    """Returns a spec as PEFT's configuration. conv1d: the base keeps its weights as [in, out], as GPT-2 does."""
-    targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM", r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets,
-        use_rslora=spec.use_rslora, fan_in_fan_out=conv1d, base_model_name_or_path=base_name,
-    )  # fmt: skip
-
-
-def save_peft(folder: str | Path, spec: LoraSpec, state: dict[str, Tensor], base: FrozenBase) -> None:
-    """Writes a PEFT folder (adapter_config.json, adapter_model.safetensors) from a state under PEFT's keys."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    layers = base.routing.names
-    conv1d = any(isinstance(layers[name], Conv1D) for name in target_names(base, spec))
-    config = peft_config(spec, base.model.config._name_or_path or None, conv1d).to_dict()
-    config["inference_mode"] = True
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / _WEIGHTS, metadata={"format": "pt"})
-
-
-def load_peft(folder: str | Path) -> tuple[LoraSpec, dict[str, Tensor]]:
-    """Reads a PEFT LoRA folder as (spec, state under PEFT's keys).
-
-    Raises:
-        UserError: The folder is none, or uses what the stack does not support (DoRA, bias, ...).
-    """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / _CONFIG).read_text())
-        state = load_file(folder / _WEIGHTS)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a PEFT adapter folder ({error}); it needs {_CONFIG} and {_WEIGHTS}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(f"{folder / _CONFIG}: peft_type {config.get('peft_type')!r}; only LORA can be loaded")
-    _plain_lora(config, folder / _CONFIG)
-    targets = config["target_modules"]
-    try:
-        spec = LoraSpec(
-            rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0),
-            target_modules=targets if isinstance(targets, str) else tuple(targets),
-            use_rslora=config.get("use_rslora", False),
-        )  # fmt: skip
-        spec.scaling  # noqa: B018 - raises for what is no number
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{folder / _CONFIG}: r, lora_alpha or target_modules are not LoRA's ({error})") from error
-    if odd := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
-        raise UserError(f"{folder / _WEIGHTS}: {odd[0]} has values that are no numbers. Train the adapter again")
-    return spec, state
+        apart = try_adapted(base.model, routed, base.routing.names, worn)
+    except NotImplementedError as error:
+        base.tried.discard(target_modules)
+        raise UserError(f"{begun}{error}{remedy}") from error
+    if apart:
+        base.tried.discard(target_modules)
+        raise UserError(
+            f"{begun}with adapters on them, a {type(base.model).__name__} answers otherwise in a batch than alone "
+            f"(logits differ by {apart:.2g} standard deviations){remedy}"
+        )

@@ -21,10 +21,9 @@ from untether.clients.engine.decoder import LeanDecoder
 from untether.clients.engine.door.trial import try_out
 from untether.sim.core.errors import UserError
 from untether.sim.prompts import chat_template
-from untether.sim.prompts.checkpoint import read_checkpoint
+from untether.sim.prompts.checkpoint import context_length, read_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-_UNBOUNDED_CONTEXT = 1 << 20
 
 
 class FrozenBase:
@@ -49,11 +48,12 @@ class FrozenBase:
         self._source = source
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.context_length = _context_length(model.config)
+        self.context_length = context_length(model.config)
         self.end_ids = _end_ids(model, tokenizer)
         self.routing = lora_layers.attach(model)
         self.lean = LeanDecoder(model, self.routing) if lean and LeanDecoder.supports(model) else None
         self.targets: dict[tuple[str, ...] | str, tuple[str, ...]] = {}
+        self.tried: set[tuple[str, ...] | str] = set()
         self._select: Callable[[Tensor], Tensor] | None = None
         head = model.get_output_embeddings()
         if head is None:
@@ -156,20 +156,6 @@ class FrozenBase:
         if self._select is None:
             return None
         return (self._select(arguments[0]), *arguments[1:])
-
-
-def _context_length(config) -> int:
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond, one long row would change all others of its batch
-        name = "original_max_position_embeddings"
-        value = rope.get(name) or getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return _UNBOUNDED_CONTEXT
 
 
 def _end_ids(model: nn.Module, tokenizer) -> frozenset[int]:

@@ -70,7 +70,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def activation_bytes_per_token(config, itemsize: int) -> int:
     """Returns a generous estimate of what one token keeps for the backward pass."""
+    config = config.get_text_config()
     hidden = getattr(config, "hidden_size", 1024)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    inner = max(inner) if isinstance(inner, (list, tuple)) else inner  # Gemma 3n has one a layer
     layers = getattr(config, "num_hidden_layers", 12)
     return itemsize * (layers * (20 * hidden + 8 * inner) + 3 * getattr(config, "vocab_size", 32000) // 2)

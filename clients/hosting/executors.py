@@ -48,11 +48,12 @@ class WorkerDied(Exception):
         detail: How it ended.
         outcome: `crashed`, `out_of_memory` or `timeout`.
         with_node: Whether its whole node was lost, which says nothing about the order.
+        pressed: Whether it was ended because its machine had no memory left, whoever has it.
     """
 
-    def __init__(self, detail: str, outcome: str = "crashed", with_node: bool = False):
+    def __init__(self, detail: str, outcome: str = "crashed", with_node: bool = False, pressed: bool = False):
         super().__init__(detail)
-        self.outcome, self.with_node = outcome, with_node
+        self.outcome, self.with_node, self.pressed = outcome, with_node, pressed
 
 
 class Executor(Protocol):
@@ -119,7 +120,7 @@ class RayExecutor:
             detail = " ".join(str(error).split())
             out_of_memory = isinstance(error, OutOfMemoryError) or "OUT_OF_MEMORY" in detail.upper()
             if out_of_memory or _oom_kills() > killed_before:
-                raise WorkerDied(detail, "out_of_memory") from error
+                raise WorkerDied(detail, "out_of_memory", pressed=True) from error
             raise WorkerDied(detail, with_node=any(sign in detail for sign in _NODE_LOST)) from error
         except TimeoutError as error:
             self._kill(actor)

@@ -47,6 +47,7 @@ def run_order(
 
     A shard that was finished before a stop is not run again. A user's mistake and a stop raise; a dead worker does not
     (unless `engine.strict`): it becomes an event, and a device that keeps killing workers is marked in all its answers.
+    Workers that are ended for want of the machine's memory, even with a single device, stop the run, resumably.
     An order without devices cannot be cut: a dead worker costs it a retry.
 
     Args:
@@ -89,6 +90,7 @@ def run_order(
                 if len(some) > 1 and deaths[some] > 0:
                     queue += [some[len(some) // 2 :], some[: len(some) // 2]]
                 elif deaths[some] > 1:
+                    _not_for_memory(death)
                     lost[some[0]] = "out_of_memory" if death.outcome == "out_of_memory" else "crashed"
                     watch.add(1)
                 else:
@@ -111,7 +113,20 @@ def _call_again(
     for _ in range(tries - 1):
         with contextlib.suppress(WorkerDied):
             return executor.call(order, inputs, deadline_s=deadline_s, progress=watch)
-    return executor.call(order, inputs, deadline_s=deadline_s, progress=watch)
+    try:
+        return executor.call(order, inputs, deadline_s=deadline_s, progress=watch)
+    except WorkerDied as death:
+        _not_for_memory(death)
+        raise
+
+
+def _not_for_memory(death: WorkerDied) -> None:
+    """Raises ResumableStop where the machine had no memory left even for the smallest order: no device is to blame."""
+    if death.pressed:
+        raise ResumableStop(
+            f"memory ran out on this machine, and a worker was ended for it again and again ({str(death)[:200]}). End "
+            "other programs, or take fewer engine.workers; then resume the run"
+        ) from death
 
 
 class _Watch:

@@ -82,6 +82,11 @@ class Node:
                     raise UserError(f"{path}: [{section}] {unknown('field', name, OWN[section])}, of a node's own")
         return found
 
+    @property
+    def endpoint(self) -> Mapping[str, Any]:
+        """What `node.toml` says of the cloud."""
+        return self.own.get("cloud", {})
+
     def experiment(self, sent: Experiment) -> Experiment:
         """Returns the server's experiment as this node carries it out.
 
@@ -91,10 +96,9 @@ class Node:
         where, data = self.home / "node.toml", copy.deepcopy(sent.model_dump())
         data["cloud"] |= {"api_key_env": "", "cache": ""}  # a path of the server's machine is none of this one's
         data["engine"] |= {"cache": ""}
-        cloud = self.own.get("cloud", {})
-        if "base_url" in cloud:
+        if "base_url" in self.endpoint:
             data["cloud"]["provider"] = "openai"
-        elif "api_key_env" in cloud:
+        elif "api_key_env" in self.endpoint:
             raise UserError(f"{where}: [cloud] api_key_env without base_url: name the endpoint that the key is for")
         if "population" in self.own:
             data["population"] |= {"users": 1, "skip_users": 0, "shared_users": 0, "only": self.device}

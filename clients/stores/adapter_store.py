@@ -4,7 +4,8 @@
 devices and what they were trained `on`. A device's adapter is the one of the latest round that trained it. A round may
 train it twice, first on its own data and then `on` samples: the second is the round's own, the first is kept under
 `<arm>.first`. Files are written whole or not at all; `prune` deletes those that later rounds have superseded, so that a
-run of many rounds holds two.
+run of many rounds holds two. `state/adapters` names each file that is there: one that is named and gone is an error,
+for a device without an adapter would begin anew.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from untether.sim.core.durable import written
+from untether.sim.core import strict_json
+from untether.sim.core.durable import write_atomically, written
+from untether.sim.core.errors import UserError
 from untether.sim.rounds.messages import FIRST
-from untether.sim.run.whole import damaged
+from untether.sim.run.whole import REMEDY, damaged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +61,7 @@ class AdapterStore:
 
     def __init__(self, run: str | Path, seed: int):
         self.root = Path(run) / "adapters" / f"seed-{seed}"
+        self._named = Path(run) / "state" / "adapters" / f"seed-{seed}"
         self._index: dict[tuple[int, str], dict[str, tuple[Path, int]]] = {}
 
     def save(self, round: int, block: str, by_arm: Mapping[str, Mapping[str, AdapterArrays]]) -> list[str]:
@@ -71,6 +75,7 @@ class AdapterStore:
             with written(path, SafetensorError) as temporary:
                 sums = [adapter_version(states[device]) for device in devices]
                 save_file(stacked, temporary, metadata={"devices": json.dumps(devices), "versions": json.dumps(sums)})
+            write_atomically(self._name_of(path), "")
             paths.append(str(path.relative_to(self.root)))
             self._index.pop((round, arm), None)
         return paths
@@ -110,6 +115,7 @@ class AdapterStore:
                 mine = self._devices(number, arm)
                 for path in _listed(folder, "*.safetensors"):
                     if arm.endswith(FIRST) or all(d in later for d, (place, _) in mine.items() if place == path):
+                        self._name_of(path).unlink(missing_ok=True)
                         path.unlink(missing_ok=True)
                         gone += 1
                 later |= set(mine)
@@ -124,23 +130,35 @@ class AdapterStore:
         try:
             with safe_open(path, framework="numpy") as file:
                 found = {name: file.get_slice(name)[row] for name in file.keys()}
-                sums = json.loads((file.metadata() or {}).get("versions", "null"))
+                sums = strict_json.loads((file.metadata() or {}).get("versions", "null"))
         except (OSError, RuntimeError, SafetensorError, ValueError, IndexError) as error:
             raise damaged(path, error) from error
-        if sums is not None and adapter_version(found) != sums[row]:
+        if sums is not None and not (isinstance(sums, list) and adapter_version(found) in sums[row : row + 1]):
             raise damaged(path, "an adapter in it is not the one that was written")
         return found
 
     def _rounds(self) -> list[int]:
-        return [int(path.name.removeprefix("round-")) for path in self.root.glob("round-*")]
+        names = [path.name.removeprefix("round-") for path in self.root.glob("round-*")]
+        return [int(name) for name in names if name.isdecimal()]
+
+    def _name_of(self, path: Path) -> Path:
+        """Where it is written that a file is there."""
+        return (self._named / path.relative_to(self.root)).with_suffix("")
 
     def _devices(self, round: int, arm: str) -> dict[str, tuple[Path, int]]:
         if (round, arm) not in self._index:
             found: dict[str, tuple[Path, int]] = {}
-            for path in _listed(self.root / f"round-{round}" / arm, "*.safetensors"):
+            folder = self.root / f"round-{round}" / arm
+            for name in _listed(self._name_of(folder)):
+                path = folder / f"{name.name}.safetensors"
+                if not path.exists() and name.exists():  # not just pruned: then its name went first
+                    raise UserError(f"{path}: this file of the run is gone. {REMEDY}")
+            for path in _listed(folder, "*.safetensors"):
                 try:
                     with safe_open(path, framework="numpy") as file:
-                        devices = json.loads(file.metadata()["devices"])
+                        devices = strict_json.loads(file.metadata()["devices"])
+                    if not isinstance(devices, list):
+                        raise ValueError("it names no devices")
                 except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, KeyError) as error:
                     if path.exists():
                         raise damaged(path, error) from error

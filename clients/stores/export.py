@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from untether.clients.base_model import resolve
-from untether.clients.engine.adapters import AdapterStack, save_peft
+from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.door.peft_format import save_peft
 from untether.clients.engine.lora_layers import weight_of
 from untether.clients.stores.adapter_store import AdapterStore, as_tensors
 from untether.sim.core.errors import UserError, unknown

@@ -22,8 +22,9 @@ NOTHING: frozenset[str] = frozenset()
 EVERYTHING = frozenset({FAILURE, LATE, "UserError", "ResumableStop"})
 """What of a host may be forgiven: errors by kind, and that it does not answer in time."""
 
-TRIES = 3
-"""How often a host is asked before its failure inside Flower (a dead actor) counts. A pass may be run again."""
+PAUSES_S = (0.5, 2.0, 5.0, 15.0)
+"""How long a host that failed inside Flower (a dead actor, which Ray starts again) is left alone before it is asked
+once more; after the last one its failure counts. A pass may be run again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +74,23 @@ def exchange(
     waiting = dict(zip(grid.push_messages(messages), range(len(messages)), strict=True))
     replies: dict[int, Message] = {}
     beat: object = None
-    tries = [1] * len(messages)
-    while waiting:
-        for reply in grid.pull_messages(list(waiting)):
-            place = waiting.pop(reply.metadata.reply_to_message_id)
+    failed = [0] * len(messages)
+    later: dict[int, float] = {}
+    while waiting or later:
+        for reply in grid.pull_messages(list(waiting)) if waiting else ():
+            place, pause_s = waiting.pop(reply.metadata.reply_to_message_id), 0.0
             gone = reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
-            if reply.has_error() and not gone and tries[place] < TRIES:
-                tries[place] += 1
-                again = _copy(messages[place])
-                waiting[next(iter(grid.push_messages([again])))] = place
+            if reply.has_error() and not gone and failed[place] < len(PAUSES_S):
+                pause_s = PAUSES_S[failed[place]]
+                later[place] = clock.now_s() + pause_s
+                failed[place] += 1
             else:
                 replies[place] = reply
-            end_s = clock.now_s() + deadline_s
+            end_s = clock.now_s() + pause_s + deadline_s
+        for place in [place for place, at_s in later.items() if at_s <= clock.now_s()]:
+            del later[place]
+            [name] = grid.push_messages([_copy(messages[place])])
+            waiting[name] = place
         if (now := heartbeat(len(replies))) != beat:
             beat, end_s = now, clock.now_s() + deadline_s
         if stop.is_set():
@@ -92,9 +98,9 @@ def exchange(
         if clock.now_s() > end_s:
             if LATE in forgiven:
                 break
-            late = f"{len(waiting)} of {len(messages)} hosts"
+            late = f"{len(waiting) + len(later)} of {len(messages)} hosts"
             raise ResumableStop(f"{late} neither answered nor got on within {deadline_s:.0f} s (engine.deadline_s)")
-        if waiting:
+        if waiting or later:
             clock.sleep(POLL_S)
     late = Lost(f"no answer within {deadline_s:.0f} s (engine.deadline_s)")
     return [_checked(replies[place], forgiven) if place in replies else late for place in range(len(messages))]
@@ -109,7 +115,12 @@ def _copy(message: Message) -> Message:
 def _checked(reply: Message, forgiven: Collection[str]) -> Message | Lost:
     kind, message, trace = FAILURE, "", ""
     if reply.has_error():
-        message = f"a host failed inside Flower: {reply.error.reason}"
+        message = f"a host failed inside Flower: {' '.join(str(reply.error.reason).split())}"
+        if "memory" in message.lower():
+            kind, message = "ResumableStop", (
+                f"memory ran out on this machine ({message[:250]}). End other programs, or take fewer engine.workers; "
+                "then resume the run"
+            )  # fmt: skip
     elif "error" in reply.content:
         kind, message, trace = (str(reply.content["error"][name]) for name in ("error", "message", "traceback"))
     else:

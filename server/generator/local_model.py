@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from untether.server.generator import Completion, GenerationRequest, PromptTooLong, system_fingerprint
 from untether.sim.core import limits
 from untether.sim.prompts import chat_template
-from untether.sim.prompts.checkpoint import read_checkpoint
+from untether.sim.prompts.checkpoint import context_length, read_checkpoint
 
 
 class LocalModelGenerator:
@@ -59,7 +59,7 @@ class LocalModelGenerator:
         self._ends = _end_tokens(self._model, self._tokenizer)
         # What a call leaves unsaid, generate() takes from here: nothing but what ends an answer is the model's to say.
         self._model.generation_config = GenerationConfig()
-        self._context = int(getattr(self._model.config, "max_position_embeddings", 0) or 2**30)
+        self._context = context_length(self._model.config)
         weights = hashlib.blake2b(digest_size=16)
         for parameter in self._model.parameters():
             weights.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())

@@ -48,13 +48,13 @@ from untether.sim.experiment.virtual_sections import Drift, Hardware, Network
 class Experiment(Section):
     """The whole run. Read with `Experiment.read`, written with `to_toml`."""
 
-    name: str = Field("main", description="a name for reports and run directories")
+    name: str = Field("main", pattern=r"^\w[\w .+-]{0,99}$", description="a name for reports and run directories")
     plugins: tuple[str, ...] = Field(
         (), description="what brings filters, policies, tasks, ... of your own: .py files, seen from this one, and "
         "modules; see docs/extending.md"
     )
     seeds: tuple[int, ...] = Field((1,), min_length=1, description="each seed draws its own, disjoint users")
-    rounds: int = Field(1, ge=1, description="rounds of virtual time; each asks the cloud and trains again")
+    rounds: int = Field(1, ge=1, le=100_000, description="rounds of virtual time; each asks the cloud and trains again")
     arms: tuple[str, ...] = Field(
         tuple(name for name, arm in ARMS.items() if arm.usual), min_length=1,
         description="treatments compared on the same devices: " + ", ".join(ARMS),

@@ -11,6 +11,8 @@ from untether.sim.core.clock import DAY_S
 
 _YEAR = re.compile(r"^\d{4}$")
 _MONTH = re.compile(r"^\d{4}-\d{2}$")
+_NUMBER = re.compile(r"^-?\d{9,}(?:\.\d*)?$")
+"""Digits that are more than a day's eight: a moment as a number, in quotes."""
 
 _EPOCH = date(1970, 1, 1).toordinal()
 
@@ -31,6 +33,8 @@ def parse_date(value: object) -> float | None:
             return _instant(float(value))
         value = str(int(value))
     text = str(value).strip()
+    if _NUMBER.match(text):
+        return _instant(float(text))
     if _YEAR.match(text):
         text += "-01-01"
     elif _MONTH.match(text):

@@ -212,9 +212,7 @@ def _query(files: TaskFiles, question: dict, gold: str) -> tuple[Query, Calendar
         key, time_s = calendar_key(date), parse_date(date)
     except ValueError as error:
         raise UserError(f"{files.questions}: question {question['id']!r}: date: {error}") from None
-    gold = clean_rating(gold) if task.kind == "rating" else gold.strip()
-    if task.labels and task.kind != "rating" and gold not in task.labels:  # written in another case
-        gold = {label.lower(): label for label in task.labels}.get(gold.lower(), gold)
+    gold = clean_rating(gold) if task.kind == "rating" else task.spelled(gold.strip())
     return Query(question["id"], task.name, task.content(question["input"]), gold, time_s), key
 
 

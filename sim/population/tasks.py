@@ -99,6 +99,12 @@ class Task:
         stripped = self._strip(question_input, "query")
         return question_input if stripped is None else stripped
 
+    def spelled(self, answer: str) -> str:
+        """Returns an answer as the label is spelled that it differs from in case alone; any other as it is."""
+        if not self.labels or answer in self.labels:
+            return answer
+        return {label.lower(): label for label in self.labels}.get(answer.lower(), answer)
+
     def interactions(self, profile_item: Mapping[str, object]) -> tuple[Interaction, ...]:
         """Returns the training pairs of one official profile item: one, or none if a field is empty (or too short).
 
@@ -115,10 +121,7 @@ class Task:
 
     def _pair(self, item: Mapping[str, object]) -> tuple[str, str] | None:
         source, target = (str(item[name] if item[name] is not None else "").strip() for name in self.fields)
-        if self.kind == "rating":
-            target = clean_rating(target)
-        elif self.labels and target not in self.labels:  # written in another case
-            target = {label.lower(): label for label in self.labels}.get(target.lower(), target)
+        target = clean_rating(target) if self.kind == "rating" else self.spelled(target)
         return (source, target) if source and target else None
 
     def _template(self, form: str) -> str:

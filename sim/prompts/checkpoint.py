@@ -6,6 +6,7 @@ raises whatever the reader beneath it raises. None of that reaches a run.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from untether.sim.prompts import chat_template
 _HARMLESS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 """Buffers that old checkpoints carry and that newer code makes itself."""
 
+_UNBOUNDED_CONTEXT = 1 << 20
 _GIT_LFS = b"version https://git-lfs"
 
 
@@ -62,6 +64,24 @@ def read_checkpoint(
     return model.eval(), tokenizer, Path(config_file).parent if config_file else None
 
 
+def context_length(config: Any) -> int:
+    """Returns how many tokens a model with this configuration reads, of which all stay what they are whatever else is
+    in their batch. One for several kinds of input has its text's in an inner configuration.
+    """
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond, one long row would change all others of its batch
+        name = "original_max_position_embeddings"
+        value = rope.get(name) or getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return _UNBOUNDED_CONTEXT
+
+
 def _no_adapter(name: str, said: str) -> None:
     try:
         found = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
@@ -97,6 +117,11 @@ def _why_not(name: str, said: str, error: Exception) -> str:
         return f"{said}: its weights cannot be read ({line}); the file is cut or broken. Download it again"
     if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):
         return f"{said}: its weights have other shapes than its config.json says. Give both files of the same model"
+    if kind := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", str(error)):
+        return (
+            f"{said}: a model with a {kind[1]} does not continue a text by itself. Give a causal LM, such as the one "
+            "within it"
+        )
     return (
         f"{said}: the model cannot be loaded ({line}); give a folder with config.json, weights and tokenizer files, or "
         "the name of a causal LM on the Hugging Face hub"

@@ -27,7 +27,7 @@ from untether.sim.core.errors import UserError
 from untether.sim.core.records import Part
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import device_id
-from untether.sim.run.whole import REMEDY, commit_of, damaged, is_whole, read_json, read_table, to_json
+from untether.sim.run.whole import REMEDY, commit_of, damaged, is_whole, read_json, read_table, refuse_code, to_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,6 +189,7 @@ class RunDirectory:
     @property
     def experiment(self) -> Experiment:
         """The resolved experiment of this run."""
+        refuse_code(self.path / "experiment.toml")
         return Experiment.read(self.path / "experiment.toml")
 
     # --- staging and committing -------------------------------------------------------------------------------
@@ -376,7 +377,17 @@ class RunDirectory:
             raise
         except (OSError, ValueError, pa.ArrowException) as error:
             raise damaged(path, error) from error
-        return read_table(path, columns=[name for name in names if name in there]).to_pandas().reindex(columns=names)
+        found = read_table(path, columns=[name for name in names if name in there])
+        try:
+            kinds = [TABLES[table].field(name) for name in found.schema.names] if table in TABLES else found.schema
+            found = found.cast(pa.schema(kinds))
+        except (KeyError, pa.ArrowException) as error:
+            raise damaged(path, f"a column is of another kind than untether writes: {error}") from error
+        if table == "metrics" and "value" in names:
+            values = found.column("value") if "value" in there else pa.array([None])
+            if values.null_count or not pc.all(pc.is_finite(values)).as_py() and len(values):
+                raise damaged(path, "a value in it is no number")
+        return found.to_pandas().reindex(columns=names)
 
     def drop_parts(self) -> None:
         """Deletes the staged parts once the tables hold their rows (the commits stay: the run is finished)."""

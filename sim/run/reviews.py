@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from untether.sim.core import strict_json
 from untether.sim.core.durable import cannot_write
 from untether.sim.core.errors import ResumableStop, UserError
 
@@ -90,7 +91,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = strict_json.loads(line)
         except ValueError:
             if number == len(lines):
                 return

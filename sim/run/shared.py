@@ -4,13 +4,14 @@ strategy has devices share.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from untether.sim.core.durable import written
 from untether.sim.core.errors import ResumableStop
@@ -26,25 +27,49 @@ class SharedAdapters:
 
     @property
     def there(self) -> bool:
-        """Whether they have been trained."""
-        return self.path.exists()
+        """Whether they have been trained, and can be read."""
+        return bool(self.arrays())
 
     def write(self, arrays: Mapping[str, np.ndarray], left_out: Mapping[str, int]) -> None:
         """Keeps the adapters, and how many items of other users were left out of their training, by reason."""
         whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         with written(self.path, SafetensorError) as temporary:
-            save_file(whole, temporary, metadata={"left_out": json.dumps(dict(left_out))})
+            save_file(whole, temporary, metadata={"left_out": json.dumps(dict(left_out)), "sum": _sum(whole)})
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the adapters; none before they were trained."""
-        return load_file(self.path) if self.there else {}
+        """Returns the adapters; none before they were trained, or where the file is damaged: they are trained anew."""
+        try:
+            return _read(self.path)[0]
+        except _DAMAGES:
+            return {}
 
     def left_out(self) -> dict[str, int]:
         """Returns how many items were left out, as given to `write`."""
-        if not self.there:
+        try:
+            return json.loads(_read(self.path)[1].get("left_out", "{}"))
+        except _DAMAGES:
             return {}
-        with safe_open(self.path, framework="numpy") as file:
-            return json.loads((file.metadata() or {}).get("left_out", "{}"))
+
+
+_DAMAGES = (OSError, RuntimeError, SafetensorError, TypeError, KeyError, ValueError)
+"""What the reader of a damaged or missing file raises."""
+
+
+def _sum(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """A file's arrays and what stands beside them. Raises one of `_DAMAGES`, also where they are not those written."""
+    with safe_open(path, framework="numpy") as file:
+        found, said = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    if said.get("sum", _sum(found)) != _sum(found):
+        raise ValueError("its arrays are not those that were written")
+    return found, said
 
 
 class SharedPart:
@@ -66,11 +91,10 @@ class SharedPart:
         if commit is not None and (name := commit["facts"].get("shared_part")):
             path = run.path / name
             try:
-                with safe_open(path, framework="numpy") as file:
-                    self.whole = json.loads(file.metadata()["whole"])
-                    self.arrays = {key: file.get_tensor(key) for key in file.keys()}
-                    self._fresh = False
-            except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+                self.arrays, said = _read(path)
+                self.whole = json.loads(said["whole"])
+                self._fresh = False
+            except _DAMAGES as error:
                 raise ResumableStop(
                     f"{path}: what devices share after round {round} of seed {seed} cannot be read ({error}). Put the "
                     "file back, or start the run anew in another directory"
@@ -101,7 +125,7 @@ class SharedPart:
         self._fresh, path = False, self._path(round)
         whole = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         with written(path, SafetensorError) as temporary:
-            save_file(whole, temporary, metadata={"whole": json.dumps(self.whole)})
+            save_file(whole, temporary, metadata={"whole": json.dumps(self.whole), "sum": _sum(whole)})
         return {"shared_part": str(path.relative_to(self.run.path))}
 
     def prune(self, round: int) -> None:

@@ -85,6 +85,23 @@ def refuse_links(root: Path, names: Sequence[str]) -> None:
                 raise UserError(f"{found} is a link, and a run directory is written to where it lies. Remove the link")
 
 
+def refuse_code(path: Path) -> None:
+    """Raises UserError where a run's experiment names a plug-in by a path that untether never writes: one within the
+    run directory, or one that is found from there. Whoever looks at a stranger's run must not run its code.
+    """
+    try:
+        names = strict_json.toml(path.read_text(encoding="utf-8")).get("plugins")
+    except (OSError, ValueError):
+        return  # told by who reads it
+    for name in names if isinstance(names, list) else ():
+        place = Path(name) if isinstance(name, str) and name.endswith(".py") else None
+        if place and not (place.is_absolute() and not place.resolve().is_relative_to(path.parent.resolve())):
+            raise UserError(
+                f"{path}: plugins names {shown(name, 80)!r}, code that came with the run directory, and plug-ins are "
+                "run when they are named. Read it; if you trust it, put it elsewhere and write its absolute path"
+            )
+
+
 def plain_name(name: object, what: str, path: Path) -> str:
     """Returns a name out of a run's tables that becomes a file's. Raises UserError for one that would lead elsewhere.
     """

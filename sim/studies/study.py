@@ -49,7 +49,7 @@ class StudyFile(Section):
     Those of which `moot` says that they would only repeat another one are left out.
     """
 
-    name: str = Field(description="a name for folders and titles")
+    name: str = Field(pattern=r"^\w[\w .+-]{0,99}$", description="a name for folders and titles")
     question: str = Field(description="what the study answers")
     analysis: str = Field("gain", description="what makes table, figures and findings of the cells")
     base: dict[str, Any] = Field({}, description="the experiment that all cells share")

@@ -136,14 +136,15 @@ def export(
     directory: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     device: Annotated[str, typer.Option(help="Device, such as d00003.")],
-    arm: Annotated[str, typer.Option(help="Arm whose adapter is wanted.")] = "collaborative",
+    arm: Annotated[str, typer.Option(help="Arm whose adapter is wanted. Default: the method's.")] = "",
     seed: Annotated[int | None, typer.Option(help="Seed; default: the run's first.")] = None,
 ) -> None:
     """Write one device's adapter as a PEFT folder that `PeftModel.from_pretrained` loads."""
     from untether.clients.stores.export import export_adapter
+    from untether.sim.experiment.arms import METHOD
     from untether.sim.run.directory import RunDirectory
 
-    path = export_adapter(RunDirectory.open(directory), device, arm, out, seed)
+    path = export_adapter(RunDirectory.open(directory), device, arm or METHOD, out, seed)
     for line in (path / "README.md").read_text(encoding="utf-8").split("\n\n")[2:]:
         typer.echo(line.strip())
     typer.echo(f"wrote {path}")

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 
-from untether.clients.engine.adapters import AdapterStack, peft_config
+from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.door.peft_format import peft_config
 from untether.clients.engine.training import Example, TrainJob, batch_plan
 from untether.sim.core.learning import LoraSpec, TrainSettings
 

@@ -87,8 +87,16 @@ def test_replies_come_in_the_order_of_the_messages():
 def test_a_host_that_dies_inside_flower_is_asked_again():
     dead = Error(code=0, reason="the actor died")
     assert _ask({1: [dead, dead, _said("at last")]})[0].content["result"]["said"] == "at last"
+    assert Clock.time_s >= 2, "Ray needs a moment to start an actor again"
     with pytest.raises(Failure, match="the actor died"):
-        _ask({1: [dead, dead, dead]})
+        _ask({1: [dead] * 5, 2: [_said("here")]})
+    assert Clock.time_s >= 20
+
+
+def test_a_host_that_is_ended_for_want_of_memory_stops_the_run_resumably():
+    ended = Error(code=0, reason="OutOfMemoryError: the node was\nrunning low on memory")
+    with pytest.raises(ResumableStop, match="memory ran out on this machine.*node was running low.*engine.workers"):
+        _ask({1: [ended] * 5})
 
 
 def test_a_silent_host_ends_in_a_resumable_stop():

@@ -9,11 +9,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from untether.sim.core import strict_json
 from untether.sim.core.durable import write_atomically
 from untether.sim.core.errors import UserError
 
@@ -62,19 +64,19 @@ class Recording:
         """Reads a file. Raises UserError, naming it and the line, for one that is none or is cut short."""
         try:
             raw = path.read_bytes()
-            lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+            lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().split("\n")
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise UserError(f"cloud.recording = `{path}` cannot be read: {error}") from None
         number, answers = 1, {}
         try:
-            about = json.loads(lines[0])
+            about = strict_json.loads(lines[0])
             if about[_ABOUT] != FORMAT:
                 raise UserError(
                     f"cloud.recording = `{path}` is of format {about[_ABOUT]}, and this version reads {FORMAT}"
                 )
-            for line in lines[1:]:
+            for line in filter(None, lines[1:]):
                 number += 1
-                row = json.loads(line)
+                row = strict_json.loads(line)
                 answers[row["key"]] = {name: row[name] for name in _ANSWER}
             found = cls(about["model"], about["licence"], answers, about["model_licence"], about["note"])
             whole = about["answers"]

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from untether.sim.core import strict_json
 from untether.sim.core.durable import write_atomically
 from untether.sim.core.errors import UserError
 
@@ -190,18 +191,18 @@ def _dated(row: Record, time: Any) -> Record:
 def read_records(file: Path) -> Iterator[Any]:
     """Yields the values of a JSON file: a list's items, or a line each. Raises UserError for one that is none."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
     if text.lstrip().startswith("["):
         try:
-            yield from json.loads(text)
+            yield from strict_json.loads(text)
             return
-        except json.JSONDecodeError:
+        except ValueError:
             pass  # a list a line
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number}: not JSON: {error.msg}") from None
+                yield strict_json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file}, line {number}: not JSON: {str(error).removeprefix('line 1: ')}") from None

@@ -6,7 +6,6 @@ those of LaMP's files (`sim.population.order`), so everything that holds there h
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,10 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from untether.sim.core import strict_json
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import TASKS
 from untether.sim.core.records import Exclusion, Interaction, Query, User
 from untether.sim.core.seeding import derive
+from untether.sim.core.text import shown, valid
 from untether.sim.experiment import Experiment
 from untether.sim.population.dates import calendar_key, date_span, parse_date
 from untether.sim.population.order import CalendarKey, Collected, assemble, order_of
@@ -27,6 +28,8 @@ from untether.sim.population.tasks import Task, clean_rating
 
 FIELDS = ("user", "time", "input", "output", "task", "split", "id")
 """What a line may say; `user`, `input` and `output` it must."""
+
+NO_LABEL = "output is no label of the task"
 
 MOST_ASKED = 0.5
 """Of a user's interactions of a task without a `split`, at most this share is asked."""
@@ -62,10 +65,15 @@ class FromJsonl(Population):
         if stop > len(eligible):
             raise UserError(
                 f"population.users = {population.users}: seed {self.seed} draws users {start + 1} to {stop}, but "
-                f"{population.path} has {len(eligible)} with "
-                f"{population.min_history} items before their first query. Ask for fewer users or seeds"
+                f"{population.path} has {len(eligible)} with {population.min_history} items before their first query"
+                f"{self._missing()}. Ask for fewer users or seeds"
             )
         return eligible[start:stop]
+
+    def _missing(self) -> str:
+        """What was left out most often, and where first, for a message."""
+        found = [one for one in dict.fromkeys(self.left_out) if one.reason == NO_LABEL]
+        return f", and {len(found)} were left out: {NO_LABEL} ({shown(found[0].what, 300)})" if found else ""
 
     @cached_property
     def everybody(self) -> list[User]:
@@ -127,7 +135,7 @@ def read_lines(path: str | Path, default_task: str = "") -> Iterator[JsonLine]:
     if not files:
         raise UserError(f"population.path = `{path}`: no .jsonl file there. Give a file, or a folder of them")
     for file in files:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             try:
                 for number, text in enumerate(lines, 1):
                     if text.strip():
@@ -138,9 +146,10 @@ def read_lines(path: str | Path, default_task: str = "") -> Iterator[JsonLine]:
 
 def _line(where: str, text: str, default_task: str, item_id: str) -> JsonLine:
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg}. A line is an object with user, time, input, output") from None
+        found = strict_json.loads(text)
+    except ValueError as error:
+        why = str(error).removeprefix("line 1: ")
+        raise UserError(f"{where}: not JSON: {why}. A line is an object with user, time, input, output") from None
     if not isinstance(found, dict):
         raise UserError(f"{where} is a {type(found).__name__}: give an object with user, time, input, output")
     if strange := sorted(found.keys() - set(FIELDS)):
@@ -149,6 +158,9 @@ def _line(where: str, text: str, default_task: str, item_id: str) -> JsonLine:
         value = found.get(name)
         if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
             raise UserError(f"{where}: {name} = {value!r}: must be text. Leave the line out where there is none")
+    for name in ("task", "split", "id"):
+        if not isinstance(found.get(name), (str, int, type(None))):
+            raise UserError(f"{where}: {name} = {shown(repr(found[name]), 60)}: must be text, or be left out")
     task, split = str(found.get("task") or default_task), str(found.get("split") or "")
     if not task:
         raise UserError(f"{where}: no task. Name one in the line, or declare one in the experiment: task.name")
@@ -162,7 +174,7 @@ def _line(where: str, text: str, default_task: str, item_id: str) -> JsonLine:
         parse_date(date)
     except ValueError as error:
         raise UserError(f"{where}: time: {error}") from None
-    words = (str(found[name]).strip() for name in ("input", "output"))
+    words = (valid(str(found[name])).strip() for name in ("input", "output"))
     return JsonLine(str(found["user"]), task, str(found.get("id") or item_id), *words, date, split, where)
 
 
@@ -172,11 +184,18 @@ def _collect(
     """A user's interactions of one task as LaMP has them: queries, each with all others as its profile."""
     kept = []
     for line in lines:
-        output = clean_rating(line.output) if task.kind == "rating" else line.output
+        output = clean_rating(line.output) if task.kind == "rating" else task.spelled(line.output)
         if task.labels and output not in task.labels:
-            left_out.append(Exclusion("output is no label of the task", f"{task.name} {line.where}: {line.output!r}"))
+            left_out.append(Exclusion(NO_LABEL, f"{task.name} {line.where}: {line.output!r}"))
             continue
         kept.append(line._replace(output=output))
+    ids: dict[str, str] = {}
+    for line in kept:
+        if ids.setdefault(line.item_id, line.where) != line.where:
+            raise UserError(
+                f"{line.where}: id {shown(line.item_id, 60)!r} is that of {ids[line.item_id]} too. Give each of a "
+                "user's interactions an id of its own, or none"
+            )
     asked = [line for line in kept if line.split == "query"]
     if not any(line.split for line in kept):
         asked = _latest(kept, most_queries)

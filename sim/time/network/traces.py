@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from untether.sim.core import strict_json
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
 from untether.sim.time.network.bandwidth import Log, log_of_rates
@@ -113,12 +113,12 @@ def read_trace(file: Path, columns: Mapping[str, str] | None = None) -> list[Log
 
 def _json(file: Path, text: str) -> list[Log | StateTrace]:
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = strict_json.loads(text)
+    except ValueError as error:
         try:  # one record a line
-            data = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError:
-            raise UserError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from None
+            data = [strict_json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError:
+            raise UserError(f"{file}: not JSON: {error}") from None
     if isinstance(data, dict):
         data = [data] if "messages" in data else list(data.values())
     if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):

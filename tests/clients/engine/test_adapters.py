@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.clients import tiny_engine as engine
-from untether.clients.engine.adapters import AdapterStack, load_peft, peft_config, save_peft, target_names
+from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.door.peft_format import load_peft, peft_config, save_peft, target_names
 from untether.sim.core.errors import UserError
 from untether.sim.core.learning import LoraSpec
 

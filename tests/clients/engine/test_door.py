@@ -11,13 +11,15 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from tests.clients.tiny_engine import END, PAD
+from tests.clients.tiny_engine import END, PAD, tiny_model
 from untether.clients.base_model import FOLDER
-from untether.clients.engine.adapters import AdapterStack, load_peft
+from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.door.peft_format import load_peft
 from untether.clients.engine.encoding import decode_answer, encode_answer, encode_prompt
 from untether.clients.engine.generation import GenerationRow, generate
 from untether.clients.engine.jobs import Example, TrainJob
+from untether.clients.engine.memory import activation_bytes_per_token
 from untether.clients.engine.training import train
 from untether.clients.stores.export import merging_loses
 from untether.sim.core.errors import UserError
@@ -131,6 +133,57 @@ def test_a_mixture_of_experts_is_told_which_layers_can_be_adapted(checkpoint):
     base = load(checkpoint("mixtral"))
     with pytest.raises(UserError, match=r'lora.target_modules = \["q_proj", "k_proj", "v_proj", "o_proj"\]'):
         AdapterStack(base, [LoraSpec(rank=2, target_modules="all-linear")])
+
+
+REGROUPED = {
+    "rows in another order": (lambda plain, x: plain(x.flip(0)).flip(0), "answers otherwise in a batch than alone"),
+    "rows as one": (lambda plain, x: plain(x.flatten(0, 1)[None]).view_as(x), "regroups tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("way", "said"), REGROUPED.values(), ids=REGROUPED)
+def test_layers_that_see_a_batch_otherwise_get_no_adapters(way, said):
+    """Without adapters such a model answers as it should, and so do adapters on its other layers."""
+    base = FrozenBase(tiny_model("llama", torch.float32), lean=False)
+    mlp = base.model.model.layers[0].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: way(plain, x)
+    with pytest.raises(UserError, match=f"'all-linear' cannot be adapted here.*{said}.*q_proj"):
+        AdapterStack(base, [LoraSpec(rank=2, target_modules="all-linear")])
+    assert len(AdapterStack(base, [LoraSpec(rank=2, target_modules=("q_proj", "o_proj"))]).targets_of[0]) == 4
+
+
+def test_a_model_for_texts_and_images_is_one_for_texts(tmp_path):
+    """Its context is its text's; what an image passes gets no adapter, here and in PEFT."""
+    tokenizer = tf.AutoTokenizer.from_pretrained(FOLDER)
+    text = {**SIZES, "vocab_size": len(tokenizer), "head_dim": 8, "sliding_window": 16}
+    image = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                 patch_size=14)  # fmt: skip
+    torch.manual_seed(3)
+    tf.Gemma3ForConditionalGeneration(
+        tf.Gemma3Config(text_config=text, vision_config=image, mm_tokens_per_image=4, image_token_index=5)
+    ).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base")
+    assert base.context_length == SIZES["max_position_embeddings"]
+    stack = AdapterStack.create(base, [LoraSpec(rank=1, target_modules="all-linear")], [1])
+    assert len(stack.targets_of[0]) == 14 and not any("vision" in name for name in stack.targets_of[0])
+    stack.save_peft(0, tmp_path / "adapter")
+    plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    worn = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert set(peft.get_peft_model_state_dict(worn, save_embedding_layers=False)) == set(stack.state(0))
+
+
+def test_a_model_that_continues_no_text_is_refused_by_its_kind(checkpoint):
+    folder = checkpoint()
+    edit(folder, model_type="clip")
+    with pytest.raises(UserError, match="a CLIPConfig does not continue a text by itself. Give a causal LM"):
+        load(folder)
+
+
+def test_a_model_whose_layers_differ_in_width_has_its_memory_estimated():
+    config = tf.Gemma3nTextConfig(hidden_size=8, intermediate_size=[16, 32], num_hidden_layers=2, vocab_size=64)
+    assert activation_bytes_per_token(config, 4) == 4 * (2 * (20 * 8 + 8 * 32) + 3 * 64 // 2)
 
 
 def test_the_context_of_a_model_whose_positions_depend_on_the_batch_is_its_original_one(checkpoint):
@@ -312,13 +365,4 @@ def test_a_peft_folder_that_is_not_plain_lora_is_refused(checkpoint, tmp_path, f
     assert load_peft(tmp_path)[0].rank == 2
     edit(tmp_path, "adapter_config.json", **fields)
     with pytest.raises(UserError, match=said):
-        load_peft(tmp_path)
-
-
-def test_a_peft_folder_with_values_that_are_no_numbers_is_refused(checkpoint, tmp_path):
-    base = load(checkpoint())
-    AdapterStack.create(base, [LoraSpec(rank=2, target_modules=("q_proj",))], [1]).save_peft(0, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file({name: tensor * float("nan") for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(UserError, match="no numbers"):
         load_peft(tmp_path)

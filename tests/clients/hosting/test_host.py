@@ -23,9 +23,9 @@ EXPERIMENT = Experiment.read(None, {"arms": "majority,local,cloud", "population.
 class Flaky:
     """An executor whose worker dies under given devices: always (`poison`), or the first time (`once`)."""
 
-    def __init__(self, poison=(), once=(), outcome="crashed", with_node=0):
+    def __init__(self, poison=(), once=(), outcome="crashed", with_node=0, pressed=False):
         self.poison, self.once, self.calls, self.outcome = set(poison), set(once), [], outcome
-        self.with_node, self.lost_nodes = with_node, 0
+        self.with_node, self.lost_nodes, self.pressed = with_node, 0, pressed
 
     def call(self, shard, inputs, *, deadline_s, progress):
         self.calls.append(shard.devices)
@@ -33,7 +33,7 @@ class Flaky:
             self.lost_nodes += 1
             raise WorkerDied("its node has died", with_node=True)
         if self.poison & set(shard.devices):
-            raise WorkerDied("killed by signal 9", self.outcome)
+            raise WorkerDied("killed by signal 9", self.outcome, pressed=self.pressed)
         if self.once & set(shard.devices):
             self.once -= set(shard.devices)
             raise WorkerDied("killed by signal 9")
@@ -98,6 +98,24 @@ def test_what_a_lost_device_owed_stands_in_the_tables(tmp_path, outcome):
         assert set(rows["outcome"]) == {outcome} and set(rows["prediction"]) == {""} and (rows["score"] == 0).all()
         measured = run.read_parts(part for part in _parts(tmp_path, results[name], "metrics") if "host" in part)
         assert set(measured["arm"]) == set(arms) and (measured["value"] == 0).all()
+
+
+def test_want_of_memory_on_the_machine_is_no_devices_fault(tmp_path):
+    """Fewer devices need less; where one alone has no room, its answers would tell of the machine."""
+    executor = Flaky(poison={6}, outcome="out_of_memory", pressed=True)
+    with pytest.raises(ResumableStop, match="memory ran out on this machine.*engine.workers; then resume"):
+        _run(tmp_path, executor)
+    assert executor.calls[-2:] == [(6,), (6,)]
+    assert _run(tmp_path, Flaky()).columns["outcome"] == ["ok"] * 10
+
+
+def test_want_of_memory_for_an_order_without_devices_stops_the_run(tmp_path):
+    class Pressed:
+        def call(self, *_, **__):
+            raise WorkerDied("ended", "out_of_memory", pressed=True)
+
+    with pytest.raises(ResumableStop, match="memory ran out"):
+        _run(tmp_path, Pressed(), devices=(), work="share")
 
 
 def test_a_lost_node_is_no_devices_fault(tmp_path):

@@ -13,6 +13,7 @@ HOME = Path("sim/experiment/arms.py")
 OTHER_MEANINGS = {
     ("cloud", "sim/terminal/cli.py"): "the command `untether cloud`",
     ("cloud", "sim/studies/runner.py"): "the section [cloud] of an experiment",
+    ("cloud", "clients/hosting/node.py"): "the section [cloud] of an experiment",
     ("cloud", "sim/studies/scale/figures.py"): "the axis of the study: which cloud",
     ("cloud", "sim/studies/scale/prose.py"): "the axis of the study: which cloud",
     ("cloud", "sim/run/environment.py"): "the cloud's model, among the models",

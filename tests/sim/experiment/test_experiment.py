@@ -107,3 +107,15 @@ def test_flowers_run_config_says_what_the_command_is_told(tmp_path, monkeypatch)
     assert AppConfig.read(declared).experiment == Experiment()
     with pytest.raises(UserError, match="--run-config set users: give KEY=VALUE"):
         AppConfig.read({"set": "users"})
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", ".hidden", "a/b", "x\x1b[2J", "", "x" * 101])
+def test_a_name_is_one_and_no_path(name):
+    """A run's directory bears it, and an experiment's file may be a stranger's."""
+    with pytest.raises(UserError, match="name"):
+        Experiment.read(None, {"name": name})
+
+
+def test_more_rounds_than_anybody_can_run_are_refused():
+    with pytest.raises(UserError, match="rounds.*100000"):
+        Experiment.read(None, {"rounds": "999999999999"})

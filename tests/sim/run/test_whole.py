@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from untether.clients.cloud.answer_cache import AnswerCache
 from untether.clients.stores.adapter_store import AdapterStore
-from untether.sim.core.errors import UserError
+from untether.plugins import apart
+from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
 from untether.sim.run.directory import RunDirectory
+from untether.sim.run.shared import SharedAdapters, SharedPart
 from untether.sim.run.whole import plain_name, refuse_links
 
 DAMAGES = {
@@ -118,6 +124,58 @@ def test_a_weight_that_changed_within_an_adapter_is_found(tmp_path):
         store.load(0, "d00002", "local")
 
 
+def test_an_adapter_that_was_there_and_is_gone_is_an_error_and_not_a_new_beginning(tmp_path):
+    store, state = AdapterStore(tmp_path, 0), {"lora_A": np.ones((2, 4), dtype=np.float32)}
+    for round in (0, 1):
+        store.save(round, "block", {"local": {"d00000": state}})
+    (store.root / "round-1" / "local" / "block.safetensors").unlink()
+    with pytest.raises(UserError, match=r"round-1/local/block\.safetensors: this file of the run is gone"):
+        AdapterStore(tmp_path, 0).load(2, "d00000", "local")
+    shutil.rmtree(store.root)
+    with pytest.raises(UserError, match="is gone"):
+        AdapterStore(tmp_path, 0).load(0, "d00000", "local")
+    assert AdapterStore(tmp_path, 0).load(0, "d00000", "placebo") is None, "it never had one"
+
+
+def test_an_adapter_that_was_pruned_is_not_missed(tmp_path):
+    store, state = AdapterStore(tmp_path, 0), {"lora_A": np.ones((2, 4), dtype=np.float32)}
+    for round in (0, 1):
+        store.save(round, "block", {"local": {"d00000": state}})
+    assert store.prune(1) == 1
+    assert AdapterStore(tmp_path, 0).load_exactly(0, "d00000", "local") is None
+    assert AdapterStore(tmp_path, 0).load(1, "d00000", "local") is not None
+
+
+def second_half_zeroed(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+
+
+SHARED_DAMAGES = {**DAMAGES, "half zeroed": second_half_zeroed}
+
+
+@pytest.mark.parametrize("damage", SHARED_DAMAGES)
+def test_shared_adapters_that_are_damaged_are_trained_anew(stopped, damage):
+    shared = SharedAdapters(stopped, 1)
+    shared.write({"task/a": np.ones((8, 64), dtype=np.float32)}, {"a reason": 2})
+    assert shared.there
+    SHARED_DAMAGES[damage](shared.path)
+    assert not shared.there and shared.arrays() == {} and shared.left_out() == {}
+
+
+@pytest.mark.parametrize("damage", SHARED_DAMAGES)
+def test_what_devices_share_is_not_read_from_a_damaged_file(stopped, damage):
+    seed = stopped.experiment.seeds[0]
+    part = SharedPart(stopped, seed, -1)
+    part.begin({"a": np.ones((8, 64), dtype=np.float32)}, {"A": 512, "B": 0})
+    stopped.commit(seed, 0, {}, part.write(0))
+    assert SharedPart(stopped, seed, 0).whole == {"A": 512, "B": 0}
+    [path] = stopped.path.glob("adapters/**/round-0.safetensors")
+    SHARED_DAMAGES[damage](path)
+    with pytest.raises(ResumableStop, match=r"round-0\.safetensors"):
+        SharedPart(stopped, seed, 0)
+
+
 @pytest.mark.parametrize("damage", ["cut", "zeroed", "junk"])
 def test_a_runs_own_cache_is_set_aside_and_made_anew_and_anothers_is_left_alone(tmp_path, damage):
     path = tmp_path / "answers.sqlite"
@@ -160,3 +218,50 @@ def test_a_name_that_becomes_a_file_is_plain(tmp_path, name):
     with pytest.raises(UserError, match="is no name that untether gives"):
         plain_name(name, "the task", tmp_path / "predictions.parquet")
     assert plain_name("LaMP_2N", "the task", tmp_path) == "LaMP_2N"
+
+
+@pytest.mark.parametrize("name", ["mine.py", "../mine.py", "~/mine.py", "{run}/mine.py", "{run}/../run/mine.py"])
+def test_code_that_came_with_a_run_directory_is_not_run_by_looking_at_it(stopped, name):
+    (stopped.path / "mine.py").write_text("raise SystemExit('this ran')")
+    (stopped.path.parent / "mine.py").write_text("raise SystemExit('this ran')")
+    file = stopped.path / "experiment.toml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("plugins")]
+    file.write_text("\n".join([f'plugins = ["{name.format(run=stopped.path)}"]', *lines]))
+    with pytest.raises(UserError, match="code that came with the run directory"):
+        _ = RunDirectory.open(stopped.path).experiment
+
+
+def test_a_plug_in_of_ones_own_is_run_where_it_lies(stopped):
+    mine = stopped.path.parent / "own.py"
+    mine.write_text("from untether.plugins import register\nregister('policy', 'own', len)\n")
+    file = stopped.path / "experiment.toml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("plugins")]
+    file.write_text("\n".join([f'plugins = ["{mine}"]', *lines]))
+    with apart():
+        assert RunDirectory.open(stopped.path).experiment.plugins == (str(mine),)
+
+
+def table(path, **columns):
+    pq.write_table(pa.table({"arm": ["local"], "metric": ["mae"], "value": [1.0], **columns}), path)
+
+
+@pytest.mark.parametrize(("columns", "said"), [
+    ({"value": ["much"]}, "of another kind than untether writes"), ({"value": [float("nan")]}, "no number"),
+    ({"value": [None]}, "no number"), ({"value": [float("inf")]}, "no number"),
+])  # fmt: skip
+def test_a_score_that_is_no_number_is_not_read_as_zero(stopped, columns, said):
+    table(stopped.path / "metrics.parquet")
+    assert stopped.read("metrics")["value"].tolist() == [1.0]
+    table(stopped.path / "metrics.parquet", **columns)
+    with pytest.raises(UserError, match=rf"metrics\.parquet.*{said}"):
+        stopped.read("metrics")
+
+
+@pytest.mark.parametrize(("devices", "versions"), [("5", "null"), ('["d00000"]', "5"), ('["d00000"]', "[]")])
+def test_an_adapters_file_that_says_nonsense_of_itself_is_damaged(tmp_path, devices, versions):
+    store = AdapterStore(tmp_path, 0)
+    path = store.root / "round-0" / "local" / "block.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file({"a": np.ones((1, 2), np.float32)}, path, metadata={"devices": devices, "versions": versions})
+    with pytest.raises(UserError, match=r"block\.safetensors: this file of the run is damaged"):
+        store.load(0, "d00000", "local")

@@ -123,6 +123,7 @@ def test_a_cell_of_another_experiment_is_refused(study, tmp_path):
         ("question =", 'analysis = "gian"\nquestion =', "Did you mean `gain`"),
         ("[0, 8]", "[0, 8, 8]", "the same value twice"),
         ("[0, 8]", "[]", "the axis has no values"),
+        ('name = "toy"', 'name = "../toy"', "name"),
     ],
 )
 def test_mistakes_in_a_study_are_named(tmp_path, old, new, said):
