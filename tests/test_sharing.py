@@ -20,7 +20,7 @@ from untether.strategies import open_strategy
 from untether.strategies.factors import factors_in, factors_of, products
 
 CHANGES = {"arms": "frozen,federated", "rounds": 2, "cloud__samples": 0, "training__learning_rate": 0.03,
-           "training__steps": 4}  # fmt: skip
+           "training__steps": 2, "population__queries": 1}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +160,7 @@ def test_a_round_without_candidates_is_a_normal_round(run):
     ],
 )  # fmt: skip
 def test_selection(run, select, more, count):
-    few = {"population__queries": 1, "training__steps": 1}
-    done = run(f"select-{select}", strategy__name="ffa", strategy__select=select, **few, **more)
+    done = run(f"select-{select}", strategy__name="ffa", strategy__select=select, training__steps=1, **more)
     trained = done.read("events").query("kind == 'train'").groupby("round")["device_id"].agg(set).to_dict()
     assert [len(trained.get(round, ())) for round in (0, 1)] == [count, count]
     if select == "stalest_first":
