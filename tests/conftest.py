@@ -23,9 +23,9 @@ ARMS = (
     "unfiltered_matched", "placebo", "collaborative", "cloud",
 )  # fmt: skip
 SMALL = {
-    "population.users": "3", "population.tasks": "LaMP_1,LaMP_3,LaMP_4", "population.queries": "3",
-    "population.shared_users": "3", "cloud.samples": "6", "training.steps": "3", "arms": ",".join(ARMS),
-    "evaluation.resamples": "200", "engine.workers": "1", "engine.threads": "1",
+    "population.users": "3", "population.tasks": "LaMP_1,LaMP_3,LaMP_4", "population.queries": "2",
+    "population.history": "[4, 6]", "population.shared_users": "2", "cloud.samples": "4", "training.steps": "2",
+    "arms": ",".join(ARMS), "evaluation.resamples": "200", "engine.workers": "1", "engine.threads": "1",
 }  # fmt: skip
 
 

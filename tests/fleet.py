@@ -22,12 +22,12 @@ KEYS = ["seed", "round", "device_id", "arm", "task", "query_id"]
 
 
 def tiny(**changes) -> Experiment:
-    """Six devices with two tasks that take two optimizer steps; `changes` are dotted fields, dots as `__`."""
+    """Four devices with two tasks that take two optimizer steps; `changes` are dotted fields, dots as `__`."""
     fields = {
-        "name": "tiny", "arms": "local,placebo,collaborative,cloud", "population.users": "6", "population.queries": "2",
-        "population.tasks": "LaMP_3,LaMP_7", "training.steps": "2", "training.batch_size": "2",
-        "generation.max_new_tokens": "6", "cloud.samples": "6", "engine.threads": "1", "engine.workers": "2",
-        "evaluation.resamples": "100",
+        "name": "tiny", "arms": "local,placebo,collaborative,cloud", "population.users": "4", "population.queries": "2",
+        "population.history": "[4, 6]", "population.tasks": "LaMP_3,LaMP_7", "cloud.samples": "4",
+        "training.steps": "2", "training.batch_size": "2", "generation.max_new_tokens": "6",
+        "engine.threads": "1", "engine.workers": "2", "evaluation.resamples": "100",
     }  # fmt: skip
     return Experiment.read(None, fields | {key.replace("__", "."): str(value) for key, value in changes.items()})
 

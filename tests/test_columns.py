@@ -80,7 +80,7 @@ def runs(tmp_path_factory):
         patch.setattr(untether.clients.device.learn, "train_once", train_once)
         url = f"http://127.0.0.1:{recorder.server_address[1]}/v1"
         endpoint = Endpoint(url, gateway.model, gateway.fingerprint)
-        common = {"population__users": 4, "rounds": 2, "training__steps": 5, "training__batch_size": 3}
+        common = {"population__users": 4, "rounds": 2, "training__steps": 3, "training__batch_size": 2}
         warm = make_worker(RunDirectory.create(folder / "warm", tiny()), endpoint)
         free = run_in_process(folder / "free", tiny(**common), endpoint, hosts=2, worker=warm)
         bodies, trained = list(recorder.bodies), list(engine)

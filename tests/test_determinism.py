@@ -17,7 +17,7 @@ from untether.sim.run.directory import RunDirectory
 
 SPLITS = {
     "one adapter at a time": {"engine__cohort": 1},
-    "five hosts, shards of one, eight adapters": {"engine__cohort": 8, "engine__shard": 1, "hosts": 5},
+    "four hosts, shards of one, eight adapters": {"engine__cohort": 8, "engine__shard": 1, "hosts": 4},
 }
 
 
@@ -42,7 +42,7 @@ def test_the_reference_learned_something(fleet):
     assert set(answers(reference)["arm"]) == {"local", "placebo", "collaborative", "cloud"}
     assert answers(reference).groupby("arm")["prediction"].nunique().min() > 4
     found = losses(reference)
-    assert len(found) == 2 * 6 * 3 * 2 and found["loss"].nunique() > 60
+    assert len(found) == 2 * 4 * 3 * 2 and found["loss"].nunique() > 40
     assert (verdicts(reference)["verdict"] == "accepted").sum() > 20
 
 
@@ -54,7 +54,8 @@ def test_results_do_not_depend_on_how_the_fleet_is_split(fleet, split):
 
 
 FINITE = {
-    "rounds": 2, "population__users": 8, "cloud__capacity__concurrency": 1, "cloud__capacity__output_tokens_per_s": 20,
+    "rounds": 2, "population__users": 8, "population__history": "[4, 8]", "cloud__samples": 6,
+    "cloud__capacity__concurrency": 1, "cloud__capacity__output_tokens_per_s": 20,
     "cloud__capacity__retries": 0, "cloud__timeout_s": 100, "network__ask_within_h": 0.02,
 }  # fmt: skip
 """One place in the cloud and no second try: some answers turn out longer than expected and are written in vain."""
@@ -63,7 +64,8 @@ FINITE = {
 def test_answers_that_are_lost_are_lost_to_all(fleet):
     """The one placebo that a lost answer would have gone to lives on another host."""
     run, _ = fleet
-    reference, other = run("finite", **FINITE), run("finite-split", hosts=5, engine__shard=2, **FINITE)
+    finite = {**FINITE, "rounds": 1, "arms": "placebo,collaborative,cloud"}
+    reference, other = run("finite", **finite), run("finite-split", hosts=5, engine__shard=2, **finite)
     events = reference.read("events")
     late = set(events[(events["kind"] == "augment") & (events["outcome"] == "timeout")]["request_id"])
     lost = verdicts(reference).query("verdict == 'not_received'")

@@ -28,6 +28,7 @@ def flwr(tmp_path):
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0], "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0", "HF_HUB_OFFLINE": "1", "UV_OFFLINE": "1", "PIP_NO_INDEX": "1",
+        "RAY_ADDRESS": "local",  # no cluster of this machine, nor one that has gone and left its address behind
     }  # fmt: skip
 
     def call(*words: str) -> str:

@@ -23,7 +23,7 @@ UNLIMITED = {
 """Every limit is named and none binds: who asks in the first hour is trained before the first question, at seven."""
 
 HARD = {
-    "network__availability": 0.4, "network__mean_down_s": 120, "network__uplink_mbps": 0.001,
+    "network__availability": 0.4, "network__mean_down_s": 120, "network__uplink_mbps": 0.0008,
     "network__downlink_mbps": 0.002, "network__fallback": "stale_samples", "cloud__timeout_s": 300,
     "cloud__capacity__concurrency": 1, "cloud__capacity__output_tokens_per_s": 20, "cloud__capacity__retries": 1,
     "hardware__queries": "day", "hardware__train_when": "charging",

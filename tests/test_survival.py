@@ -1,7 +1,8 @@
 """Killed for real, on one machine and on a Ray cluster of several nodes (here: on one machine), one of which dies.
 
-A disturbed run has three hosts on two workers and goes through Flower and Ray; the undisturbed one is a single worker
-in this process, so that this is also the test that hosts and workers change no number, though answers are lost.
+A disturbed run has two hosts, first with room for one worker, and goes through Flower and Ray; the undisturbed one is a
+single worker in this process, so that this is also the test that hosts and workers change no number, though answers are
+lost.
 """
 
 import os
@@ -33,12 +34,13 @@ from untether.sim.run.directory import RunDirectory
 #: Rounds that leave something to the next: gaps, batteries, work in flight, samples of earlier days; and all that a
 #: worker reads: adapters to go on with, another user's samples for the placebo, answers of the cloud.
 VIRTUAL = {
-    **FINITE, "rounds": 3, "arms": "placebo,collaborative,shared,cloud", "population__shared_users": 4,
+    **FINITE, "rounds": 3, "arms": "placebo,collaborative,shared,cloud", "population__shared_users": 2,
+    "population__queries": 1, "training__batch_size": 1,
     "network__availability": 0.6, "network__mean_down_s": 20_000, "hardware__queries": "day",
     "hardware__train_when": "charging", "drift__samples": "keep",
 }  # fmt: skip
 PLAIN = tiny(**VIRTUAL)
-EXPERIMENT = tiny(**VIRTUAL, engine__hosts=3, engine__shard=2)
+EXPERIMENT = tiny(**VIRTUAL, engine__hosts=2, engine__workers=1, engine__shard=2)
 OBJECTS = 100 << 20
 """Bytes of a node's object store: nothing large goes through it."""
 
@@ -65,13 +67,13 @@ def moment():
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A head for Flower's own actors and two nodes with room for a worker each: (Cluster, [node])."""
+    """A head for Flower's own actors and a node with room for a worker: (Cluster, the node)."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     os.environ["RAY_worker_niceness"] = "0"
-    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": OBJECTS}
+    often = {"health_check_period_ms": 1000}  # that a node is lost is known in seconds, not in half a minute
+    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": OBJECTS, "_system_config": often}
     made = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
-    nodes = [made.add_node(num_cpus=0, resources={"worker": 1}, object_store_memory=OBJECTS) for _ in range(2)]
-    yield made, nodes
+    yield made, made.add_node(num_cpus=0, resources={"worker": 1}, object_store_memory=OBJECTS)
     made.shutdown()
 
 
@@ -87,7 +89,7 @@ def joined(cluster):
 
 @pytest.fixture
 def node_apart(cluster, tmp_path):
-    """A third node, which sees an empty folder where the others see the test's: its process id."""
+    """Another node, which sees an empty folder where the others see the test's: its process id."""
     alone = ["unshare", "--mount", "sh", "-c"]
     if subprocess.run([*alone, f"mount -t tmpfs none {tmp_path}"], capture_output=True).returncode:
         pytest.skip("not allowed to give a process a file system of its own")
@@ -154,21 +156,21 @@ def test_a_worker_stays_from_call_to_call_and_is_replaced_once_dead(joined, tmp_
 
 
 def test_a_worker_that_no_node_takes_says_so(joined, tmp_path, monkeypatch):
-    """All that is offered is taken, by actors that do not go away."""
+    """All that is offered is taken, by an actor that does not go away."""
     monkeypatch.setattr(untether.clients.hosting.executors, "PLACED_S", 4.0)
     run = RunDirectory.create(tmp_path / "run", tiny())
     room = joined.remote(WorkerProcess).options(num_cpus=0, resources={"worker": 1})
-    holders = [room.remote() for _ in range(2)]
-    joined.get([holder.pid.remote() for holder in holders])
+    holder = room.remote()
+    joined.get(holder.pid.remote())
     executor = RayExecutor("worker-of-nobody", make_post(run))
-    with pytest.raises(ResumableStop, match=r"worker 0 was placed on no node .* 2 of the resource `worker`"):
+    with pytest.raises(ResumableStop, match=r"worker 0 was placed on no node .* 1 of the resource `worker`"):
         executor.call(Share(seed=1, round=0), Inputs(), deadline_s=60.0)
 
 
 @pytest.mark.timeout(1200)
 def test_a_run_killed_three_times_ends_like_an_undisturbed_one(cluster, node_apart, tmp_path, undisturbed, moment):
-    """Begun on this machine, where a worker and then the coordinator is killed; resumed on a cluster that loses a node,
-    and another of whose nodes does not see the run directory.
+    """Begun on this machine, where a worker and then the coordinator is killed; resumed on a cluster of two nodes,
+    of which one does not see the run directory and the other is lost.
     """
     path, file = tmp_path / "run", tmp_path / "experiment.toml"
     file.write_text(EXPERIMENT.to_toml())
@@ -182,18 +184,18 @@ def test_a_run_killed_three_times_ends_like_an_undisturbed_one(cluster, node_apa
         first.kill()
         assert first.orphans() == []
 
-    made, nodes = cluster
+    made, node = cluster
     there = Path(f"/proc/{node_apart}/root{tmp_path}")
-    raylets = [*(node.all_processes["raylet"][0].process.pid for node in nodes), node_apart]
-    on_three = ("--ray-address", made.address, "--set", "engine.workers=3")
-    with Untether("--resume", str(path), *on_three) as second:
+    raylets = [node.all_processes["raylet"][0].process.pid, node_apart]
+    on_both = ("--ray-address", made.address, "--set", "engine.workers=2")
+    with Untether("--resume", str(path), *on_both) as second:
         wait_for(lambda: all(_workers(pid) for pid in raylets), second)
-        assert [len(_workers(pid)) for pid in raylets] == [1, 1, 1], "a worker a node"
+        assert [len(_workers(pid)) for pid in raylets] == [1, 1], "a worker a node"
         intruder = untether_here("run", "--resume", str(path))
         assert intruder.returncode == 2
         assert f"in use by another run (process {second.process.pid} on" in intruder.stderr
         assert list(there.iterdir()) == [], "it works, and not on the disk of the others"
-        made.remove_node(nodes[1], allow_graceful=False)
+        made.remove_node(node, allow_graceful=False)
         code, said = second.end()
         assert code == 0, said
 

@@ -65,6 +65,7 @@ def save(figure: Figure, folder: Path, name: str, title: str = "") -> str:
     with style():
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, **told}, **_TIGHT)
+        figure.set_layout_engine("none")  # both forms stand as the first one was laid out
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, **told}, **_TIGHT)
     plt.close(figure)

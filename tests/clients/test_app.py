@@ -176,7 +176,8 @@ def test_no_text_of_a_user_travels(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     experiment = tiny(**{
         **FINITE, "arms": "frozen,shared,federated,rag,local,placebo,collaborative,cloud", "rounds": 2,
-        "strategy__name": "fedsa",
+        "strategy__name": "fedsa", "training__steps": 1, "training__batch_size": 1,
+        "population__queries": 1,
         "population__shared_users": 2, "engine__hosts": 2, "drift__policy": "on_drift",
         "population__replay": True, "engine__track": "tensorboard",
     })  # fmt: skip

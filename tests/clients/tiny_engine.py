@@ -97,10 +97,10 @@ def mixed_jobs(base: FrozenBase) -> list[TrainJob]:
     """Four jobs that differ in everything a job can differ in."""
     specs = [LoraSpec(2, 16), LoraSpec(4, 8, use_rslora=True), LoraSpec(8, 4), LoraSpec(3, 6)]
     settings = [
-        TrainSettings(1e-2, steps=20, batch_size=4, schedule="linear", warmup_ratio=0.2, max_grad_norm=0.3),
-        TrainSettings(3e-3, steps=13, batch_size=4, schedule="cosine", warmup_ratio=0.1, weight_decay=0.1),
-        TrainSettings(5e-3, steps=7, batch_size=3, schedule="constant", warmup_ratio=0.3, weight_decay=0.0),
-        TrainSettings(2e-3, steps=20, batch_size=2, schedule="linear", betas=(0.8, 0.95), max_grad_norm=0.05),
+        TrainSettings(1e-2, steps=10, batch_size=4, schedule="linear", warmup_ratio=0.2, max_grad_norm=0.3),
+        TrainSettings(3e-3, steps=7, batch_size=4, schedule="cosine", warmup_ratio=0.1, weight_decay=0.1),
+        TrainSettings(5e-3, steps=5, batch_size=3, schedule="constant", warmup_ratio=0.3, weight_decay=0.0),
+        TrainSettings(2e-3, steps=10, batch_size=2, schedule="linear", betas=(0.8, 0.95), max_grad_norm=0.05),
     ]
     shared = (0, 20, 12, 20)
     return [

@@ -75,7 +75,7 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(kind, short, mo
     base, model = engine.tiny_base(kind)
     if not short:
         monkeypatch.setattr("untether.clients.engine.decoder._SHORT", 0)
-    spec, settings = LoraSpec(4, 8), TrainSettings(5e-3, steps=6, batch_size=4)
+    spec, settings = LoraSpec(4, 8), TrainSettings(5e-3, steps=4, batch_size=4)
     jobs = [
         TrainJob(k, engine.random_examples(k, 6, shared), settings, spec, k, state=engine.random_state(base, spec, k))
         for k, shared in enumerate((24, 24, 9, 1))

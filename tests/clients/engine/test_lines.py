@@ -42,7 +42,7 @@ def test_texts_that_share_nothing_worth_a_line_stay_together():
     assert len(Prefixes(texts, [9] * 4).lines([3, 1, 2])) == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_lines_hold_every_text_once_and_share_what_they_say(data):
     token = st.integers(0, 2)

@@ -275,7 +275,7 @@ def _world(drawn):
     return candidates, {key: [item(a, o, t) for a, o, t in own] for key, (_, own) in drawn.items()}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(devices, configs)
 def test_properties(drawn, filters):
     candidates, real = _world(drawn)

@@ -55,7 +55,7 @@ some = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(some)
 def test_a_one_shot_run_knows_all_that_is_surely_earlier_and_nothing_else(history):
     user, keys = users(history)
@@ -72,7 +72,7 @@ def test_a_one_shot_run_knows_all_that_is_surely_earlier_and_nothing_else(histor
             assert seen == {n for n in keys if n.startswith(f"{task}-i") and strictly_earlier(keys[n], key)}
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(some)
 def test_a_replayed_user_never_knows_what_may_be_as_late_as_a_query_of_any_task(history):
     user, keys = users(history, replay=Replay(12, 91.3))
@@ -82,7 +82,7 @@ def test_a_replayed_user_never_knows_what_may_be_as_late_as_a_query_of_any_task(
             assert all(strictly_earlier(keys[item.item_id], key) for item in known)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(some, st.lists(dates, min_size=1, max_size=3))
 def test_others_items_are_surely_older_than_every_query(history, asked):
     user, keys = users(history)

@@ -166,7 +166,7 @@ def collected(task: str, history: list, texts: int) -> tuple[Collected, dict[str
     return own, dates, outlook
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(histories, histories, st.sampled_from([3, 99]))
 def test_no_order_is_ever_broken(first, second, texts):
     parts = {task: collected(task, history, texts) for task, history in (("LaMP_4", first), ("LaMP_5", second))}
