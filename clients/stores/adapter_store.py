@@ -142,15 +142,15 @@ class AdapterStore:
         return [int(name) for name in names if name.isdecimal()]
 
     def _name_of(self, path: Path) -> Path:
-        """Where it is written that a file is there."""
-        return (self._named / path.relative_to(self.root)).with_suffix("")
+        """Where it is written that a file is there, or the files of a folder."""
+        return self._named / path.relative_to(self.root)
 
     def _devices(self, round: int, arm: str) -> dict[str, tuple[Path, int]]:
         if (round, arm) not in self._index:
             found: dict[str, tuple[Path, int]] = {}
             folder = self.root / f"round-{round}" / arm
             for name in _listed(self._name_of(folder)):
-                path = folder / f"{name.name}.safetensors"
+                path = folder / name.name
                 if not path.exists() and name.exists():  # not just pruned: then its name went first
                     raise UserError(f"{path}: this file of the run is gone. {REMEDY}")
             for path in _listed(folder, "*.safetensors"):

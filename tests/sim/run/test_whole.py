@@ -137,6 +137,18 @@ def test_an_adapter_that_was_there_and_is_gone_is_an_error_and_not_a_new_beginni
     assert AdapterStore(tmp_path, 0).load(0, "d00000", "placebo") is None, "it never had one"
 
 
+def test_what_one_name_keeps_is_not_missed_under_another(tmp_path):
+    """The names of a first adapter and of shared ranks hold a dot."""
+    store, state = AdapterStore(tmp_path, 0), {"lora_A": np.ones((2, 4), dtype=np.float32)}
+    for block, kept in enumerate(("local", "local.first", "federated.4", "federated.8")):
+        store.save(0, f"block-{block}", {kept: {"d00000": state}})
+    for kept in ("local", "local.first", "federated.4", "federated.8"):
+        assert AdapterStore(tmp_path, 0).load_exactly(0, "d00000", kept) is not None
+    (store.root / "round-0" / "local.first" / "block-1.safetensors").unlink()
+    with pytest.raises(UserError, match=r"local\.first/block-1\.safetensors: this file of the run is gone"):
+        AdapterStore(tmp_path, 0).load_exactly(0, "d00000", "local.first")
+
+
 def test_an_adapter_that_was_pruned_is_not_missed(tmp_path):
     store, state = AdapterStore(tmp_path, 0), {"lora_A": np.ones((2, 4), dtype=np.float32)}
     for round in (0, 1):
