@@ -14,6 +14,10 @@ import pytest
 # Two processes of tests share two cores: threads of theirs would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What is compiled once is read by the many processes that tests start, also where the caller's wants no such files.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # A busy machine is no failure: nothing here is a timed test.
 hypothesis.settings.register_profile("untether", deadline=None)
 hypothesis.settings.load_profile("untether")
@@ -30,8 +34,8 @@ SMALL = {
 
 
 LONGEST_FIRST = (
-    "test_survival", "test_studies_for_real", "test_main_job", "test_drift", "test_determinism", "test_api",
-    "test_flower_run", "test_what_is_trained_on", "test_invariants", "test_app",
+    "test_deployment", "test_survival", "test_studies_for_real", "test_main_job", "test_drift", "test_determinism",
+    "test_api", "test_flower_run", "test_what_is_trained_on", "test_invariants", "test_app",
     "test_embedding", "test_package", "test_extending",
 )  # fmt: skip
 """Files that take long, in that order; all others follow."""

@@ -124,6 +124,7 @@ class _Resident:
         with Listener(("127.0.0.1", 0), authkey=key) as listener:
             said = {"port": listener.address[1], "pid": os.getpid(), "key": key.hex(), "versions": versions()}
             _write_private(_place(self.home), json.dumps(said))
+            print(f"worker process {os.getpid()}", flush=True)
             threading.Thread(target=self._watch, daemon=True).start()
             while True:
                 with contextlib.suppress(OSError, EOFError), listener.accept() as connection:
