@@ -43,6 +43,25 @@ def stopped(tmp_path):
     return run
 
 
+def test_a_run_that_was_killed_just_before_its_first_commit_goes_on(tmp_path, monkeypatch):
+    """What the next round starts from is written before the commit that makes it count."""
+    experiment = Experiment.model_validate({"rounds": 3})
+    run = RunDirectory.create(tmp_path / "run", experiment)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDirectory, "_commit_path", raises(KeyboardInterrupt))
+        run.commit(experiment.seeds[0], 0, {}, {"totals": {}}, carried={"round": 0})
+    assert list((run.path / "state" / "carried").iterdir())
+    run.check_state()
+    assert run.committed(experiment.seeds[0], 0) is None
+
+
+def raises(error):
+    def call(*_):
+        raise error
+
+    return call
+
+
 FILES = (
     "state/commits/seed-{seed}-round-0.json", "state/commits/seed-{seed}-round-1.json",
     "state/carried/seed-{seed}-round-1.json", "state/parts/seed-{seed}/round-0/metrics/learn-0.parquet",

@@ -228,3 +228,16 @@ def test_query_times():
     assert len(set(times)) == 200
     assert timeline().query_time_s(2, 5, 0) == 3 * DAY_S
     assert virtual.answer_s(0, "local", 100, 20) > virtual.answer_s(0, "local", 100, 1) > 0
+
+
+def test_a_device_that_was_lost_has_no_adapter_of_that_round():
+    """The next round must not ask its store for one, and what it had before still answers."""
+    virtual = timeline(network=QUICK)
+    for round in (0, 1):
+        plan = virtual.plan(round, asks(round, (0, 1)))
+        schedule = virtual.schedule(plan, dict.fromkeys(plan.granted, SIZE), works(round, (0, 1)))
+        virtual.advance(schedule, lost={1} if round else ())
+    newest = {
+        device: virtual.answering(schedule, device, "local", 10 * DAY_S).round for device in (0, 1)
+    }  # fmt: skip
+    assert newest == {0: 1, 1: 0}
