@@ -77,6 +77,9 @@ class FlowerBackend:
         forgiven = EVERYTHING if self.deployed else {FAILURE} if isinstance(order, Update) else NOTHING
         watch = _Watch(self.run, progress, self.deployed)
         replies = exchange(self.grid, messages, self._deadline_s, self.stop, watch, forgiven)
+        if not order.devices and not any(isinstance(reply, Message) for reply in replies):
+            why = "; ".join(reply.why for reply in replies if isinstance(reply, Lost)) or "its node is not there"
+            raise ResumableStop(f"nobody carried out the order `{order.work}`, which is one node's: {why}")
         found = [
             self._told_by(order, message, reply) if isinstance(reply, Lost) else self._kept(order, reply)
             for message, reply in zip(messages, replies, strict=True)

@@ -153,9 +153,11 @@ class Deployment:
 
     def flwr_run(self) -> list[str]:
         """Returns the command that starts the run."""
-        told = {"experiment": str((self.folder / "experiment.toml").resolve()), "nodes": len(self.nodes)}
-        there = self.run_directory / "experiment.toml"
-        told["resume" if there.exists() else "out"] = str(self.run_directory.resolve())
+        told: dict[str, object] = {"nodes": len(self.nodes)}
+        if (self.run_directory / "experiment.toml").exists():
+            told["resume"] = str(self.run_directory.resolve())
+        else:
+            told |= {"experiment": str((self.folder / "experiment.toml").resolve()), "out": str(self.run_directory)}
         config = " ".join(f"{name}={json.dumps(value)}" for name, value in told.items())
         return ["flwr", "run", str((self.folder / "app").resolve()), NAME, "--stream", "--run-config", config]
 
