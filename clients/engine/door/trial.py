@@ -6,7 +6,7 @@ engine decodes many rows at once, so such a model would answer wrongly without a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,7 +59,7 @@ def try_out(model: Any, logits_at: Callable[..., Tensor], source: str) -> None:
 
 def try_adapted(
     model: Any, logits_at: Callable[..., Tensor], layers: Mapping[str, torch.nn.Module],
-    worn: list[Mapping[str, tuple[Tensor, Tensor, float]]],
+    worn: Sequence[Mapping[str, tuple[Tensor, Tensor, float]]],
 ) -> float:  # fmt: skip
     """Returns how far, in standard deviations, logits of a batch whose rows wear other adapters are from those of each
     row alone, with its adapter added to what each layer gives; 0 where they are the same.
