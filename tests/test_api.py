@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from fleet import answers, losses, metrics, run_in_process, tiny
@@ -39,10 +41,16 @@ class Watcher:
 
 
 class Interrupter(Watcher):
-    """Ctrl-C, as soon as the rounds begin."""
+    """Ctrl-C, once devices have been asked for something."""
 
     def on_start(self, run):
         super().on_start(run)
+        what = run.path / "state" / "progress", time.time()
+        threading.Thread(target=self.interrupt, args=what, daemon=True).start()
+
+    def interrupt(self, folder: Path, begun: float) -> None:
+        while not any(path.stat().st_mtime > begun for path in folder.glob("*.done")):
+            time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
 
