@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from untether.sim.experiment.arms import SHARED, records
-from untether.sim.experiment.sections import Filters, PopulationSection
+from untether.sim.experiment.sections import Filters
 from untether.sim.experiment.virtual_sections import Hardware, Network
 
 NODES = "nodes"
@@ -13,13 +13,10 @@ NODES = "nodes"
 
 
 def check_deployed(
-    seeds: Sequence[int], arms: Sequence[str], population: PopulationSection, filters: Filters, network: Network,
-    hardware: Hardware,
-) -> None:  # fmt: skip
+    seeds: Sequence[int], arms: Sequence[str], filters: Filters, network: Network, hardware: Hardware
+) -> None:
     """Raises ValueError where real devices are wanted, and with them what only simulated ones can do."""
     if hardware.clock != "wall":
-        if population.source == NODES:
-            raise ValueError(f'population.source = "{NODES}" is for deployments: set hardware.clock = "wall"')
         return
     wall = 'hardware.clock = "wall"'
     if len(seeds) > 1:

@@ -164,7 +164,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _deployable(self) -> Experiment:
-        check_deployed(self.seeds, self.arms, self.population, self.filters, self.network, self.hardware)
+        check_deployed(self.seeds, self.arms, self.filters, self.network, self.hardware)
         return self
 
     @property

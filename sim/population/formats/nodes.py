@@ -31,8 +31,8 @@ class FromNodes(Population):
             return json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"population.path = `{path}`: what nodes told of their users cannot be read ({error}). A deployment is "
-                "started with `flwr run` and the run config `nodes`; see docs/deploy.md"
+                f'population.source = "nodes": what nodes told of their users is not in `{path}` ({error}). Start a '
+                "deployment with `untether deploy`, or with `flwr run` and the run config `nodes`; see docs/deploy.md"
             ) from None
 
     def __len__(self) -> int:

@@ -94,12 +94,16 @@ def test_what_a_node_cannot_say_is_one_sentence(tmp_path, text, users, said):
         ({"arms": "collaborative,placebo"}, "other users' data"), ({"network__availability": "0.5"}, "its own link"),
         ({"hardware__queries": "day"}, "these are simulated"),
         ({"filters__order": "adversarial"}, "other users' items"),
-        ({"hardware__clock": "virtual", "population__source": "nodes"}, 'set hardware.clock = "wall"'),
     ],
 )  # fmt: skip
 def test_what_only_simulated_devices_can_do_is_refused(fields, said):
     with pytest.raises(UserError, match=said):
         sent(**fields)
+
+
+def test_users_of_nodes_are_those_of_no_simulation():
+    with pytest.raises(UserError, match="Start a deployment with `untether deploy`"):
+        len(open_population(sent(hardware__clock="virtual", population__source="nodes"), 1))
 
 
 def test_a_reply_has_rows_without_texts_and_names(tmp_path):
