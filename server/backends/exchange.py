@@ -5,6 +5,7 @@ Flower's own `send_and_receive` waits without looking up, so a Ctrl-C would hang
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from untether.sim.core import limits
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import Failure, ResumableStop, UserError
 
@@ -112,15 +114,20 @@ def _copy(message: Message) -> Message:
     )
 
 
+_ENDED = re.compile(r"memory|Actor(?:Unavailable|Died)|actor is restarting", re.IGNORECASE)
+"""Words for a host's process that was ended and not by what it did."""
+
+
 def _checked(reply: Message, forgiven: Collection[str]) -> Message | Lost:
     kind, message, trace = FAILURE, "", ""
     if reply.has_error():
         message = f"a host failed inside Flower: {' '.join(str(reply.error.reason).split())}"
-        if "memory" in message.lower():
-            kind, message = "ResumableStop", (
-                f"memory ran out on this machine ({message[:250]}). End other programs, or take fewer engine.workers; "
-                "then resume the run"
-            )  # fmt: skip
+        if FAILURE not in forgiven and _ENDED.search(message):
+            kind, used = "ResumableStop", 1 - limits.available_bytes() / limits.memory_bytes()
+            message = (
+                f"a host was ended from outside, as Ray does where memory ran out on this machine ({used:.0%} of it is "
+                f"used now; {message[:250]}). End other programs, or take fewer engine.workers; then resume the run"
+            )
     elif "error" in reply.content:
         kind, message, trace = (str(reply.content["error"][name]) for name in ("error", "message", "traceback"))
     else:

@@ -10,7 +10,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
 from untether.server.backends import exchange as module
-from untether.server.backends.exchange import EVERYTHING, exchange, nodes
+from untether.server.backends.exchange import EVERYTHING, FAILURE, exchange, nodes
 from untether.server.backends.flower import greet
 from untether.sim.core.errors import Failure, ResumableStop, UserError
 from untether.sim.run.directory import versions
@@ -93,10 +93,16 @@ def test_a_host_that_dies_inside_flower_is_asked_again():
     assert Clock.time_s >= 20
 
 
-def test_a_host_that_is_ended_for_want_of_memory_stops_the_run_resumably():
-    ended = Error(code=0, reason="OutOfMemoryError: the node was\nrunning low on memory")
+@pytest.mark.parametrize(
+    "reason", ["OutOfMemoryError: the node was\nrunning low on memory", "ActorUnavailableError: node was running low"]
+)
+def test_a_host_that_is_ended_for_want_of_memory_stops_the_run_resumably(reason):
+    ended = Error(code=0, reason=reason)
     with pytest.raises(ResumableStop, match="memory ran out on this machine.*node was running low.*engine.workers"):
         _ask({1: [ended] * 5})
+    messages = [Message(RecordDict(), dst_node_id=1, message_type="train")]
+    [lost] = exchange(Grid({1: [ended] * 5}), messages, 30.0, threading.Event(), forgiven={FAILURE})
+    assert "node was running low" in lost.why, "in training together it is a straggler"
 
 
 def test_a_silent_host_ends_in_a_resumable_stop():
