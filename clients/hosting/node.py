@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import re
 import secrets
 import tomllib
@@ -21,7 +20,7 @@ from typing import Any
 from untether.clients.hosting.store import DeviceStore
 from untether.sim.core import strict_json
 from untether.sim.core.clock import WallClock
-from untether.sim.core.durable import make_folder
+from untether.sim.core.durable import write_private
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.records import Part
 from untether.sim.experiment import Experiment
@@ -147,9 +146,7 @@ class Node:
         """A secret of this node's, made once."""
         path = self.home / "secret"
         if not path.exists():
-            make_folder(self.home)
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(32))
+            write_private(path, secrets.token_bytes(32))
         return path.read_bytes()
 
     def keeper(self, run: RunDirectory, order: Order) -> NodeStore:

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from untether.clients.device.worker import Inputs, Outcome
 from untether.clients.hosting.executors import WorkerDied, memory_ran_out
 from untether.clients.hosting.process import Post, WorkerProcess
 from untether.sim.core.clock import WallClock
+from untether.sim.core.durable import write_private
 from untether.sim.core.errors import Failure, ResumableStop, UserError
 from untether.sim.core.package_data import import_root
 from untether.sim.rounds.messages import Order
@@ -77,7 +79,7 @@ class ResidentExecutor:
         clock = WallClock()
         end_s, process = clock.now_s() + STARTED_S, None
         while True:
-            with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
+            with contextlib.suppress(OSError, ValueError, KeyError, EOFError, AuthenticationError):
                 found = json.loads(_place(self.home).read_text(encoding="utf-8"))
                 if found["versions"] == versions() and psutil.pid_exists(found["pid"]):
                     return found, Client(("127.0.0.1", found["port"]), authkey=bytes.fromhex(found["key"]))
@@ -123,7 +125,7 @@ class _Resident:
         key = secrets.token_bytes(32)
         with Listener(("127.0.0.1", 0), authkey=key) as listener:
             said = {"port": listener.address[1], "pid": os.getpid(), "key": key.hex(), "versions": versions()}
-            _write_private(_place(self.home), json.dumps(said))
+            write_private(_place(self.home), json.dumps(said).encode())
             print(f"worker process {os.getpid()}", flush=True)
             threading.Thread(target=self._watch, daemon=True).start()
             while True:
@@ -165,14 +167,6 @@ class _Resident:
                     if json.loads(_place(self.home).read_text(encoding="utf-8"))["pid"] == os.getpid():
                         _place(self.home).unlink()
                 os._exit(0)
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Writes a file that nobody else may read, whole or not at all."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(fresh, path)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_private(path: Path, content: bytes) -> None:
+    """Writes a file that no other user of this machine may read, whole or not at all."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+    os.replace(fresh, path)
+
+
 @contextlib.contextmanager
 def written(path: Path, *errors: type[Exception]) -> Iterator[Path]:
     """Yields a temporary path to write to, which becomes `path`, whole and on the disk, when the block ends.

@@ -25,7 +25,7 @@ import psutil
 
 from untether.sim.core import limits
 from untether.sim.core.clock import WallClock
-from untether.sim.core.durable import make_folder, write_atomically
+from untether.sim.core.durable import make_folder, write_atomically, write_private
 from untether.sim.core.errors import Failure, ResumableStop, UserError
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ARMS, SHARED
@@ -315,5 +315,4 @@ def certify(folder: Path, host: str) -> None:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     for name, content in (("ca.pem", made[0]), ("server.pem", made[1]), ("server.key", secret)):
-        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(content)
+        write_private(folder / name, content)
