@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from untether.sim.rounds.messages import RequestOf
 from untether.sim.rounds.sharing import Cohort
@@ -12,6 +13,9 @@ from untether.sim.time.timeline import Delivery, Plan, Schedule
 
 AUGMENT = "augment"
 """The lane of the requests for samples, which the arms share. The cloud arm's questions have its own name, `CLOUD`."""
+
+KINDS = ("augment", "answer")
+"""Of the events that are requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +72,18 @@ class Day:
     def after(self, outcomes: Mapping[int, str]) -> Day:
         """Returns the day with what became of the devices that trained together."""
         return replace(self, cohort=self.cohort.without(outcomes))
+
+
+def sizes_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Size]:
+    """Returns the real size of each request, from the fetch pass's rows: bytes and tokens of all its attempts together
+    (a malformed answer is paid for and drawn again), and its outcome.
+    """
+    sizes: dict[str, Size] = {}
+    for row in sorted((row for row in answers if row["kind"] in KINDS), key=lambda row: row["attempt"]):
+        before = sizes.get(row["request_id"], Size(0, 0, 0, 0, bodies=0))
+        sizes[row["request_id"]] = Size(
+            before.bytes_up + (row["bytes_up"] or 0), before.bytes_down + (row["bytes_down"] or 0),
+            before.tokens_in + (row["tokens_in"] or 0), before.tokens_out + (row["tokens_out"] or 0), row["outcome"],
+            before.bodies + bool(row["bytes_up"]),
+        )
+    return sizes

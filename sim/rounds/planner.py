@@ -18,7 +18,7 @@ from untether.sim.core.records import TRANSPORT_OUTCOMES
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, METHOD, trained
 from untether.sim.population.source import Population, device_id
-from untether.sim.rounds.day import AUGMENT, Agenda, Day, Delivered
+from untether.sim.rounds.day import AUGMENT, KINDS, Agenda, Day, Delivered
 from untether.sim.rounds.material import (
     SAMPLE_COUNTS,
     Material,
@@ -52,9 +52,6 @@ from untether.sim.time.asking import Ask, Size
 from untether.sim.time.policies import Policies
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, VirtualWork
 from untether.sim.time.wall import timeline_of
-
-KINDS = ("augment", "answer")
-"""Of the events that are requests."""
 
 
 def request_names(experiment: Experiment, seed: int, round: int, device: int, tasks: Sequence[str]) -> list[str]:
@@ -384,18 +381,3 @@ def _uploads(day: Day) -> Iterator[Upload]:
             size = sizes[attempt.request_id]
             copies = attempt.bytes_up / size.bytes_up * size.bodies
             yield Upload(attempt.device, attempt.request_id, attempt.number, attempt.start_s, copies)
-
-
-def sizes_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Size]:
-    """Returns the real size of each request, from the fetch pass's rows: bytes and tokens of all its attempts together
-    (a malformed answer is paid for and drawn again), and its outcome.
-    """
-    sizes: dict[str, Size] = {}
-    for row in sorted((row for row in answers if row["kind"] in KINDS), key=lambda row: row["attempt"]):
-        before = sizes.get(row["request_id"], Size(0, 0, 0, 0, bodies=0))
-        sizes[row["request_id"]] = Size(
-            before.bytes_up + (row["bytes_up"] or 0), before.bytes_down + (row["bytes_down"] or 0),
-            before.tokens_in + (row["tokens_in"] or 0), before.tokens_out + (row["tokens_out"] or 0), row["outcome"],
-            before.bodies + bool(row["bytes_up"]),
-        )
-    return sizes

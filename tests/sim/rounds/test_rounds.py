@@ -16,10 +16,11 @@ from untether.sim.core.learning import TrainSettings
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.sections import Training
 from untether.sim.population.source import device_id, open_population
+from untether.sim.rounds.day import sizes_of
 from untether.sim.rounds.flower_records import order_columns
 from untether.sim.rounds.material import Material, optimizer_steps
 from untether.sim.rounds.messages import Order, Samples
-from untether.sim.rounds.planner import Rounds, sizes_of
+from untether.sim.rounds.planner import Rounds
 from untether.sim.run.directory import TABLES
 from untether.sim.time.asking import Size
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE
