@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench import lifecycle, mixed, profile, training_135m
+from bench import lifecycle, mixed, profile, training
 from bench.workload import Workload
 from untether.sim.core import limits
 
@@ -28,14 +28,14 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=("stock", "tuned"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = {"environment": environment(), "lifecycle": {}, "training_135m": {}}
+    found = {"environment": environment(), "lifecycle": {}, "training": {}}
     for dtype in ("float32", "bfloat16"):
         workload = Workload(arguments.devices, dtype=dtype)
         skip = (*arguments.skip, "stock") if dtype != "float32" else tuple(arguments.skip)
         found["lifecycle"][dtype] = lifecycle.measure(workload, arguments.workers, skip)
         lifecycle.show(found["lifecycle"][dtype])
-        found["training_135m"][dtype] = training_135m.measure(dtype=dtype)
-        print(json.dumps(found["training_135m"][dtype], indent=1))
+        found["training"][dtype] = training.measure(dtype=dtype)
+        print(json.dumps(found["training"][dtype], indent=1))
     found["profile_us_per_token"] = profile.measure()
     print(json.dumps(found["profile_us_per_token"], indent=1))
     found["mixed"] = mixed.measure()

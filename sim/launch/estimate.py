@@ -10,7 +10,7 @@ from untether.sim.core.records import Interaction, User
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ARMS, CLOUD, METHOD, SHARED, records, trained
 from untether.sim.launch.progress import duration
-from untether.sim.launch.speed import Speed, speed_of
+from untether.sim.launch.speed import LANGUAGE_MODELS, Speed, speed_of
 from untether.sim.launch.time_left import NAMES, STEPS, Guess, Step
 from untether.sim.population.order import known_history
 from untether.sim.population.source import Population, open_population
@@ -93,7 +93,7 @@ def estimate(experiment: Experiment, speed: Speed | None = None, workers: int = 
     population = open_population(experiment, experiment.seeds[0])
     work, tokens = expected_work(experiment, population, (speed or Speed()).chars_per_token)
     seeds, rounds = len(experiment.seeds), experiment.rounds * len(experiment.seeds)
-    guess = guess_of(work, speed or speed_of(experiment), workers)
+    guess = guess_of(experiment, work, speed or speed_of(experiment), workers)
     cloud = (tokens[0] * rounds, tokens[1] * rounds)
     capacity = experiment.cloud.capacity
     seconds = {
@@ -116,13 +116,15 @@ START_S = 9.0
 """Flower and Ray, before the first round."""
 
 
-def guess_of(work: Mapping[Step, float], speed: Speed, workers: int) -> Guess:
+def guess_of(experiment: Experiment, work: Mapping[Step, float], speed: Speed, workers: int) -> Guess:
     """Returns what progress goes by until it has measured."""
     costs = {"requests": speed.request_s, "samples": speed.sample_s, "tokens": speed.token_s, "answers": speed.answer_s}
     answers = work.get(("learn", "answers"), 0.0)
+    asked = frozenset({STEPS[0]} if experiment.cloud.provider in LANGUAGE_MODELS else ())
     return Guess(
-        work, {step: costs[step[1]] / max(1, workers) for step in STEPS},
+        work, {step: costs[step[1]] / (1 if step in asked else max(1, workers)) for step in STEPS},
         {STEPS[1]: speed.encoder_setup_s, ("learn", "tokens"): speed.base_setup_s}, report_s=2.0 + 1e-3 * answers,
+        elsewhere=asked,
     )  # fmt: skip
 
 

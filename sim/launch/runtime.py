@@ -262,7 +262,7 @@ class _Turns:
     def _guess(self, experiment: Experiment) -> Guess:
         population = open_population(experiment, experiment.seeds[0])
         speed, workers = speed_of(experiment), Resources.of(experiment, len(population)).workers
-        return guess_of(expected_work(experiment, population, speed.chars_per_token)[0], speed, workers)
+        return guess_of(experiment, expected_work(experiment, population, speed.chars_per_token)[0], speed, workers)
 
 
 def _work(experiment: Experiment) -> int:

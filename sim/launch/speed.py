@@ -21,9 +21,14 @@ from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
 from untether.sim.launch.resources import Resources
 
-VERSION = 6
+VERSION = 7
 LIMIT_S = 600.0
 TOGETHER = 4
+
+LANGUAGE_MODELS = {"openai": 3.0, "transformers": 30.0, "llama_cpp": 30.0}
+"""Providers behind which a language model writes, and about how many seconds it takes for an answer: somebody else's,
+and this machine's processor.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +128,10 @@ def _layout(experiment: Experiment) -> Resources:
 
 
 def _request_s(experiment: Experiment) -> float:
-    """A request's seconds, about: what the run serves itself answers at once, a language model does not."""
+    """A request's seconds, about: what the run writes itself is there at once."""
     cloud = experiment.cloud
-    return 3.0 / cloud.concurrency if cloud.provider in ("openai", "transformers") else Speed().request_s
+    alone = LANGUAGE_MODELS.get(cloud.provider)
+    return alone / (cloud.concurrency if cloud.provider == "openai" else 1) if alone else Speed().request_s
 
 
 def _measure_here(experiment: Experiment, threads: int) -> Speed:

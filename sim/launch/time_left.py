@@ -47,6 +47,8 @@ class Guess:
         setup_s: Seconds that a step needs before its first unit, the first time: to load models.
         round_s: Seconds of a round beside its steps.
         report_s: Seconds of the report.
+        elsewhere: Steps that something else than this machine does, such as a language model in the cloud: how fast it
+            is says nothing of the other steps.
     """
 
     work: Mapping[Step, float] = field(default_factory=dict)
@@ -54,6 +56,7 @@ class Guess:
     setup_s: Mapping[Step, float] = field(default_factory=dict)
     round_s: float = 0.5
     report_s: float = 4.0
+    elsewhere: frozenset[Step] = frozenset()
 
 
 class TimeLeft:
@@ -145,12 +148,14 @@ class TimeLeft:
             return spent / units if units else None
         begun = BEGUN_ANSWERING if step == STEPS[-1] else BEGUN
         weight = begun * (self._due(step) or self._units_of(step) or 0.0)
-        return (spent + weight * known * self._pace()) / (units + weight) if units + weight else known * self._pace()
+        known *= 1.0 if step in self.guess.elsewhere else self._pace()
+        return (spent + weight * known) / (units + weight) if units + weight else known
 
     def _pace(self) -> float:
         """How much slower than guessed this machine is, over all that was measured."""
-        guessed = sum(units * self.guess.cost_s.get(step, 0.0) for step, units in self._units.items())
-        spent = sum(spent for step, spent in self._spent.items() if step in self.guess.cost_s)
+        own = [step for step in self._units if step in self.guess.cost_s and step not in self.guess.elsewhere]
+        guessed = sum(self._units[step] * self.guess.cost_s[step] for step in own)
+        spent = sum(self._spent.get(step, 0.0) for step in own)
         return (spent + 2.0) / (guessed + 2.0)  # two seconds of each: the first moments say little
 
     def _steps(self) -> list[Step]:
