@@ -41,7 +41,7 @@ def trained_on(tmp_path_factory):
     with start_background("recombine", {}) as gateway, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
 
-        def run(path, **changes):
+        def run(path, arms=ARMS, **changes):
             learned, prompts = [], []
             for where in (disjoint, learn):
                 original = where.train_once
@@ -57,7 +57,7 @@ def trained_on(tmp_path_factory):
             encode = answering.encode_prompt
             patch.setattr(answering, "encode_prompt", lambda t, text: (prompts.append(text), encode(t, text))[1])
             experiment = tiny(
-                arms=ARMS, population__source="lamp", population__path=path, population__users=3,
+                arms=arms, population__source="lamp", population__path=path, population__users=3,
                 population__shared_users=3, population__tasks="", training__steps=1, cloud__provider="recombine",
                 **changes,
             )  # fmt: skip
@@ -106,6 +106,26 @@ def test_co_authors_do_not_hand_over_what_is_scored(trained_on, tmp_path):
     quotes = sum(quoting[PEOPLE.index(name)]["abstract"].split(" of ")[-1].strip(".") in scored for name in own)
     assert ran.exclusions[SCORED] == 3 * 3 + quotes
     assert SCORED in ran.report
+
+
+def test_a_perfect_cloud_is_made_of_the_users_own_older_items(trained_on, tmp_path):
+    subjects = ("rivers", "glaciers", "harbours", "orchards", "deserts", "islands", "volcanoes", "meadows", "caves")
+    own = {
+        name: [paper(name, n, abstract=f"{name} on {subjects[n]}: where {subjects[n - 1]} begin.") for n in range(9)]
+        for name in PEOPLE
+    }
+    asked = [question(name, [*own[name], paper(name, "asked")]) for name in PEOPLE]
+    golds = {f"q-{name}": paper(name, "asked")["title"] for name in PEOPLE}
+    data = write(tmp_path / "LaMP_5", asked, golds)
+    ran = trained_on(data, arms="local,collaborative,oracle", population__max_history=3)
+    by_arm = {(arm, device): told for arm, device, told in ran.learned}
+    for device in range(3):
+        name = ran.population.user(device).user_id
+        local, oracle = by_arm["local", device], by_arm["oracle", device]
+        assert all(f"topic {n} of {name}" in oracle for n in (6, 7, 8)) and "topic 5 of" not in local
+        older = [n for n in range(6) if f"topic {n} of {name}" in oracle]
+        assert older, "samples were accepted"
+        assert "topic asked of" not in oracle and not [n for n in PEOPLE if n != name and f" of {n}" in oracle]
 
 
 def test_a_year_that_may_be_later_trains_nobody(trained_on, tmp_path):

@@ -24,6 +24,7 @@ class TrainingData:
         accepted: Synthetic samples that its filters accepted.
         unfiltered: All synthetic samples but leaks.
         foreign: Samples that one other user's filters accepted, for the placebo.
+        withheld: The user's own items that are older than what the device has.
         of_second: How many of `foreign` are of a second user, for tasks of which the first has too few.
     """
 
@@ -31,6 +32,7 @@ class TrainingData:
     accepted: tuple[Sample, ...] = ()
     unfiltered: tuple[Sample, ...] = ()
     foreign: tuple[Sample, ...] = ()
+    withheld: tuple[Interaction, ...] = ()
     of_second: int = 0
 
 
@@ -46,18 +48,23 @@ def training_pairs(arm: str, material: TrainingData, seed: int, device_id: str, 
     return [_pair(item) for item in (*real, *_synthetic(arm, material, seed, device_id, round))]
 
 
-def _synthetic(arm: str, material: TrainingData, seed: int, device_id: str, round: int) -> Sequence[Sample]:
-    pools = {"accepted": material.accepted, "received": material.unfiltered, "foreign": material.foreign}
+def _synthetic(
+    arm: str, material: TrainingData, seed: int, device_id: str, round: int
+) -> Sequence[Interaction | Sample]:
+    pools: dict[str, Sequence[Interaction | Sample]] = {
+        "accepted": material.accepted, "received": material.unfiltered, "foreign": material.foreign,
+        "withheld": material.withheld,
+    }  # fmt: skip
     if draws := ARMS[arm].draws:
         return _as_many(pools[draws], material.accepted, seed, device_id, round, arm)
     return [sample for kind in ARMS[arm].learns for sample in pools.get(kind, ())]
 
 
 def _as_many(
-    pool: Sequence[Sample], like: Sequence[Sample], seed: int, device_id: str, round: int, purpose: str
-) -> list[Sample]:
+    pool: Sequence[Interaction | Sample], like: Sequence[Sample], seed: int, device_id: str, round: int, purpose: str
+) -> list[Interaction | Sample]:
     """A random draw from `pool` with as many samples of each task as `like` has (fewer where the pool has fewer)."""
-    drawn: list[Sample] = []
+    drawn: list[Interaction | Sample] = []
     for task in dict.fromkeys(sample.task for sample in like):
         wanted = sum(sample.task == task for sample in like)
         candidates = [sample for sample in pool if sample.task == task]

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from untether.clients.device.arms import TrainingData
 from untether.clients.device.device import Device
 from untether.clients.device.worker import Inputs, rows_of
-from untether.sim.core.records import LEAK, NOT_RECEIVED, Sample
+from untether.sim.core.records import LEAK, NOT_RECEIVED, Interaction, Sample
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import records
 from untether.sim.population.leaks import LeakChecker
+from untether.sim.population.order import known_history
 from untether.sim.population.source import device_id
 from untether.sim.rounds.messages import Learn
 from untether.sim.time.timeline_state import REAL
@@ -71,6 +72,7 @@ class Materials:
             accepted=tuple(accepted),
             unfiltered=tuple(sample for round in rounds for sample, _ in self._samples[name, round]),
             foreign=tuple(foreign),
+            withheld=self._withheld(device, real) if accepted else (),
             of_second=of_second,
         )
 
@@ -93,6 +95,14 @@ class Materials:
             if not missing:
                 break
         return found, of_second
+
+    def _withheld(self, device: Device, real: Sequence[Interaction]) -> tuple[Interaction, ...]:
+        """What the device would have without population.max_history, but for leaks of its own queries."""
+        if not any(arm.draws == "withheld" for arm in records(self.experiment.arms)):
+            return ()
+        has, checker = {item.item_id for item in real}, LeakChecker(device.held_out(self.round))
+        items = (i for task in device.user.tasks for i in known_history(device.user, task, self.round))
+        return tuple(i for i in items if i.item_id not in has and not checker.is_leak(i.task, i.input, i.output))
 
     def _harmless(self, device: Device, samples: Sequence[Sample]) -> list[Sample]:
         """Foreign samples without leaks of this device's own queries (they were checked against their owner's)."""

@@ -24,11 +24,12 @@ Answering = Literal["base", "adapter", "shared", "federated", "majority", "cloud
 train together, the most frequent label, or the cloud model. So `answered_by` calls them in the table `predictions`.
 """
 
-FLOOR, SHARED, FEDERATED, ALONE, METHOD, CLOUD = (
-    "frozen", "shared", "federated", "local", "collaborative", "cloud"
+FLOOR, SHARED, FEDERATED, ALONE, METHOD, ORACLE, CLOUD = (
+    "frozen", "shared", "federated", "local", "collaborative", "oracle", "cloud"
 )  # fmt: skip
 """Roles: what every arm is compared with; the adapters that belong to no device; those that devices train together;
-what a device learns when it needs nobody; the method that is examined; the cloud model itself.
+what a device learns when it needs nobody; the method that is examined; the same with a perfect cloud; the cloud model
+itself.
 """
 
 
@@ -60,7 +61,8 @@ class Arm:
         answers: What answers its queries.
         learns: The kinds of examples that its adapter is trained on; none where nothing is trained.
         draws: The samples of which as many are drawn at random as `accepted` has, in their stead: all that were
-            `received`, or `foreign` ones, accepted by one other user. Empty: the accepted ones themselves.
+            `received`, `foreign` ones, accepted by one other user, or `withheld` items of the user's own, older than
+            those that the device has. Empty: the accepted ones themselves.
         steps_of: The arm whose number of optimizer steps it takes; empty: its own epochs.
         adapter_of: The arm whose adapter it uses; empty: its own.
         retrieves: Whether the prompt holds items of the history.
@@ -73,7 +75,7 @@ class Arm:
     meaning: str
     answers: Answering
     learns: tuple[Learned, ...] = ()
-    draws: Literal["", "received", "foreign"] = ""
+    draws: Literal["", "received", "foreign", "withheld"] = ""
     steps_of: str = ""
     adapter_of: str = ""
     retrieves: bool = False
@@ -153,8 +155,16 @@ _TABLE = (
                 "unfiltered_matched", "filtered samples against as many unfiltered ones", "as many unfiltered samples",
                 "reported",
             ),
+            Reference(
+                ORACLE, "the cloud's samples against real items of the same user, which no cloud can surpass",
+                "as many real items that the device does not have", "reported",
+            ),
         ),
         usual=True,
+    ),
+    Arm(
+        ORACLE, "LoRA on real and as many withheld items of the same user: what a perfect cloud would write", "adapter",
+        learns=("real", "accepted"), draws="withheld",
     ),
     Arm(CLOUD, "the cloud model answers with the history in its prompt", "cloud", usual=True),
 )  # fmt: skip

@@ -22,7 +22,7 @@ from untether.sim.core.durable import possible
 from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import NAMED
 from untether.sim.core.text import shown, valid
-from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, check_arms
+from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, ORACLE, check_arms
 from untether.sim.experiment.deployed import check_deployed
 from untether.sim.experiment.models.catalogue import EMBEDDED, training_of
 from untether.sim.experiment.plugins import load_plugins, located, resolved
@@ -128,6 +128,15 @@ class Experiment(Section):
         if "input" in self.privacy.never and CLOUD in self.arms:
             raise ValueError(
                 f'privacy.never has "input", and arms has {CLOUD}, which shows the cloud its questions. Leave one out'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_withheld(self) -> Experiment:
+        if ORACLE in self.arms and not self.population.max_history:
+            raise ValueError(
+                f'arms has "{ORACLE}", which learns older items of the user that the device does not have, and '
+                "population.max_history = 0 leaves a device all of them. Set it to how many a device has, such as 8"
             )
         return self
 

@@ -13,7 +13,10 @@ REAL = tuple(Interaction(f"i{n}", "LaMP_4", f"real {n}", f"title {n}") for n in 
 ACCEPTED = tuple(_sample(f"a{n}") for n in range(4)) + (_sample("b0", "LaMP_5"),)
 UNFILTERED = ACCEPTED + tuple(_sample(f"x{n}") for n in range(6))
 FOREIGN = tuple(_sample(f"f{n}") for n in range(9)) + tuple(_sample(f"g{n}", "LaMP_5") for n in range(2))
-MATERIAL = TrainingData(REAL, ACCEPTED, UNFILTERED, FOREIGN)
+WITHHELD = tuple(Interaction(f"w{n}", "LaMP_4", f"older {n}", f"old title {n}") for n in range(6)) + tuple(
+    Interaction(f"v{n}", "LaMP_5", f"older {n}", f"old abstract {n}") for n in range(2)
+)
+MATERIAL = TrainingData(REAL, ACCEPTED, UNFILTERED, FOREIGN, WITHHELD)
 
 
 def _outputs(arm, material=MATERIAL, seed=1, device="d00000"):
@@ -30,7 +33,7 @@ def test_what_each_arm_sees():
 
 
 def test_matched_arms_draw_as_many_of_each_task_as_were_accepted():
-    for arm, pool in (("unfiltered_matched", UNFILTERED), ("placebo", FOREIGN)):
+    for arm, pool in (("unfiltered_matched", UNFILTERED), ("placebo", FOREIGN), ("oracle", WITHHELD)):
         drawn = _outputs(arm)[len(REAL) :]
         tasks = {sample.output: sample.task for sample in pool}
         assert sorted(tasks[output] for output in drawn) == ["LaMP_4"] * 4 + ["LaMP_5"]

@@ -55,7 +55,8 @@ def test_a_record_agrees_with_itself_and_the_others(arm):
 def test_the_arms_that_need_samples():
     needing = {name for name, arm in ARMS.items() if arm.needs_samples}
     assert needing == {
-        "rag_adapter", "local_matched", "synthetic_only", "unfiltered", "unfiltered_matched", "placebo", "collaborative"
+        "rag_adapter", "local_matched", "synthetic_only", "unfiltered", "unfiltered_matched", "placebo",
+        "collaborative", "oracle",
     }  # fmt: skip
 
 

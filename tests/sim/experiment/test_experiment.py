@@ -26,7 +26,7 @@ def test_default_experiment_round_trips_through_toml():
 )  # fmt: skip
 def test_any_valid_experiment_round_trips(tmp_path_factory, rank, rate, seeds, arms):
     experiment = Experiment(
-        seeds=tuple(seeds), arms=tuple(arms), lora={"rank": rank},
+        seeds=tuple(seeds), arms=tuple(arms), lora={"rank": rank}, population={"max_history": 8},
         by_arm={"local": {"training": {"learning_rate": rate}}},
     )
     path = tmp_path_factory.mktemp("toml") / "experiment.toml"
@@ -42,6 +42,7 @@ def test_any_valid_experiment_round_trips(tmp_path_factory, rank, rate, seeds, a
         ("lora.rank", "three", ("lora.rank", "valid integer", "'three'")),
         ("lora.rank", "0", ("lora.rank", "greater than or equal to 1", "0")),
         ("arms", "locall", ("arms", "`locall`", "Did you mean `local`")),
+        ("arms", "oracle", ("oracle", "population.max_history = 0", "such as 8")),
         ("seeds", "1,1", ("seeds", "distinct")),
         ("cloud.provider", "openai", ("cloud.base_url and cloud.model",)),
         ("cloud.base_url", "http://127.0.0.1:1/v1", ('Set cloud.provider = "openai"',)),
