@@ -4,10 +4,15 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test soak install bench lint site clean
+.PHONY: run demo test soak install bench lint site clean
 
 run: $(STAMP)
 	$(BIN)/untether run
+
+# Real headlines, a real model on the device, a real one's recorded answers as the cloud; fetches 98 MB once.
+demo: $(STAMP)
+	$(BIN)/untether model fetch smollm2-135m
+	$(BIN)/untether run examples/demo.toml
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -13,6 +13,7 @@ import torch
 import transformers as tf
 
 from tests.clients import tiny_engine as engine
+from untether.clients.base_model import resolve
 from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.base import FrozenBase
 from untether.clients.engine.generation import GenerationRow, generate, label_scores
@@ -108,8 +109,6 @@ def test_the_budget_is_a_share_of_the_gpus_memory():
     assert 0 < budget_bytes(None, device) <= free_bytes(device) <= torch.cuda.mem_get_info()[1]
 
 
-def test_the_model_goes_to_the_gpu_in_bfloat16_by_itself(tmp_path, monkeypatch):
-    engine.tiny_model("llama", torch.float32).save_pretrained(tmp_path)
-    monkeypatch.setattr("untether.clients.engine.base.AutoTokenizer.from_pretrained", lambda *_, **__: None)
-    base = FrozenBase.load(str(tmp_path))
+def test_the_model_goes_to_the_gpu_in_bfloat16_by_itself():
+    base = FrozenBase.load(resolve("embedded"))
     assert base.device.type == "cuda" and base.dtype == torch.bfloat16
