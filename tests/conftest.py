@@ -1,15 +1,13 @@
-"""One small finished run, really run through the command, the command in this process, and the order of the files."""
+"""The command in this process or another, and the order of the files."""
 
 import contextlib
 import io
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import hypothesis
-import pytest
 
 # Two processes of tests share two cores: threads of theirs would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,20 +20,9 @@ sys.dont_write_bytecode = False
 hypothesis.settings.register_profile("untether", deadline=None)
 hypothesis.settings.load_profile("untether")
 
-ARMS = (
-    "frozen", "majority", "shared", "rag", "rag_adapter", "local", "local_matched", "synthetic_only", "unfiltered",
-    "unfiltered_matched", "placebo", "collaborative", "cloud",
-)  # fmt: skip
-SMALL = {
-    "population.users": "3", "population.tasks": "LaMP_1,LaMP_3,LaMP_4", "population.queries": "2",
-    "population.history": "[4, 6]", "population.shared_users": "2", "cloud.samples": "4", "training.steps": "2",
-    "arms": ",".join(ARMS), "evaluation.resamples": "200", "engine.workers": "1", "engine.threads": "1",
-}  # fmt: skip
-
-
 LONGEST_FIRST = (
     "test_deployment", "test_survival", "test_studies_for_real", "test_main_job", "test_drift", "test_determinism",
-    "test_api", "test_flower_run", "test_what_is_trained_on", "test_invariants", "test_app",
+    "test_api", "test_what_is_trained_on", "test_invariants", "test_app",
     "test_embedding", "test_package", "test_extending",
 )  # fmt: skip
 """Files that take long, in that order; all others follow."""
@@ -78,12 +65,3 @@ def untether_here(*arguments: str) -> subprocess.CompletedProcess:
 def settings(values: dict[str, str]) -> list[str]:
     """`--set` options."""
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> tuple[Path, str]:
-    """A finished run of every arm on embedded users: (run directory, what the command printed)."""
-    path = tmp_path_factory.mktemp("finished") / "run"
-    done = untether("run", "--out", str(path), *settings(SMALL))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return path, done.stdout

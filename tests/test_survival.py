@@ -198,6 +198,9 @@ def test_a_run_killed_three_times_ends_like_an_undisturbed_one(cluster, node_apa
         made.remove_node(node, allow_graceful=False)
         code, said = second.end()
         assert code == 0, said
+        for words in ("requests", "elapsed", "collaborative", "rouge-1", "run directory", str(path), "report.html"):
+            assert words in said.lower(), words
+        assert "Traceback" not in said and "(raylet)" not in said
 
     run = RunDirectory.open(path)
     assert_whole(run, undisturbed)
