@@ -39,10 +39,11 @@ MODELS = {
 }  # fmt: skip
 
 
-def random_model(name: str, dtype: torch.dtype) -> torch.nn.Module:
+def random_model(name: str, dtype: torch.dtype, device: str = "cpu") -> torch.nn.Module:
     """The named model's shape, random weights."""
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(MODELS[name](), dtype=dtype)
+    with torch.device(device):  # a GPU draws half a billion weights at once, one thread in half a minute
+        return transformers.AutoModelForCausalLM.from_config(MODELS[name](), dtype=dtype)
 
 
 def draw_jobs(
@@ -65,7 +66,7 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds (median of repeats, contestants alternating) of the same steps; ratio; share of the GEMM rate."""
     number, now = getattr(torch, dtype), clock(device)
-    plain = random_model(model, number).to(device)
+    plain = random_model(model, number, device)
     base = FrozenBase(copy.deepcopy(plain))
     jobs = draw_jobs(base, devices, steps, rows, tokens)
     loop = TunedLoop(plain, jobs[0], 1)
@@ -99,7 +100,7 @@ def measure(
     }  # fmt: skip
 
 
-def crossover(model: str, dtype: str, device: str, sizes: tuple[tuple[int, int], ...], devices: int = 16) -> None:
+def crossover(model: str, dtype: str, device: str, sizes: tuple[tuple[int, int], ...], devices: int) -> None:
     """Prints the ratio for steps of more and more tokens a user: where batching users stops to pay."""
     for rows, tokens in sizes:
         found = measure(devices, 1, dtype, device, model=model, rows=rows, tokens=(tokens, tokens))
@@ -121,7 +122,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.crossover:
         sizes = ((1, 64), (4, 64), (8, 128), (16, 256), (16, 1024))
-        crossover(arguments.model, arguments.dtype, arguments.device, sizes)
+        crossover(arguments.model, arguments.dtype, arguments.device, sizes, arguments.devices)
         return
     first, _, last = arguments.tokens.partition("-")
     found = measure(

@@ -68,7 +68,8 @@ def trained_on(tmp_path_factory):
             patch.undo()
             patch.setenv("HF_HUB_OFFLINE", "1")
             return SimpleNamespace(
-                learned=learned, prompts=prompts, exclusions=done.read_json("summary.json")["facts"]["exclusions"],
+                learned=learned, prompts=prompts, context=done.read_json("summary.json")["facts"]["context"],
+                exclusions=done.read_json("summary.json")["facts"]["exclusions"],
                 population=open_population(experiment, 1), report=(out / "report.html").read_text(),
                 ledger=done.read("ledger"), predictions=done.read("predictions"),
             )  # fmt: skip
@@ -126,6 +127,19 @@ def test_a_perfect_cloud_is_made_of_the_users_own_older_items(trained_on, tmp_pa
         older = [n for n in range(6) if f"topic {n} of {name}" in oracle]
         assert older, "samples were accepted"
         assert "topic asked of" not in oracle and not [n for n in PEOPLE if n != name and f" of {n}" in oracle]
+
+
+def test_what_does_not_fit_into_the_model_is_counted_and_said(trained_on, tmp_path):
+    """Every user's question, and one item of three, are longer than the base model's context."""
+    own = {name: [paper(name, n, abstract=f"Paper {n} by {name}.") for n in range(3)] for name in PEOPLE}
+    asked = [question(name, own[name]) for name in PEOPLE]
+    for one in asked:
+        one["input"] += " and yet another remark," * 400
+        one["profile"][1]["abstract"] += " or a thought that is further from it," * 250
+    data = write(tmp_path / "LaMP_5", asked, {f"q-{name}": paper(name, "asked")["title"] for name in PEOPLE})
+    ran = trained_on(data, arms="frozen,local", hardware__profiles="macbook-air-m2")
+    assert ran.context == {"examples_cut": 3, "prompts_cut": 3 * 2}
+    assert "3 training examples and 6 prompts did not fit" in ran.report
 
 
 def test_a_year_that_may_be_later_trains_nobody(trained_on, tmp_path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from untether.clients.device.retrieval import Retriever
 from untether.clients.device.scoring import answered, prediction_row
 from untether.clients.device.worker import Inputs, Worker, rows_of
 from untether.clients.engine.adapters import AdapterStack
-from untether.clients.engine.encoding import decode_answer, encode_answer, encode_prompt
+from untether.clients.engine.encoding import decode_answer, encode_answer, encode_prompt, is_cut
 from untether.clients.engine.generation import GenerationRow, generate, label_scores
+from untether.clients.engine.jobs import Example
 from untether.clients.stores.adapter_cache import ENGINE
 from untether.sim.core.learning import LoraSpec
 from untether.sim.core.records import Interaction, Query
@@ -47,6 +49,25 @@ class LiveAdapter:
     until_s: float | None = None
 
 
+@dataclass(slots=True)
+class Cut:
+    """What did not fit into the base model's context, and lost its middle: examples and prompts, by device."""
+
+    examples: Counter[int] = field(default_factory=Counter)
+    prompts: Counter[int] = field(default_factory=Counter)
+
+    def learns(self, device: int, examples: Iterable[Example], context: int) -> None:
+        """Takes note of a device's examples."""
+        self.examples[device] += sum(is_cut(e.prompt_ids, len(e.target_ids) - 1, context) for e in examples)
+
+    def columns(self, devices: Sequence[int]) -> dict[str, list[int]]:
+        """Returns the columns of a reply."""
+        return {
+            "examples_cut": [self.examples[device] for device in devices],
+            "prompts_cut": [self.prompts[device] for device in devices],
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class _Question:
     row: dict[str, Any]
@@ -64,8 +85,9 @@ class _Answer:
 
 
 def answer(
-    worker: Worker, order: Learn, devices: Sequence[Device], adapters: Mapping[Owner, Sequence[LiveAdapter]]
-) -> list[dict[str, Any]]:
+    worker: Worker, order: Learn, devices: Sequence[Device], adapters: Mapping[Owner, Sequence[LiveAdapter]],
+    cut: Cut,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Answers the queries of devices by every arm except `cloud`, and scores the answers.
 
     Args:
@@ -75,6 +97,7 @@ def answer(
         adapters: The adapters by owner, in the order in which they go live. The newest that is live at the time of a
             query answers it; the last one where queries are asked at the round's end; the base model where there is
             none.
+        cut: Is told of prompts that do not fit.
 
     Returns:
         Rows of the table `predictions`.
@@ -99,7 +122,7 @@ def answer(
                 row |= {"adapter_version": adapter.version, "adapter_time_s": adapter.live_s}
                 row.setdefault("data_until_s", adapter.until_s)
             questions.append(_Question(row, device.index, query, prompt, adapter))
-    for question, found in zip(questions, _decode(worker, order, questions), strict=True):
+    for question, found in zip(questions, _decode(worker, order, questions, cut), strict=True):
         answered(question.row, found.text)
         question.row["answered_time_s"] += timeline.answer_s(
             question.device, question.row["arm"], found.prompt_tokens, found.new_tokens
@@ -180,7 +203,7 @@ def _majority(items: Sequence[Interaction], task: str) -> str:
     return max(reversed(outputs), key=counts.__getitem__) if outputs else ""
 
 
-def _decode(worker: Worker, order: Learn, questions: Sequence[_Question]) -> list[_Answer]:
+def _decode(worker: Worker, order: Learn, questions: Sequence[_Question], cut: Cut) -> list[_Answer]:
     """The answer to every question: labels by likelihood where that is configured, everything else by decoding.
 
     Questions with the very same prompt and equal adapters are decoded once, and not at all where `engine.cache` has it.
@@ -190,6 +213,11 @@ def _decode(worker: Worker, order: Learn, questions: Sequence[_Question]) -> lis
     encoded = {prompt: encode_prompt(worker.base.tokenizer, prompt) for _, prompt in unique}  # one for several arms
     prepared = {name: _prepared(worker, order, question, encoded[name[1]]) for name, question in unique.items()}
     asked = {one.content: one for one in prepared.values()}
+    longest = functools.cache(lambda labels: max(len(encode_answer(worker.base.tokenizer, name)) for name in labels))
+    for question, name in zip(questions, names, strict=True):
+        one = prepared[name]
+        more = longest(one.labels) if one.labels else one.limit
+        cut.prompts[question.device] += is_cut(one.prompt_ids, more, worker.base.context_length)
     store = worker.answers
     kept = store.get(list(asked)) if store else {}
     answers = {content: _Answer(*json.loads(value)) for content, value in kept.items()}

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from untether.clients.device.answering import LiveAdapter, Owner, answer, cloud_answers, questions_due
+from untether.clients.device.answering import Cut, LiveAdapter, Owner, answer, cloud_answers, questions_due
 from untether.clients.device.arms import TrainingData, training_pairs
 from untether.clients.device.device import Device
 from untether.clients.device.ledger import ledger_rows
@@ -53,6 +53,7 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     """
     experiment, devices = worker.experiment, worker.devices(order)
     placebos: dict[int, tuple[int, int, bool]] = {}
+    cut = Cut()
     versions = _by_device(order.versions)
     materials = Materials(experiment, order, inputs)
     below: Mapping[Device, Factors] = {}
@@ -61,6 +62,8 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
 
         below = worn(worker, order, devices, inputs)
     jobs = list(_jobs(worker, order, devices, versions, materials, inputs, below, placebos))
+    for job in jobs:
+        cut.learns(job.key.device, job.examples, worker.base.context_length)
     engine = experiment.engine
     worker.progress(0.0, tokens=0, answers=0, answers_due=questions_due(experiment, order, devices))
     results = train_once(
@@ -75,7 +78,7 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
 
         adapters |= federated_adapters(worker, order, below)
     answers = cloud_answers(worker, order, devices, inputs) if CLOUD in experiment.arms else []
-    answers += answer(worker, order, devices, adapters)
+    answers += answer(worker, order, devices, adapters, cut)
     events = train_event_rows(order, results)
     ended_s = worker.timeline(order.seed, order.measured).round_end_s(order.round)
     tables = {
@@ -93,6 +96,7 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
         "trained_tokens": [trained_tokens[device.device_id] for device in devices],
         "queries": [len(device.queries(order.round)) for device in devices],
         **_placebo_columns([placebos.get(device.index) for device in devices]),
+        **cut.columns([device.index for device in devices]),
     }
     if POLICIES.fact(experiment.drift.policy, "watches"):
         for on, arm in watched(experiment).items():

@@ -40,6 +40,11 @@ def decode_answer(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
+def is_cut(prompt_ids: Sequence[int], more: int, context: int) -> bool:
+    """Returns whether a prompt leaves no space in the context for `more` tokens, so that it is cut."""
+    return len(prompt_ids) > max(1, context - more)
+
+
 def truncate_prompt(ids: Sequence[int], limit: int) -> list[int]:
     """Cuts token ids to at most `limit`, leaving out the middle: three quarters of the limit are head, one is tail.
 

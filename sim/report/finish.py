@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -31,6 +31,8 @@ TRAINED = ("kind", "arm", "steps", "tokens_in")
 """Columns of `events` that they need."""
 PLACEBOS = ("placebos", "placebos_of_two", "placebos_short", "placebo_samples", "placebo_samples_of_second")
 """Counts of the learn passes that say how far a placebo is one other user's."""
+CONTEXT = ("examples_cut", "prompts_cut")
+"""Counts of the learn passes that say what did not fit into the base model's context."""
 
 
 def finish(
@@ -64,10 +66,8 @@ def finish(
             "unseen": _unseen(run.read("predictions", ("arm", "task", "user_id", "prediction", "gold"))),
             "answers": _answers(run.read("events", ASKED)),
             "failures": [failure for commit in commits if commit for failure in commit["facts"]["failures"]],
-            "placebos": {
-                name: int(sum(commit["facts"]["totals"].get(name, 0) for commit in commits if commit))
-                for name in PLACEBOS
-            },
+            "placebos": _counted(commits, PLACEBOS),
+            "context": _counted(commits, CONTEXT),
         },
     })
     environment = run.read_json("environment.json") or {}
@@ -84,6 +84,10 @@ def finish(
     write_report(run)
     run.write_json("environment.json", {**environment, **ended, "usage": usage.facts()})
     run.drop_parts()
+
+
+def _counted(commits: Sequence[Mapping[str, Any] | None], names: Sequence[str]) -> dict[str, int]:
+    return {name: int(sum(commit["facts"]["totals"].get(name, 0) for commit in commits if commit)) for name in names}
 
 
 def _unseen(predictions: pd.DataFrame) -> dict[str, Any]:

@@ -171,6 +171,7 @@ def notes(summary: Summary, experiment: Experiment, environment: Mapping[str, An
     found += _unseen(facts.get("unseen") or {})
     found += _silence(facts.get("answers") or {}, summary)
     found += _placebos(facts.get("placebos") or {})
+    found += _cut(facts.get("context") or {})
     few = [task for task in summary.tasks if (summary.users(task) or 0) < _FEW_USERS]
     if few:
         found.append(f"Few users (under {_FEW_USERS}) on {_list(few)}: intervals are wide and a missing difference "
@@ -213,6 +214,19 @@ def _silence(counted: Mapping[str, int], summary: Summary) -> list[str]:
         found.append(f"The cloud model answered no question on {_list(silent)}, so nothing is said about how close the "
                      "device comes to it there.")  # fmt: skip
     return found
+
+
+def _cut(counted: Mapping[str, int]) -> list[str]:
+    """What lost its middle because it did not fit into the base model's context."""
+    parts = [
+        _several(count, word)
+        for name, word in (("examples_cut", "training example"), ("prompts_cut", "prompt"))
+        if (count := int(counted.get(name, 0)))
+    ]
+    if not parts:
+        return []
+    return [f"{' and '.join(parts)} did not fit into the device's model and lost their middle: a base model with a "
+            "longer context, fewer generation.rag_items or shorter texts would keep them whole."]  # fmt: skip
 
 
 def _placebos(counted: Mapping[str, int]) -> list[str]:

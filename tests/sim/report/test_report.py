@@ -141,6 +141,14 @@ def test_the_cloud_is_compared_by_margin_task_by_task():
     assert "margin of 0.02 or 0.1 stars" in captions(Summary(rows))["contrasts"]
 
 
+def test_what_did_not_fit_into_the_base_model_is_said():
+    facts = {"context": {"examples_cut": 1, "prompts_cut": 12}}
+    said = " ".join(notes(Summary({"rows": [], "facts": facts}), Experiment(), {}))
+    assert "1 training example and 12 prompts did not fit into the device's model" in said
+    none = Summary({"rows": [], "facts": {"context": {"examples_cut": 0, "prompts_cut": 0}}})
+    assert "did not fit" not in " ".join(notes(none, Experiment(), {}))
+
+
 def test_answers_that_were_cut_or_never_came_are_said():
     rows = [contrast_row("LaMP_2", "cloud", None, None, None) | {"margin": None, "n_queries": 4}]
     facts = {"answers": {"attempts": 6, "unusable": 6, "cut": 5}}
