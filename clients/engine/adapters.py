@@ -66,6 +66,17 @@ class Layout:
                 at_B += rank * outputs
             offset = at_B if own else offset
         self.size = offset
+        parts = [(t.at_A, t.inputs, t.name, 0) for t in self.targets.values()]
+        parts += [(t.at_B, t.outputs, t.name, 1) for t in self.targets.values()]
+        self._in_order = [(name, side, width) for _, width, name, side in sorted(parts)]
+        self._widths = [rank * width for _, _, width in self._in_order]
+
+    def of_row(self, row: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Returns the views A [rank, in] and B [rank, out] of every target of one adapter's row [size], cut at once."""
+        views: dict[str, list[Tensor]] = {name: [row, row] for name in self.targets}
+        for (name, side, width), part in zip(self._in_order, row.split(self._widths), strict=True):
+            views[name][side] = part.view(self.rank, width)
+        return {name: (A, B) for name, (A, B) in views.items()}
 
     def A(self, flat: Tensor, name: str) -> Tensor:
         """Returns the view [adapters, rank, in] of a target's A."""
@@ -159,29 +170,31 @@ class AdapterStack:
         widths = [rank * self.layout.targets[name].inputs for name in names]
         values = torch.empty(sum(widths), dtype=torch.float32).uniform_(-1, 1, generator=draw).to(self.dtype)
         row = self._empty_row()
-        for name, part in zip(names, values.split(widths), strict=True):
-            inputs = self.layout.targets[name].inputs
-            self.layout.A(row, name)[0, :rank] = part.view(rank, inputs) / math.sqrt(inputs)
-        self.flat[k] = row[0]
+        views, parts = self.layout.of_row(row), values.split(widths)
+        own = [part.view(rank, -1) / math.sqrt(part.numel() // rank) for part in parts]
+        torch._foreach_copy_([views[name][0][:rank] for name in names], own)
+        self.flat[k] = row
 
     def moving(self, k: int, trainable: Trainable) -> Tensor:
         """Returns which of adapter k's weights are trainable, [size], bool."""
-        row, rank = torch.zeros(1, self.layout.size, dtype=torch.bool), self.specs[k].rank
+        row, rank = torch.zeros(self.layout.size, dtype=torch.bool), self.specs[k].rank
         if len(trainable.A) != rank or len(trainable.B) != rank:
             raise ValueError(f"an adapter of rank {rank} needs {rank} values of trainable A and B")
         A, B = (torch.tensor(side)[:, None] for side in (trainable.A, trainable.B))
+        views = self.layout.of_row(row)
         for name in self.targets_of[k]:
-            self.layout.A(row, name)[0, :rank] = A
-            self.layout.B(row, name)[0, :rank] = B
-        return row[0].to(self.flat.device)
+            views[name][0][:rank] = A
+            views[name][1][:rank] = B
+        return row.to(self.flat.device)
 
     def state(self, k: int) -> dict[str, Tensor]:
         """Returns adapter k under PEFT's keys: lora_A.weight [rank, in] and lora_B.weight [out, rank], on the CPU."""
-        row, rank = self.flat[k : k + 1].detach().cpu(), self.specs[k].rank
+        views, rank = self.layout.of_row(self.flat[k].detach().cpu()), self.specs[k].rank
         state = {}
         for name in self.targets_of[k]:
-            state[f"{_PREFIX}{name}.lora_A.weight"] = self.layout.A(row, name)[0, :rank].clone()
-            state[f"{_PREFIX}{name}.lora_B.weight"] = self.layout.B(row, name)[0, :rank].t().contiguous()
+            A, B = views[name]
+            state[f"{_PREFIX}{name}.lora_A.weight"] = A[:rank].clone()
+            state[f"{_PREFIX}{name}.lora_B.weight"] = B[:rank].t().clone(memory_format=torch.contiguous_format)
         return state
 
     def load(self, k: int, state: dict[str, Tensor]) -> None:
@@ -199,6 +212,7 @@ class AdapterStack:
                 f"must be {self.specs[k].target_modules!r} on this base"
             )
         row = self._empty_row()
+        views, places, values = self.layout.of_row(row), list[Tensor](), list[Tensor]()
         for name in self.targets_of[k]:
             A, B = state[f"{_PREFIX}{name}.lora_A.weight"], state[f"{_PREFIX}{name}.lora_B.weight"]
             target = self.layout.targets[name]
@@ -207,13 +221,14 @@ class AdapterStack:
                     f"adapter state {name!r}: A {tuple(A.shape)} and B {tuple(B.shape)} where rank {rank} needs "
                     f"{(rank, target.inputs)} and {(target.outputs, rank)}; give the rank the adapter was made with"
                 )
-            self.layout.A(row, name)[0, :rank] = A
-            self.layout.B(row, name)[0, :rank] = B.t()
-        self.flat[k] = row[0]
+            places += [view[:rank] for view in views[name]]
+            values += [A, B.t()]
+        torch._foreach_copy_(places, values)
+        self.flat[k] = row
 
     def _empty_row(self) -> Tensor:
         """An adapter's row, to be filled on the CPU: a GPU takes a whole row as fast as one of its parts."""
-        return torch.zeros(1, self.layout.size, dtype=self.dtype)
+        return torch.zeros(self.layout.size, dtype=self.dtype)
 
     def save_peft(self, k: int, folder: str | Path) -> None:
         """Writes adapter k as a PEFT folder that `PeftModel.from_pretrained` loads."""

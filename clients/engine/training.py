@@ -285,7 +285,8 @@ class _Engine:
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(shares) > 1:
-            self.pass_tokens = max(1, self.pass_tokens // 2)
+            # Half of what did not fit, and not of the bound: parts of one pass may fail, too, one after the other.
+            self.pass_tokens = min(self.pass_tokens, max(1, _padded_tokens(shares) // 2))
             self._advance(shares[: len(shares) // 2])
             self._advance(shares[len(shares) // 2 :])
         elif halves := shares[0].halves():
@@ -354,6 +355,12 @@ class _Engine:
             run.result.learning_rates.append(update.learning_rate)
             run.result.tokens_by_step.append(sum(len(ids) for ids, _ in run.batch()))
             run.step, run.grad = run.step + 1, None
+
+
+def _padded_tokens(shares: list[_Share]) -> int:
+    """The tokens of a pass of these shares, padding included."""
+    shapes = [share.shape() for share in shares]
+    return sum(rows for rows, _ in shapes) * max(width for _, width in shapes)
 
 
 def _complete(shares: list[_Share], losses: Tensor, grads: Tensor) -> list[_Run]:

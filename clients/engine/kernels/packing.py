@@ -18,8 +18,9 @@ from untether.clients.engine.kernels.lines import Line
 
 _ROUND_WIDTH = 16
 """Rows are as wide as a multiple of so many tokens: a product of a new shape is compiled first."""
-_LOOK_PAIRS = {"cpu": 4096, "cuda": 1 << 24}
-"""Pairs of query and key that attention could do in the time that one more group takes, whatever is in it."""
+_LOOK_PAIRS = {"cpu": 4096, "cuda": 1 << 22}
+"""Pairs of query and key that attention could do in the time that one more group takes, whatever is in it. On a GPU,
+where that is 1 << 24, fewer: what is padded is kept in memory, too."""
 
 
 @dataclass(frozen=True)
@@ -222,22 +223,24 @@ def pack(
 
 
 def _groups(entries: Sequence[_Entry], split: bool, overhead: int) -> list[list[_Entry]]:
-    """Entries of like size together, so that padding costs less than another group would."""
+    """Entries of like size together, so that padding costs less than another group would, and never more than the
+    texts themselves and one group: each entry may add little to what many of them sum up to.
+    """
 
     def size(entry: _Entry) -> tuple[int, int]:
         return (entry.prefix, entry.own) if split else (0, entry.prefix + entry.own)
 
     groups: list[list[_Entry]] = []
-    before = most = pairs = 0
+    before = most = pairs = needed = 0
     for entry in sorted(entries, key=size):
         prefix, own = size(entry)
         alone = own * (prefix + own)
         joint = max(before, prefix), max(most, own)
         together = (len(groups[-1]) + 1) * joint[1] * sum(joint) if groups else 0
-        if groups and together <= pairs + alone + overhead:
+        if groups and together <= min(pairs + alone, 2 * (needed + alone)) + overhead:
             groups[-1].append(entry)
-            (before, most), pairs = joint, together
+            (before, most), pairs, needed = joint, together, needed + alone
         else:
             groups.append([entry])
-            before, most, pairs = prefix, own, alone
+            before, most, pairs, needed = prefix, own, alone, alone
     return groups

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from untether.clients.engine.kernels import packing as packing_module
 from untether.clients.engine.kernels.lines import Line
 from untether.clients.engine.kernels.packing import pack, pad
 
@@ -60,3 +61,14 @@ def test_what_attention_takes_and_gives_back_is_what_the_texts_hold(data):
             seen = text[0, bars:][text[0, bars:] > 0]
             assert torch.equal(seen, torch.arange(1.0, len(seen) + 1).double())
             assert torch.equal(text, text[:1] * torch.arange(1.0, heads + 1).double()[:, None])
+
+
+def test_what_attention_pads_stays_below_what_the_texts_need(monkeypatch):
+    """Where another group is dear, as on a GPU, each text would be padded a little more than the one before it."""
+    monkeypatch.setitem(packing_module._LOOK_PAIRS, "cpu", 1 << 22)
+    lengths = np.linspace(20, 800, 400).astype(int)
+    rows = [[Line((0,), 0, (int(length),))] for length in lengths]
+    _, _, packing = pack(rows, [[np.ones(length, int)] for length in lengths], torch.device("cpu"), False)
+    padded = sum(bucket.texts * bucket.tokens**2 for bucket in packing.buckets)
+    assert padded <= 2 * (lengths**2).sum() + len(packing.buckets) * (1 << 22)
+    assert len(packing.buckets) < 8

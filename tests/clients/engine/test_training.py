@@ -107,13 +107,14 @@ class Scarce:
     """A pass over more than `room` rows runs out of memory."""
 
     def __init__(self, monkeypatch, room: int):
-        self.refused = 0
+        self.refused = self.passes = 0
         plain = training._Engine._gradients
 
         def gradients(engine_, shares):
             if sum(len(share.places()) for share in shares) > room:
                 self.refused += 1
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
+            self.passes += 1
             return plain(engine_, shares)
 
         monkeypatch.setattr(training._Engine, "_gradients", gradients)
@@ -133,6 +134,17 @@ def test_running_out_of_memory_splits_the_pass_and_changes_nothing(monkeypatch, 
     for made in jobs:
         assert results[made.key].outcome == "ok"
         assert engine.largest_difference(results[made.key].state, plenty[made.key].state) < 1e-9
+
+
+def test_passes_stay_as_large_as_what_fitted_after_memory_ran_out(monkeypatch):
+    """Not so much smaller that every adapter is a pass of its own: halves of a pass fail one after the other."""
+    base, _ = engine.tiny_base("llama", torch.float32)
+    jobs = [TrainJob(k, [Example([5] * 9, [6, 1])] * 2, TrainSettings(steps=3, batch_size=1), LoraSpec(2), k)
+            for k in range(32)]  # fmt: skip
+    scarce = Scarce(monkeypatch, room=4)
+    train(base, jobs)
+    assert scarce.refused == 1 + 2 + 4, "in the first turn alone"
+    assert scarce.passes == 3 * 32 / 4
 
 
 def test_a_job_that_never_fits_is_marked_and_the_others_go_on(monkeypatch):
