@@ -100,9 +100,10 @@ class Materials:
         """What the device would have without population.max_history, but for leaks of its own queries."""
         if not any(arm.draws == "withheld" for arm in records(self.experiment.arms)):
             return ()
-        has, checker = {item.item_id for item in real}, LeakChecker(device.held_out(self.round))
-        items = (i for task in device.user.tasks for i in known_history(device.user, task, self.round))
-        return tuple(i for i in items if i.item_id not in has and not checker.is_leak(i.task, i.input, i.output))
+        has, checker = {(i.task, i.item_id) for i in real}, LeakChecker(device.held_out(self.round))
+        known = (i for task in device.user.tasks for i in known_history(device.user, task, self.round))
+        older = (i for i in known if (i.task, i.item_id) not in has)
+        return tuple(i for i in older if not checker.is_leak(i.task, i.input, i.output))
 
     def _harmless(self, device: Device, samples: Sequence[Sample]) -> list[Sample]:
         """Foreign samples without leaks of this device's own queries (they were checked against their owner's)."""
