@@ -9,11 +9,19 @@ import pytest
 
 from untether.api import Run
 from untether.sim.experiment import Experiment
+from untether.sim.studies.study import Study
 
 
 @pytest.mark.parametrize("path", sorted(Path("examples").glob("*.toml")), ids=lambda path: path.name)
 def test_examples_validate(path):
     assert Experiment.read(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", sorted(Path("examples/studies").glob("*.toml")), ids=lambda path: path.name)
+def test_studies_validate(path):
+    """But for the data that they name: nobody else has it."""
+    study = Study.read(str(path))
+    assert study.spec.name == path.stem and len(study.cells) > 1
 
 
 def test_settings_in_the_readme_are_fields():
