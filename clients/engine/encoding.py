@@ -41,8 +41,8 @@ def decode_answer(tokenizer, ids: Sequence[int]) -> str:
 
 
 def is_cut(prompt_ids: Sequence[int], more: int, context: int) -> bool:
-    """Returns whether a prompt leaves no space in the context for `more` tokens, so that it is cut."""
-    return len(prompt_ids) > max(1, context - more)
+    """Returns whether a prompt and `more` tokens do not fit into the context, so that something of them is cut."""
+    return len(prompt_ids) + more > context
 
 
 def truncate_prompt(ids: Sequence[int], limit: int) -> list[int]:

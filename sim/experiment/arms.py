@@ -156,7 +156,7 @@ _TABLE = (
                 "reported",
             ),
             Reference(
-                ORACLE, "the cloud's samples against real items of the same user, which no cloud can surpass",
+                ORACLE, "the cloud's samples against real items of the same user, as a perfect cloud would write them",
                 "as many real items that the device does not have", "reported",
             ),
         ),

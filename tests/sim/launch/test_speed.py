@@ -9,6 +9,7 @@ import pytest
 from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment
 from untether.sim.launch import speed
+from untether.sim.launch.estimate import guess_of
 from untether.sim.launch.resources import Resources
 from untether.sim.launch.speed import Speed
 
@@ -62,3 +63,12 @@ def test_models_that_do_not_load_are_the_users_mistake(measured, monkeypatch):
     with pytest.raises(UserError, match="could not be measured: no such folder"):
         speed.measure(experiment())
     assert speed.kept(experiment()) is None
+
+
+def test_a_language_model_in_the_cloud_is_no_measure_of_this_machine():
+    """Nor do more workers make it faster; what the embedded world writes is this machine's own work."""
+    model = {"cloud.provider": "llama_cpp", "cloud.model": "qwen2.5-coder-1.5b"}
+    step, cost = ("fetch", "requests"), Speed(request_s=30.0)
+    theirs, own = (guess_of(Experiment.read(None, fields), {step: 8.0}, cost, 2) for fields in (model, {}))
+    assert theirs.elsewhere == {step} and theirs.cost_s[step] == 30.0
+    assert not own.elsewhere and own.cost_s[step] == 15.0
