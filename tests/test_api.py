@@ -49,9 +49,17 @@ class Interrupter(Watcher):
         threading.Thread(target=self.interrupt, args=what, daemon=True).start()
 
     def interrupt(self, folder: Path, begun: float) -> None:
-        while not any(path.stat().st_mtime > begun for path in folder.glob("*.done")):
+        while not any(written_s(path) > begun for path in folder.glob("*.done")):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def written_s(path: Path) -> float:
+    """When a file was written last; 0 if it is gone, as those of a stage are when the next one begins."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def in_a_notebook(call):
