@@ -41,25 +41,19 @@ class Watcher:
 
 
 class Interrupter(Watcher):
-    """Ctrl-C, once devices have been asked for something."""
+    """Ctrl-C, once devices of a new run have been asked for something; `sent` says that it was, and who heard it."""
+
+    sent = ""
 
     def on_start(self, run):
         super().on_start(run)
-        what = run.path / "state" / "progress", time.time()
-        threading.Thread(target=self.interrupt, args=what, daemon=True).start()
+        threading.Thread(target=self.interrupt, args=[run.path / "state" / "progress"], daemon=True).start()
 
-    def interrupt(self, folder: Path, begun: float) -> None:
-        while not any(written_s(path) > begun for path in folder.glob("*.done")):
+    def interrupt(self, folder: Path) -> None:
+        while not list(folder.glob("*.done")):
             time.sleep(0.1)
+        self.sent = f"to {signal.getsignal(signal.SIGINT)} after {self.told}"
         os.kill(os.getpid(), signal.SIGINT)
-
-
-def written_s(path: Path) -> float:
-    """When a file was written last; 0 if it is gone, as those of a stage are when the next one begins."""
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 def in_a_notebook(call):
@@ -83,7 +77,8 @@ def test_a_stopped_run_ends_with_the_numbers_of_one_that_was_not(tmp_path, capfd
     first = Interrupter()
     with pytest.raises(KeyboardInterrupt, match="untether.run"):
         untether.run(experiment, out, [first], progress=False)
-    assert first.told == [("start", False)]
+        pytest.fail(f"nobody heard the interrupt: {first.sent or 'it was never sent'}")
+    assert first.told == [("start", False)] and "default_int_handler" in first.sent, first.sent
     with pytest.raises(untether.UserError, match="not finished"):
         untether.open(out).metrics  # noqa: B018
 

@@ -94,7 +94,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main = RunDirectory.create(Path("runs/main"), Experiment())
     virtual = timeline()
-    events = pd.DataFrame(virtual.event_rows(run(virtual, 0, range(12)))).assign(seed=1, round=0)
+    events = pd.DataFrame(list(virtual.event_rows(run(virtual, 0, range(12))))).assign(seed=1, round=0)
     events.to_parquet(main.path / "events.parquet")
     for table in TABLES:
         if not (main.path / f"{table}.parquet").exists():

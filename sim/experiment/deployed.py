@@ -1,9 +1,10 @@
-"""A deployment: what an experiment may not want of real devices."""
+"""What an experiment may not want of devices that are real, and of those that learn nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from untether.sim.core.kinds import POLICIES, STRATEGIES
 from untether.sim.experiment.arms import SHARED, records
 from untether.sim.experiment.sections import Filters
 from untether.sim.experiment.virtual_sections import Hardware, Network
@@ -30,3 +31,17 @@ def check_deployed(
         raise ValueError(f"arms = {others} with {wall}: other users' data are on other devices. Leave these arms out")
     if "adversarial" in filters.order:
         raise ValueError(f'filters.order has "adversarial" with {wall}: it reads other users\' items. Leave it out')
+
+
+def check_learners(learners: int, strategy: str, policy: str, clock: str) -> None:
+    """Raises ValueError where some devices alone learn, and what the others cannot do is wanted of all."""
+    for wanted, field, why in (
+        (STRATEGIES.fact(strategy, "shares"), f'strategy.name = "{strategy}"', "have nothing to share"),
+        (POLICIES.fact(policy, "watches"), f'drift.policy = "{policy}"', "give no answer that could be watched"),
+        (clock == "wall", 'hardware.clock = "wall"', "are in virtual time alone"),
+    ):
+        if learners and wanted:
+            raise ValueError(
+                f"engine.learners = {learners} with {field}: devices that do not learn {why}. "
+                "Leave engine.learners at 0"
+            )

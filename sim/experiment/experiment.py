@@ -23,7 +23,7 @@ from untether.sim.core.errors import UserError, unknown
 from untether.sim.core.kinds import NAMED
 from untether.sim.core.text import shown, valid
 from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, ORACLE, check_arms
-from untether.sim.experiment.deployed import check_deployed
+from untether.sim.experiment.deployed import check_deployed, check_learners
 from untether.sim.experiment.models.catalogue import EMBEDDED, training_of
 from untether.sim.experiment.plugins import load_plugins, located, resolved
 from untether.sim.experiment.privacy import Privacy
@@ -174,6 +174,7 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _deployable(self) -> Experiment:
         check_deployed(self.seeds, self.arms, self.filters, self.network, self.hardware)
+        check_learners(self.engine.learners, self.strategy.name, self.drift.policy, self.hardware.clock)
         return self
 
     @property

@@ -363,7 +363,12 @@ class Filters(Section):
 
 
 class Engine(Section):
-    """How the simulation runs on this machine; changes the speed, never the numbers."""
+    """How the simulation runs on this machine; changes the speed, never the numbers of a device that learns."""
+
+    learners: int = Field(
+        0, ge=0, description="devices that really ask, train and answer, drawn from the seed; the others do so in "
+        "virtual time alone, with what a learner got; 0: all"
+    )
 
     workers: int = Field(0, ge=0, description="worker processes; 0: one a core (one where there is a GPU)")
     hosts: int = Field(0, ge=0, description="Flower nodes; 0: one a worker")
@@ -383,6 +388,10 @@ class Engine(Section):
     track: tuple[str, ...] = Field(
         (), description="where each round's figures go too: tensorboard, mlflow, wandb, or a plug-in's tracker"
     )
+
+    def learning(self, devices: int) -> int:
+        """Returns how many of so many devices learn."""
+        return min(self.learners or devices, devices)
 
 
 class Evaluation(Section):

@@ -103,8 +103,8 @@ def estimate(experiment: Experiment, speed: Speed | None = None, workers: int = 
     seconds |= {
         "setting up": START_S + sum(guess.setup_s.values()) + rounds * guess.round_s, "report": guess.report_s
     }
-    devices = len(population)
-    adapters = seeds * devices * len(trained(experiment.arms)) * (speed or Speed()).adapter_bytes
+    devices, adapter_bytes = len(population), (speed or Speed()).adapter_bytes
+    adapters = seeds * experiment.engine.learning(devices) * len(trained(experiment.arms)) * adapter_bytes
     rows = rounds * (sum(work.get(step, 0.0) for step in STEPS if step[1] in ("samples", "answers")) + 8 * devices)
     return Estimate(
         rounds, seeds, work, cloud, (cloud[0] * capacity.price_in + cloud[1] * capacity.price_out) / 1e6, seconds,
@@ -136,7 +136,7 @@ def expected_work(
     """
     devices = len(population)
     looked = [population.user(index) for index in range(0, devices, max(1, devices // LOOKED_AT))][:LOOKED_AT]
-    scale, asks = devices / max(1, len(looked)), _asks(experiment)
+    scale, asks = experiment.engine.learning(devices) / max(1, len(looked)), _asks(experiment)
     work: dict[Step, float] = dict.fromkeys(STEPS, 0.0)
     tokens = [0.0, 0.0]
     for user in looked:

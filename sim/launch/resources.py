@@ -23,6 +23,7 @@ class Resources:
     def of(cls, experiment: Experiment, devices: int) -> Resources:
         """Returns the resources from `[engine]`, this process's cores and the GPUs: one worker a core, or one a GPU."""
         engine, cores = experiment.engine, limits.cores()
+        devices = engine.learning(devices)
         gpus = _gpus() if engine.device in ("auto", "cuda") else 0
         workers = max(1, min(engine.workers or (gpus or cores), devices))
         hosts = max(1, min(engine.hosts or workers, devices))

@@ -29,7 +29,7 @@ from untether.sim.report.tables import write_tables
 from untether.sim.run.directory import TABLES, RunDirectory
 from untether.sim.run.whole import refuse_links
 
-TEXTS = ("input", "output", "prediction", "gold")
+TEXTS = ("input", "output", "prediction", "gold", "event_id", "detail")
 """Columns that the report counts nothing in: most of a large fleet's bytes."""
 
 

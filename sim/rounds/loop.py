@@ -107,14 +107,14 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
             samples, came = run.samples(seed, round, parts), run.named(parts.pop("answers", []))
             answering = before if virtual.by_day else part.sent()
             arrays = shared.arrays() | {f"{FEDERATED}/{name}": array for name, array in answering.items()}
-            learned = send(virtual.learn(day, devices, samples, came, arrays))
+            learned = send(virtual.learn(day, samples, came, arrays))
 
             # 5. commit: what is not named here never happened.
-            complete(devices, learned)
+            complete(virtual.learners.devices, learned)
             for table, paths in run.parts(seed, round, joined([updated, learned]).parts).items():
                 parts.setdefault(table, []).extend(paths)
             events = virtual.event_rows(day, answers, [*updated.events, *learned.events])
-            parts["events"] = [run.write_part("events", seed, round, "round", events)]
+            parts["events"] = run.write_parts("events", seed, round, "round", events)
             if left := virtual.ledger_rows(day):
                 parts.setdefault("ledger", []).append(run.write_part("ledger", seed, round, "uploads", left))
             virtual.advance(day, errors(learned), learned.lost)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, replace
 from untether.sim.core.learning import TrainSettings
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ALONE, METHOD, trained
-from untether.sim.experiment.sections import Training
 from untether.sim.time.timeline_state import REAL, SAMPLES
 
 
@@ -33,6 +32,8 @@ class Material:
         """Returns the material with the samples of other rounds, each (accepted, accepted tokens, received, received
         tokens).
         """
+        if not (samples := tuple(samples)):
+            return self
         own = (self.accepted, self.accepted_tokens, self.received, self.received_tokens)
         return replace(self, **dict(zip(SAMPLE_COUNTS, map(sum, zip(own, *samples, strict=True)), strict=True)))
 
@@ -48,11 +49,6 @@ def watched(experiment: Experiment) -> dict[str, str]:
     return {on: arm for on, arm in ((SAMPLES, METHOD), (REAL, ALONE)) if arm in arms}
 
 
-def optimizer_steps(training: Training, examples: int) -> int:
-    """Returns the optimizer steps on so many examples, as the engine counts them."""
-    return TrainSettings.of(training).total_steps(examples)
-
-
 def total(material: Material, counted: Sequence[str]) -> tuple[int, int]:
     """Returns (items, their tokens) of the kinds counted, such as `real` and `accepted`."""
     return (
@@ -60,12 +56,12 @@ def total(material: Material, counted: Sequence[str]) -> tuple[int, int]:
     )
 
 
-def trained_tokens(training: Training, steps: int, items: int, tokens: int) -> int:
+def trained_tokens(training: TrainSettings, steps: int, items: int, tokens: int) -> int:
     """Tokens of so many steps, when a pass over the items takes ceil(items / batch) of them."""
     return round(steps * tokens / math.ceil(items / training.batch_size)) if items else 0
 
 
-def effort(training: Training, items: int, tokens: int) -> tuple[int, int]:
+def effort(training: TrainSettings, items: int, tokens: int) -> tuple[int, int]:
     """Returns (optimizer steps, trained tokens) of items with so many tokens in all."""
-    steps = optimizer_steps(training, items)
+    steps = training.total_steps(items)
     return steps, trained_tokens(training, steps, items, tokens)

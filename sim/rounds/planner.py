@@ -7,23 +7,24 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
 from untether.sim.core.kinds import POLICIES, STRATEGIES
+from untether.sim.core.learning import TrainSettings
 from untether.sim.core.records import TRANSPORT_OUTCOMES
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, METHOD, trained
 from untether.sim.population.source import Population, device_id
 from untether.sim.rounds.day import AUGMENT, KINDS, Agenda, Day, Delivered
+from untether.sim.rounds.learners import Learners
 from untether.sim.rounds.material import (
     SAMPLE_COUNTS,
     Material,
     effort,
-    optimizer_steps,
     total,
     trained_tokens,
 )
@@ -85,13 +86,16 @@ class Rounds:
         self.experiment, self.seed, self.population = experiment, seed, population
         self.timeline = timeline_of(experiment, seed, device_id, state.get("timeline"))
         kept = state.get("policies", {})
+        self.learners = Learners(experiment, seed, len(population), state.get("learners"))
         self.policies = {on: Policies(experiment.drift, kept.get(on), experiment.settings) for on in (SAMPLES, REAL)}
         self._samples: dict[int, dict[int, tuple[int, ...]]] = {
             int(device): {int(round): tuple(counts) for round, counts in found.items()}
             for device, found in state.get("samples", {}).items()
         }
-        self._asked: dict[int, tuple[tuple[str, ...], Sequence[tuple[str, int | None]]]] = {}
+        self._asked: dict[int, tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]] = {}
+        self._alike: dict[Any, Any] = {}  # of what many devices have, one
         self.arms = trained(experiment.arms)
+        self._training = {arm: TrainSettings.of(experiment.for_arm(arm)[1]) for arm in ARMS}
         self.learning = {
             on: [arm for arm in self.arms if ARMS[arm].needs_samples == (on == SAMPLES)] for on in (SAMPLES, REAL)
         }
@@ -151,8 +155,9 @@ class Rounds:
     def _tasks(self, round: int, device: int) -> tuple[tuple[str, ...], list[str]]:
         """The tasks that a device asks samples for, and the task of each of its queries of a round."""
         if device not in self._asked:
-            asked = self.population.asked(device)
-            self._asked[device] = tuple(dict.fromkeys(task for task, _ in asked)), asked
+            asked = tuple(self.population.asked(device))
+            found = tuple(dict.fromkeys(task for task, _ in asked)), asked
+            self._asked[device] = self._alike.setdefault(found, found)
         tasks, queries = self._asked[device]
         return tasks, [task for task, when in queries if when in (None, round)]
 
@@ -160,18 +165,20 @@ class Rounds:
 
     def fetch(self, agenda: Agenda) -> Fetch:
         """Returns the order: who asks for samples, and the requests that are not to be made."""
-        plan = agenda.plan
-        held = (RequestOf(ask.device, ask.request_id) for ask in plan.asks if ask.request_id not in plan.granted)
+        plan, granted, learn = agenda.plan, agenda.plan.granted, self.learners
+        held = (RequestOf(ask.device, ask.request_id) for ask in plan.asks if ask.request_id not in granted)
         return Fetch(
-            seed=self.seed, round=plan.round, devices=tuple(agenda.asking), due=agenda.due, held=tuple(held)
+            seed=self.seed, round=plan.round, devices=learn.among(agenda.asking), due=learn.among(agenda.due),
+            held=learn.rows(held),
         )  # fmt: skip
 
     # --- 3. schedule ------------------------------------------------------------------------------------------
 
     def deliver(self, agenda: Agenda, sizes: Mapping[str, Size]) -> Delivered:
         """Tells whose answer reaches its device, and when. `sizes` of the requests that were made."""
-        delivery = self.timeline.deliver(agenda.plan, sizes)
-        finals = [delivery.finals[name] for name in sorted(agenda.plan.granted) if name in sizes]
+        plan, granted = agenda.plan, agenda.plan.granted
+        delivery = self.timeline.deliver(plan, self.learners.sizes(plan.round, plan.asks, granted, sizes))
+        finals = [delivery.finals[name] for name in sorted(granted.intersection(sizes))]
         written = [each for each in finals if sizes[each.request_id].outcome not in TRANSPORT_OUTCOMES]
         missed = [each for each in written if not each.answered]
         lost = {
@@ -198,12 +205,17 @@ class Rounds:
         for ask in plan.asks:
             if ask.lane == AUGMENT:
                 wanted[ask.device].append(ask.request_id)
-        works = [
+
+        def got(device: int) -> int:
+            return sum(finals[name].outcome == "ok" for name in wanted.get(device, ()))
+
+        materials = self.learners.materials(plan.round, agenda.asking, got, materials)
+        works: Iterable[VirtualWork] = (
             self._work(plan.round, device, arm, materials[device], wanted.get(device, ()))
             for on, devices in ((REAL, agenda.alone), (SAMPLES, agenda.due))
             for device in devices if device in materials
             for arm in self.learning[on]
-        ]  # fmt: skip
+        )  # fmt: skip
         exchange, asked = Exchange(self.experiment, self.timeline, plan, *travels), ()
         if self.federates:
             able = {d: self._work(plan.round, d, FEDERATED, materials[d], ()) for d in agenda.alone if d in materials}
@@ -211,7 +223,7 @@ class Rounds:
             asked = selected(
                 self.experiment, self.timeline, plan, able, self._trained_in, lambda device: materials[device].real
             )
-            works += exchange.down(able, asked)
+            works = [*works, *exchange.down(able, asked)]
         schedule = self.timeline.train(delivered.delivery, works)
         tokens: dict[int, int] = defaultdict(int)
         for attempt in schedule.attempts:
@@ -222,16 +234,17 @@ class Rounds:
             done = any(finals[name].outcome == "ok" for name in names)
             served[device] = (tokens[device], done or not names)
             if done and device in materials:
-                came[device] = tuple(getattr(materials[device], name) for name in SAMPLE_COUNTS)
+                counts = tuple(getattr(materials[device], name) for name in SAMPLE_COUNTS)
+                came[device] = self._alike.setdefault(counts, counts)
         own = frozenset(device for device in agenda.alone if device in materials and materials[device].real)
         return Day(delivered, schedule, served, came, own, exchange.up(asked, schedule))
 
     def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> VirtualWork:
         counted, like = ARMS[arm].learns, ARMS[arm].steps_of
-        _, training = self.experiment.for_arm(like or arm)
+        training = self._training[like or arm]
         material = own.plus(self._samples[device][past] for past in self._earlier(round, device))
         items, tokens = total(material, counted)
-        steps = optimizer_steps(training, total(material, ARMS[like or arm].learns)[0])
+        steps = training.total_steps(total(material, ARMS[like or arm].learns)[0])
         nothing = replace(own, **dict.fromkeys(SAMPLE_COUNTS, 0))
         had = nothing.plus(self._samples[device][past] for past in self._stale(device))
         return VirtualWork(
@@ -273,15 +286,14 @@ class Rounds:
     # --- 5. learn ---------------------------------------------------------------------------------------------
 
     def learn(
-        self, day: Day, devices: Sequence[int], samples: Sequence[Part], answers: Sequence[Part],
-        arrays: Mapping[str, Any],
-    ) -> Learn:  # fmt: skip
+        self, day: Day, samples: Sequence[Part], answers: Sequence[Part], arrays: Mapping[str, Any]
+    ) -> Learn:
         """Returns the order: which adapters are trained, on what, and which may answer from when."""
         round, start_s = day.schedule.plan.round, day.schedule.plan.start_s
         by_day, settled = self.by_day, round - 1
         versions = []
         for (device, arm), found in day.schedule.state.live.items():
-            if arm == FEDERATED:  # what answers is shared
+            if arm == FEDERATED or device not in self.learners:  # what answers is shared, or nobody does
                 continue
             for place, version in enumerate(found):
                 later = any(other.round == version.round for other in found[place + 1 :])
@@ -292,19 +304,30 @@ class Rounds:
                     settled = min(settled, version.round - 1)
         trains = [
             Samples(device, rounds[0], rounds[-1], on)
-            for device in day.agenda.due
+            for device in self.learners.among(day.agenda.due)
             for on, rounds in (
                 (SAMPLES, [*self._earlier(round, device), *([round] if device in day.came else [])]),
                 (STALE, self._stale(device)),
             )
             if rounds
         ]
+        devices = tuple(self.learners.devices)
         return Learn(
-            seed=self.seed, round=round, devices=tuple(devices), due=day.agenda.due, settled=settled,
+            seed=self.seed, round=round, devices=devices, due=self.learners.among(day.agenda.due), settled=settled,
             measured=json.dumps(self.timeline.measured()), versions=tuple(versions), trains=tuple(trains),
-            lost=day.delivered.lost[CLOUD], uploads=tuple(_uploads(day)), samples=tuple(samples),
+            lost=day.delivered.lost[CLOUD], uploads=tuple(self._uploads(day)), samples=tuple(samples),
             answers=tuple(answers), trained=self._answering(day, devices), arrays=arrays,
         )  # fmt: skip
+
+    def _uploads(self, day: Day) -> Iterator[Upload]:
+        """What each attempt that sent anything sent, of devices that learn."""
+        sizes = {ask.request_id: ask.size for ask in self.learners.rows(day.agenda.plan.asks)}
+        sizes |= day.delivered.sizes
+        for attempt in self.learners.rows(day.schedule.attempts):
+            if attempt.bytes_up > 0:
+                size = sizes[attempt.request_id]
+                copies = attempt.bytes_up / size.bytes_up * size.bodies
+                yield Upload(attempt.device, attempt.request_id, attempt.number, attempt.start_s, copies)
 
     def _answering(self, day: Day, devices: Sequence[int]) -> tuple[TrainedIn, ...]:
         """The round of the private part that a device answers with: this one's too, where queries come at its end."""
@@ -314,16 +337,18 @@ class Rounds:
 
     def event_rows(
         self, day: Day, answers: Sequence[Mapping[str, Any]], learned: Sequence[Mapping[str, Any]] = ()
-    ) -> list[dict[str, Any]]:
-        """Returns the round's rows of `events`: those of the timeline, with what the passes know of real answers and
+    ) -> Iterator[dict[str, Any]]:
+        """Yields the round's rows of `events`: those of the timeline, with what the passes know of real answers and
         real training (`answers`, `learned`: their own rows), and all else that the passes noted.
         """
         schedule = day.schedule
+        yield from transfer_rows(self.timeline, schedule.plan, day.cohort)
         if self.timeline.real:
-            return [dict(row) for row in (*answers, *learned)] + transfer_rows(self.timeline, schedule.plan, day.cohort)
+            yield from map(dict, (*answers, *learned))
+            return
         details = {row["request_id"]: row["detail"] for row in answers if row["kind"] in KINDS}
         training = {row["event_id"]: row for row in learned if row["kind"] == "train"}
-        rows = [dict(row) for row in (*answers, *learned) if row["kind"] not in (*KINDS, "train")]
+        yield from (dict(row) for row in (*answers, *learned) if row["kind"] not in (*KINDS, "train"))
         for row in self.timeline.event_rows(schedule):
             if row["kind"] == "train":
                 real = training.get(row["event_id"])
@@ -332,8 +357,7 @@ class Rounds:
                     row["detail"] = f"{row['detail']}, {real['detail']}"
             elif row["attempt"] == schedule.finals[row["request_id"]].attempts - 1:
                 row["detail"] = " ".join(filter(None, [row["detail"], details.get(row["request_id"])]))
-            rows.append(row)
-        return rows + transfer_rows(self.timeline, schedule.plan, day.cohort)
+            yield row
 
     def ledger_rows(self, day: Day) -> list[dict[str, Any]]:
         """Returns the round's rows of `ledger` beside those of requests: what devices uploaded of what is shared."""
@@ -370,14 +394,5 @@ class Rounds:
         return {
             "timeline": self.timeline.state(), "samples": self._samples, "trained_in": self._trained_in,
             "policies": {on: policies.state() for on, policies in self.policies.items()},
+            "learners": self.learners.state(),
         }
-
-
-def _uploads(day: Day) -> Iterator[Upload]:
-    """What each attempt that sent anything sent."""
-    sizes = {ask.request_id: ask.size for ask in day.agenda.plan.asks} | dict(day.delivered.sizes)
-    for attempt in day.schedule.attempts:
-        if attempt.bytes_up > 0:
-            size = sizes[attempt.request_id]
-            copies = attempt.bytes_up / size.bytes_up * size.bodies
-            yield Upload(attempt.device, attempt.request_id, attempt.number, attempt.start_s, copies)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = "3"
+
+PART_ROWS = 100_000
+"""Most rows that are staged together."""
 
 
 def versions() -> dict[str, str]:
@@ -125,7 +129,8 @@ class RunDirectory:
     def check_resumable(self, experiment: Experiment | None = None) -> None:
         """Checks that this run can be resumed.
 
-        Fields of `[engine]` and the place of kept answers may differ: they change the speed, never the numbers.
+        Fields of `[engine]` and the place of kept answers may differ: they change the speed, never the numbers. But
+        who learns stays.
 
         Raises:
             UserError: It is of another version or of another experiment; the message names the difference.
@@ -139,7 +144,8 @@ class RunDirectory:
                 "Go on with the version that made it, or start anew with --out"
             )
         changes = differences(self.experiment, experiment) if experiment is not None else []
-        changes = [line for line in changes if not line.startswith(("engine.", "cloud.cache:"))]
+        free = [line for line in changes if line.startswith(("engine.", "cloud.cache:"))]
+        changes = [line for line in changes if line not in free or line.startswith("engine.learners:")]
         if changes:
             raise UserError(
                 f"{self.path} holds another experiment:\n  " + "\n  ".join(changes)
@@ -219,6 +225,16 @@ class RunDirectory:
         relative = f"state/parts/seed-{seed}/round-{round}/{table}/{part}.parquet"
         self._write_table(pa.table({name: columns[name] for name in schema.names}, schema=schema), self.path / relative)
         return relative
+
+    def write_parts(
+        self, table: str, seed: int, round: int, part: str, rows: Iterable[Mapping[str, Any]], most: int = PART_ROWS
+    ) -> list[str]:
+        """Stages rows as they come, in parts of so many: a large fleet's need not be in memory. Returns their paths."""
+        found: list[str] = []
+        rows = iter(rows)
+        while (some := list(itertools.islice(rows, most))) or not found:
+            found.append(self.write_part(table, seed, round, f"{part}-{len(found)}" if found else part, some))
+        return found
 
     def read_parts(self, parts: Iterable[str]) -> pd.DataFrame:
         """Returns the rows of staged or committed parts as one frame."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heapreplace
+from heapq import heappop, heappush, heapreplace
 from operator import attrgetter
 from typing import Any
 
@@ -145,6 +145,10 @@ class Rules:
         """Returns a uniform draw from (seed, device, round, words)."""
         return derive(self.seed, self.device_id(device), self.round, *words) / 2**63
 
+    def moment_s(self, device: int) -> float:
+        """Returns when a device asks, but for requests that have a time of their own."""
+        return self.start_s + (self.unit(device, "ask") * self.ask_within_s if self.ask_within_s else 0.0)
+
 
 def ask_all(
     asks: Sequence[Ask], link_of: Callable[[int], Link], rules: Rules, cloud_state: Mapping[str, Any] | None = None,
@@ -169,11 +173,17 @@ def ask_all(
     for ask in asks:
         by_device[ask.device].append(ask)
     known = (sizes or {}, as_planned or {})
-    askers = {device: _Asker(device, cloud, rules, link_of(device), asked, *known) for device in sorted(by_device)}
-    running = ((device, asker.run(by_device[device])) for device, asker in askers.items())
-    arrivals = [(first_s, device, run) for device, run in running if (first_s := next(run, None)) is not None]
-    heapify(arrivals)
-    while arrivals:
+    firsts = ((device, own[0].at_s) for device, own in by_device.items())
+    begins = ((rules.moment_s(device) if at_s is None else at_s, device) for device, at_s in firsts)
+    waiting = sorted(begins, reverse=True)
+    arrivals: list[tuple[float, int, Iterator[float]]] = []
+    while arrivals or waiting:
+        if waiting and (not arrivals or waiting[-1][0] <= arrivals[0][0]):  # one that may arrive first begins to ask
+            _, device = waiting.pop()
+            run = _Asker(device, cloud, rules, link_of(device), asked, *known).run(by_device.pop(device))
+            if (first_s := next(run, None)) is not None:
+                heappush(arrivals, (first_s, device, run))
+            continue
         _, device, run = arrivals[0]
         next_s = next(run, None)
         if next_s is None:
@@ -198,10 +208,7 @@ class _Asker:
         self.sizes, self.as_planned, self.now_s = sizes, as_planned, rules.start_s
 
     def run(self, asks: Sequence[Ask]) -> Iterator[float]:
-        rules = self.rules
-        moment_s = rules.start_s
-        if rules.ask_within_s:
-            moment_s += rules.unit(self.device, "ask") * rules.ask_within_s
+        moment_s = self.rules.moment_s(self.device)
         for ask in asks:
             self.now_s = max(self.now_s, moment_s if ask.at_s is None else ask.at_s)
             if (planned := self.as_planned.get(ask.request_id)) is not None:

@@ -32,6 +32,9 @@ from untether.sim.time.network.transfers import Carried, carry
 from untether.sim.time.readiness import Body, Readiness, rest, work
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, TrainedVersion, VirtualWork
 
+READINESS = 150_000
+"""Most devices whose drawn habits are kept: 3 KiB each. Those of a larger fleet are drawn again, and are the same."""
+
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
@@ -138,6 +141,8 @@ class Timeline:
     def readiness(self, device: int) -> Readiness:
         """Returns when the device may train."""
         if device not in self._readiness:
+            if len(self._readiness) >= READINESS:
+                self._readiness.clear()
             name = self.device_id(device)
             trace = self.links.trace_of(name)
             phase_s = self.links.phase_s(name, trace) if isinstance(trace, StateTrace) else 0.0
@@ -348,14 +353,13 @@ class Timeline:
 
     # --- rows -------------------------------------------------------------------------------------------------
 
-    def event_rows(self, schedule: Schedule) -> list[dict[str, Any]]:
-        """Returns the rows of `events`: one an attempt (a request's last one has its final outcome), one a version."""
-        rows = []
+    def event_rows(self, schedule: Schedule) -> Iterator[dict[str, Any]]:
+        """Yields the rows of `events`: one an attempt (a request's last one has its final outcome), one a version."""
         for attempt in schedule.attempts:
             final = schedule.finals[attempt.request_id]
             last = attempt.number == final.attempts - 1
             answer = attempt.lane != "augment"
-            rows.append({
+            yield {
                 "time_s": attempt.start_s, "event_id": f"{attempt.request_id}#{attempt.number}",
                 "request_id": attempt.request_id, "attempt": attempt.number,
                 "device_id": self.device_id(attempt.device), "arm": attempt.lane if answer else None,
@@ -365,15 +369,14 @@ class Timeline:
                 "tokens_out": attempt.tokens_out,
                 "energy_j": self.profile(attempt.device).radio_w * attempt.radio_s,
                 "queued_s": attempt.queued_s, "detail": attempt.detail,
-            })
+            }
         for version in schedule.versions:
             name = f"train-s{self.seed}-r{version.round}-{self.device_id(version.device)}-{version.arm}"
             ended = version.live_s if version.live_s < math.inf else version.begun_s + version.load_s
-            rows.append({
+            yield {
                 "time_s": version.begun_s, "event_id": f"{name}-{version.on}", "attempt": 0,
                 "device_id": self.device_id(version.device), "arm": version.arm, "kind": "train",
                 "outcome": version.outcome, "duration_s": ended - version.begun_s, "energy_j": version.energy_j,
                 "detail": f"on {version.on}",
-            })
-        return rows
+            }
 

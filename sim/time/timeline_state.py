@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from untether.sim.time.asking import Ask, Asked, Final, Size
@@ -112,7 +112,7 @@ class State:
             "spent": {lane: {str(k): v for k, v in spent.items()} for lane, spent in self.spent.items()},
             "had_samples": {str(device): round for device, round in self.had_samples.items()},
             "bodies": {_key(*key): [body.time_s, body.battery, body.warmth] for key, body in self.bodies.items()},
-            "live": {_key(*key): [asdict(version) for version in found] for key, found in self.live.items()},
+            "live": {_key(*key): [_dumped(version) for version in found] for key, found in self.live.items()},
         }
 
     @classmethod
@@ -137,6 +137,11 @@ def _since(versions: Sequence[TrainedVersion], time_s: float) -> list[TrainedVer
     """Those that answer at `time_s` or later."""
     past = [version for version in versions if version.live_s <= time_s]
     return past[-1:] + [version for version in versions if version.live_s > time_s]
+
+
+def _dumped(version: TrainedVersion) -> dict[str, Any]:
+    """Its fields by name; `asdict` copies each value deeply, a great many times a round."""
+    return {name: getattr(version, name) for name in TrainedVersion.__slots__}
 
 
 def _key(device: int, arm: str) -> str:

@@ -5,7 +5,7 @@ beginning.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from untether.sim.core.clock import WallClock
@@ -88,9 +88,9 @@ class WallTimeline(Timeline):
         """Returns 0: no answer's time is made up."""
         return 0.0
 
-    def event_rows(self, schedule: Schedule) -> list[dict[str, Any]]:
-        """Returns none: events are what devices tell."""
-        return []
+    def event_rows(self, schedule: Schedule) -> Iterator[dict[str, Any]]:
+        """Yields none: events are what devices tell."""
+        return iter(())
 
     def _version(
         self, plan: Plan, each: VirtualWork, state: State, on: str, from_s: float, steps: int, tokens: int,

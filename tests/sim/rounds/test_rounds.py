@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from untether.clients.device.augmentation import questions, sample_orders
 from untether.clients.device.device import Device
 from untether.sim.core.errors import UserError
-from untether.sim.core.learning import TrainSettings
 from untether.sim.experiment import Experiment
-from untether.sim.experiment.sections import Training
 from untether.sim.population.source import device_id, open_population
 from untether.sim.rounds.day import sizes_of
 from untether.sim.rounds.flower_records import order_columns
-from untether.sim.rounds.material import Material, optimizer_steps
+from untether.sim.rounds.material import Material
 from untether.sim.rounds.messages import Order, Samples
 from untether.sim.rounds.planner import Rounds
 from untether.sim.run.directory import TABLES
@@ -47,7 +43,7 @@ def to_train(virtual: Rounds, day, round: int = 0) -> dict[str, str]:
 
 def learn(virtual: Rounds, day):
     """The order of the learn pass."""
-    return virtual.learn(day, range(4), (), (), {})
+    return virtual.learn(day, (), (), {})
 
 
 def test_requests_are_named_as_the_fetch_pass_names_them():
@@ -61,13 +57,6 @@ def test_requests_are_named_as_the_fetch_pass_names_them():
         made += [request.request_id for request in sample_orders(experiment, order, device)]
         made += [request.request_id for request, _ in questions(experiment, order, device)]
     assert named == made and len(named) > 20
-
-
-@given(st.integers(1, 200), st.floats(0.1, 20), st.integers(0, 50), st.integers(1, 32))
-def test_steps_are_counted_as_the_engine_counts_them(items, epochs, steps, batch):
-    training = Training(epochs=epochs, steps=steps, batch_size=batch)
-    assert optimizer_steps(training, items) == TrainSettings.of(training).total_steps(items)
-    assert optimizer_steps(training, 0) == 0
 
 
 def test_by_default_everything_is_asked_and_trained_once():
@@ -200,7 +189,7 @@ def test_rows_are_those_of_both_worlds():
     ]
     learned = [{"kind": "train", "event_id": f"train-s1-r0-{device_id(0)}-local-real", "tokens_in": 77, "steps": 6,
                 "outcome": "ok", "detail": "6 steps"}]  # fmt: skip
-    found = virtual.event_rows(day, answers, learned)
+    found = list(virtual.event_rows(day, answers, learned))
     assert all(set(row) <= set(TABLES["events"].names) for row in found)
     assert [row["detail"] for row in found if row["kind"] == "worker_died"] == ["killed"]
     (one,) = [row for row in found if row.get("request_id") == answered and row["outcome"] == "ok"]

@@ -84,7 +84,7 @@ def test_rows_and_attempts_agree(seed):
     virtual = timeline(seed=seed, **HARD)
     plan = virtual.plan(0, asks(0, range(30), each=2))
     schedule = virtual.schedule(plan, dict.fromkeys(plan.granted, SIZE), works(0, range(30), 2))
-    events = pd.DataFrame(virtual.event_rows(schedule)).assign(seed=seed)
+    events = pd.DataFrame(list(virtual.event_rows(schedule))).assign(seed=seed)
     tried = [attempt for attempt in schedule.attempts if attempt.outcome not in ("offline", "over_budget")]
     assert len(attempts(events)) == len(tried)
     own, rows = asking.traffic(schedule.attempts, math.inf), wasted(events, "collaborative")

@@ -170,7 +170,7 @@ def test_energy_is_what_work_costs_above_an_idle_device():
     costs what it costs a cool one: a warm one takes longer at less.
     """
     virtual = timeline(network={"ask_within_h": 0.0, "rtt_s": 0.0}, hardware={"profiles": ("raspberry-pi-5",)})
-    rows = virtual.event_rows(run(virtual, 0, range(3)))
+    rows = list(virtual.event_rows(run(virtual, 0, range(3))))
     costs = {"train": lambda seconds: 8.9 * Heat(0.95, 300).work_in(seconds), "augment": lambda seconds: 0.7 * seconds}
     for kind, cost_j in costs.items():
         found = [row for row in rows if row["kind"] == kind]

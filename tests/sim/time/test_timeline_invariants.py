@@ -204,7 +204,7 @@ def test_rows_fit_the_table_of_events():
     virtual = timeline(**HARD)
     plan = virtual.plan(0, [*asks(0, range(9)), *asks(0, range(3), lane="cloud")])
     schedule = virtual.schedule(plan, dict.fromkeys(plan.granted, SIZE), works(0, range(9)))
-    rows = virtual.event_rows(schedule)
+    rows = list(virtual.event_rows(schedule))
     assert all(set(row) <= set(TABLES["events"].names) for row in rows)
     assert len({row["event_id"] for row in rows}) == len(rows)
     assert {row["kind"] for row in rows} == {"augment", "answer", "train"}
