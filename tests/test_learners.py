@@ -49,7 +49,7 @@ def busy(runs):
 
 
 def test_those_that_learn_learn_as_if_all_did(runs):
-    """Where nobody waits for anybody. (A placebo is another user's, who must have asked: of fewer users another one.)"""
+    """Where nobody waits for anybody. Not in question: a placebo, which is of the next user who asked."""
     same = {"population__users": USERS, "rounds": 2, "arms": "local,collaborative,cloud", "drift__samples": "keep"}
     whole, some = runs("whole", **same), runs("some", **same, engine__learners=LEARNERS)
     learn = {device_id(device) for device in Learners(some.experiment, 1, USERS).devices}

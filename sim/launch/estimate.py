@@ -23,6 +23,12 @@ LOOKED_AT = 16
 ACCEPTED = 0.75
 """The share of samples that filters are taken to keep."""
 
+ASKING, FILTERING = ("fetch", "requests"), ("fetch", "samples")
+VIRTUAL_S: Mapping[Step, float] = {
+    ("plan", "devices"): 8e-5, ("deliver", "devices"): 4e-5, ("schedule", "devices"): 16e-5,
+}  # fmt: skip
+"""Seconds of a device's day in virtual time, with one request and two adapters, on Zen 5: one process does it."""
+
 ROW_BYTES = 400
 """A row of the tables, about."""
 
@@ -66,9 +72,9 @@ class Estimate:
         price = f", price {self.price:.2f}" if self.price else ""
         by = "as measured on this machine" if self.measured else "by the speed of another machine"
         return [
-            ("requests", f"{_round(self.total(STEPS[0]))} to the cloud, about {_round(read)} tokens in and "
+            ("requests", f"{_round(self.total(ASKING))} to the cloud, about {_round(read)} tokens in and "
              f"{_round(written)} out{price}"),
-            ("samples", f"{_round(self.total(STEPS[1]))} to filter"),
+            ("samples", f"{_round(self.total(FILTERING))} to filter"),
             ("training", f"{_round(self.total(('learn', 'tokens'), ('share', 'tokens')))} tokens"),
             ("answers", f"{_round(self.total(('learn', 'answers')))} by the on-device model"),
             ("time", f"about {duration(self.total_s)} {by}: "
@@ -79,7 +85,7 @@ class Estimate:
     def sentence(self) -> str:
         """Returns the same in a line."""
         return (
-            f"expected: {_round(self.total(STEPS[0]))} requests to the cloud, "
+            f"expected: {_round(self.total(ASKING))} requests to the cloud, "
             f"{_round(self.total(('learn', 'tokens'), ('share', 'tokens')))} tokens of training, "
             f"{_round(self.total(('learn', 'answers')))} answers; about {duration(self.total_s)}, "
             f"{max(1.0, self.disk_bytes / 1e6):.0f} MB of disk"
@@ -120,11 +126,13 @@ def guess_of(experiment: Experiment, work: Mapping[Step, float], speed: Speed, w
     """Returns what progress goes by until it has measured."""
     costs = {"requests": speed.request_s, "samples": speed.sample_s, "tokens": speed.token_s, "answers": speed.answer_s}
     answers = work.get(("learn", "answers"), 0.0)
-    asked = frozenset({STEPS[0]} if experiment.cloud.provider in LANGUAGE_MODELS else ())
+    asked = frozenset({ASKING} if experiment.cloud.provider in LANGUAGE_MODELS else ())
     return Guess(
-        work, {step: costs[step[1]] / (1 if step in asked else max(1, workers)) for step in STEPS},
-        {STEPS[1]: speed.encoder_setup_s, ("learn", "tokens"): speed.base_setup_s}, report_s=2.0 + 1e-3 * answers,
-        elsewhere=asked,
+        work,
+        {step: costs[step[1]] / (1 if step in asked else max(1, workers)) for step in STEPS if step not in VIRTUAL_S}
+        | VIRTUAL_S,
+        {FILTERING: speed.encoder_setup_s, ("learn", "tokens"): speed.base_setup_s},
+        report_s=2.0 + 1e-3 * answers, elsewhere=asked,
     )  # fmt: skip
 
 
@@ -150,6 +158,7 @@ def expected_work(
                      if arm.answers not in ("cloud", "majority")]  # fmt: skip
             work["learn", "answers"] += sum(kinds) * (1.0 if query.round is None else 1 / experiment.rounds)
     work = {step: units * scale for step, units in work.items() if step[0] != "filter"}
+    work |= dict.fromkeys(VIRTUAL_S, float(devices))
     if SHARED in experiment.arms:
         work["share", "tokens"] = _shared_tokens(experiment, looked) * CHARS_PER_TOKEN / chars_per_token
     else:

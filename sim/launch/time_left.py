@@ -15,18 +15,23 @@ Step = tuple[str, str]
 """A stage (the order that hosts carry out) and the unit that it is counted in."""
 
 STEPS: tuple[Step, ...] = (
-    ("fetch", "requests"), ("fetch", "samples"), ("filter", "samples"), ("update", "tokens"), ("share", "tokens"),
-    ("learn", "tokens"), ("learn", "answers"),
+    ("plan", "devices"), ("fetch", "requests"), ("fetch", "samples"), ("deliver", "devices"), ("filter", "samples"),
+    ("schedule", "devices"), ("update", "tokens"), ("share", "tokens"), ("learn", "tokens"), ("learn", "answers"),
 )  # fmt: skip
 """In their order."""
 
 NAMES: Mapping[Step, str] = {
+    ("plan", "devices"): "planning the fleet's day", ("deliver", "devices"): "delivering answers",
+    ("schedule", "devices"): "scheduling training",
     ("fetch", "requests"): "asking the cloud", ("fetch", "samples"): "filtering samples",
     ("filter", "samples"): "filtering again", ("update", "tokens"): "training together",
     ("share", "tokens"): "training what is shared",
     ("learn", "tokens"): "training", ("learn", "answers"): "answering",
 }  # fmt: skip
 """What a person calls them."""
+
+SOMETIMES = ("plan", "deliver", "filter", "schedule", "update")
+"""Stages that a run may be without, or that say nothing where the fleet is small."""
 
 REPORT = "report"
 """The stage after the last round: tables, statistics, the page."""
@@ -177,7 +182,7 @@ class TimeLeft:
         """The units of a step in a round to come: the mean of those that are done, else the guess."""
         if seen := self._whole.get(step):
             return sum(seen) / len(seen)
-        return self.guess.work.get(step, 0.0 if step[0] in ("filter", "update") else None)
+        return self.guess.work.get(step, 0.0 if step[0] in SOMETIMES else None)
 
     def _stage_left_s(self, now_s: float) -> float | None:
         left_s = 0.0

@@ -174,10 +174,10 @@ def notes(summary: Summary, experiment: Experiment, environment: Mapping[str, An
     found += _cut(facts.get("context") or {})
     learners, devices = experiment.engine.learners, experiment.population.users
     if 0 < learners < devices:
-        found.append(f"{learners:,} of {devices:,} devices a seed, drawn from it, really asked, trained and answered, and "
-                     "every score is theirs. The others asked, waited, paid and trained in virtual time, with answers as "
-                     "long and samples as many as one of those had; what the fleet did counts them, what left a device "
-                     "does not.")  # fmt: skip
+        found.append(f"{learners:,} of {devices:,} devices a seed, drawn from it, really asked, trained and answered: "
+                     "every score is theirs. The others asked, waited, paid and trained in virtual time, with answers "
+                     "as long and samples as many as one of those had. What the fleet did counts them, what left a "
+                     "device does not.")  # fmt: skip
     few = [task for task in summary.tasks if (summary.users(task) or 0) < _FEW_USERS]
     if few:
         found.append(f"Few users (under {_FEW_USERS}) on {_list(few)}: intervals are wide and a missing difference "

@@ -62,6 +62,9 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
         most = len(order.devices) if total is None else total
         return joined(backend.send(order, lambda work: progress.update(order.work, work, most)))
 
+    def planned(stage: str, done: int) -> None:
+        progress.update(stage, {"devices": float(done)}, len(devices))
+
     for seed in experiment.seeds:
         population, shared = open_population(experiment, seed), SharedAdapters(run, seed)
         devices = range(len(population))
@@ -69,7 +72,7 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
         if not rounds:
             continue
         carried = run.carried(seed, rounds[0] - 1) or {"timeline": {"began_s": began_s(run)}}
-        virtual = Rounds(experiment, seed, population, carried)
+        virtual = Rounds(experiment, seed, population, carried, planned)
         part = SharedPart(run, seed, rounds[0] - 1)
         if virtual.federates and part.arrays is None:
             begun = send(virtual.begin(0, devices))

@@ -4,11 +4,13 @@ hosts must be told. Names no text: a device's data is here only as counts and le
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from untether.sim.core.clock import DAY_S
@@ -49,7 +51,7 @@ from untether.sim.rounds.sharing import (
     selected,
     transfer_rows,
 )
-from untether.sim.time.asking import Ask, Size
+from untether.sim.time.asking import TOLD_EVERY, Ask, Size
 from untether.sim.time.policies import Policies
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, VirtualWork
 from untether.sim.time.wall import timeline_of
@@ -80,9 +82,11 @@ class Rounds:
     """
 
     def __init__(
-        self, experiment: Experiment, seed: int, population: Population, state: Mapping[str, Any] | None = None
-    ):
+        self, experiment: Experiment, seed: int, population: Population, state: Mapping[str, Any] | None = None,
+        told: Callable[[str, int], None] = lambda stage, devices: None,
+    ):  # fmt: skip
         state = state or {}
+        self._told = {stage: partial(told, stage) for stage in ("plan", "deliver", "schedule")}
         self.experiment, self.seed, self.population = experiment, seed, population
         self.timeline = timeline_of(experiment, seed, device_id, state.get("timeline"))
         kept = state.get("policies", {})
@@ -120,7 +124,7 @@ class Rounds:
         )  # fmt: skip
         owing = set(due) if self.asks_samples else set()
         asks = [ask for device in devices for ask in self._asks(round, device, device in owing)]
-        return Agenda(self.timeline.plan(round, asks), due, alone)
+        return Agenda(self.timeline.plan(round, asks, self._told["plan"]), due, alone)
 
     def _due(self, round: int, device: int, on: str) -> bool:
         if not self.learning[on] and not (on == REAL and self.federates):
@@ -177,7 +181,9 @@ class Rounds:
     def deliver(self, agenda: Agenda, sizes: Mapping[str, Size]) -> Delivered:
         """Tells whose answer reaches its device, and when. `sizes` of the requests that were made."""
         plan, granted = agenda.plan, agenda.plan.granted
-        delivery = self.timeline.deliver(plan, self.learners.sizes(plan.round, plan.asks, granted, sizes))
+        delivery = self.timeline.deliver(
+            plan, self.learners.sizes(plan.round, plan.asks, granted, sizes), self._told["deliver"]
+        )
         finals = [delivery.finals[name] for name in sorted(granted.intersection(sizes))]
         written = [each for each in finals if sizes[each.request_id].outcome not in TRANSPORT_OUTCOMES]
         missed = [each for each in written if not each.answered]
@@ -210,12 +216,7 @@ class Rounds:
             return sum(finals[name].outcome == "ok" for name in wanted.get(device, ()))
 
         materials = self.learners.materials(plan.round, agenda.asking, got, materials)
-        works: Iterable[VirtualWork] = (
-            self._work(plan.round, device, arm, materials[device], wanted.get(device, ()))
-            for on, devices in ((REAL, agenda.alone), (SAMPLES, agenda.due))
-            for device in devices if device in materials
-            for arm in self.learning[on]
-        )  # fmt: skip
+        works: Iterable[VirtualWork] = self._works(agenda, materials, wanted)
         exchange, asked = Exchange(self.experiment, self.timeline, plan, *travels), ()
         if self.federates:
             able = {d: self._work(plan.round, d, FEDERATED, materials[d], ()) for d in agenda.alone if d in materials}
@@ -223,7 +224,7 @@ class Rounds:
             asked = selected(
                 self.experiment, self.timeline, plan, able, self._trained_in, lambda device: materials[device].real
             )
-            works = [*works, *exchange.down(able, asked)]
+            works = itertools.chain(works, exchange.down(able, asked))
         schedule = self.timeline.train(delivered.delivery, works)
         tokens: dict[int, int] = defaultdict(int)
         for attempt in schedule.attempts:
@@ -238,6 +239,18 @@ class Rounds:
                 came[device] = self._alike.setdefault(counts, counts)
         own = frozenset(device for device in agenda.alone if device in materials and materials[device].real)
         return Day(delivered, schedule, served, came, own, exchange.up(asked, schedule))
+
+    def _works(
+        self, agenda: Agenda, materials: Mapping[int, Material], wanted: Mapping[int, Sequence[str]]
+    ) -> Iterator[VirtualWork]:
+        """What each device trains by itself, one after the other: a large fleet's is never in memory together."""
+        both = [(on, device) for on, due in ((REAL, agenda.alone), (SAMPLES, agenda.due)) for device in due]
+        for place, (on, device) in enumerate(both, 1):
+            if device in materials:
+                for arm in self.learning[on]:
+                    yield self._work(agenda.plan.round, device, arm, materials[device], wanted.get(device, ()))
+            if not place % TOLD_EVERY:
+                self._told["schedule"](len(self.population) * place // len(both))
 
     def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> VirtualWork:
         counted, like = ARMS[arm].learns, ARMS[arm].steps_of

@@ -19,6 +19,9 @@ from untether.sim.experiment.virtual_sections import CloudCapacity
 from untether.sim.time.cloud_capacity import VirtualCloud, price
 from untether.sim.time.network.link import HANDSHAKES, Link
 
+TOLD_EVERY = 20_000
+"""Devices after which whoever watches is told."""
+
 
 @dataclass(frozen=True, slots=True)
 class Size:
@@ -153,7 +156,7 @@ class Rules:
 def ask_all(
     asks: Sequence[Ask], link_of: Callable[[int], Link], rules: Rules, cloud_state: Mapping[str, Any] | None = None,
     spent: Mapping[int, float] | None = None, sizes: Mapping[str, Size] | None = None,
-    as_planned: Mapping[str, Sequence[VirtualAttempt]] | None = None,
+    as_planned: Mapping[str, Sequence[VirtualAttempt]] | None = None, told: Callable[[int], None] | None = None,
 ) -> Asked:  # fmt: skip
     """Simulates one lane of one round.
 
@@ -167,6 +170,7 @@ def ask_all(
         as_planned: Attempts of requests that failed in an earlier simulation of the same round and are not made again:
             each keeps its device busy, and takes of the cloud and costs what it did there; it has neither attempts nor
             an end in the result.
+        told: Hears now and then how many devices have begun to ask.
     """
     cloud, asked = VirtualCloud(rules.capacity, cloud_state), Asked(spent=dict(spent or {}))
     by_device: dict[int, list[Ask]] = defaultdict(list)
@@ -177,12 +181,16 @@ def ask_all(
     begins = ((rules.moment_s(device) if at_s is None else at_s, device) for device, at_s in firsts)
     waiting = sorted(begins, reverse=True)
     arrivals: list[tuple[float, int, Iterator[float]]] = []
+    begun = 0
     while arrivals or waiting:
         if waiting and (not arrivals or waiting[-1][0] <= arrivals[0][0]):  # one that may arrive first begins to ask
             _, device = waiting.pop()
             run = _Asker(device, cloud, rules, link_of(device), asked, *known).run(by_device.pop(device))
             if (first_s := next(run, None)) is not None:
                 heappush(arrivals, (first_s, device, run))
+            begun += 1
+            if told is not None and not begun % TOLD_EVERY:
+                told(begun)
             continue
         _, device, run = arrivals[0]
         next_s = next(run, None)

@@ -36,6 +36,9 @@ READINESS = 150_000
 """Most devices whose drawn habits are kept: 3 KiB each. Those of a larger fleet are drawn again, and are the same."""
 
 
+def _nobody(devices: int) -> None: ...
+
+
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """Pauses the search for reference cycles: a round makes a great many small objects and no cycle, and searching them
@@ -174,13 +177,16 @@ class Timeline:
         return Size(CHARS_PER_TOKEN * tokens_in + 500, CHARS_PER_TOKEN * tokens_out + 500, tokens_in, tokens_out)
 
     @_uncollected()
-    def plan(self, round: int, asks: Sequence[Ask]) -> Plan:
-        """Plans a round: which requests get through, if all have the sizes they are expected to have."""
+    def plan(self, round: int, asks: Sequence[Ask], told: Callable[[int], None] = _nobody) -> Plan:
+        """Plans a round: which requests get through, if all have the sizes they are expected to have.
+
+        `told` hears now and then how many devices have asked.
+        """
         start_s, end_s = round * DAY_S, (round + 1) * DAY_S
         self.links.forget(start_s)
         for readiness in self._readiness.values():
             readiness.forget(start_s)
-        lanes = self._ask(round, asks)
+        lanes = self._ask(round, asks, told)
         attempts = tuple(attempt for asked in lanes.values() for attempt in asked.attempts)
         finals = {ask.request_id: lanes[ask.lane].finals[ask.request_id] for ask in asks}
         return Plan(round, start_s, end_s, tuple(asks), attempts, finals)
@@ -190,8 +196,8 @@ class Timeline:
         return self.train(self.deliver(plan, sizes), works)
 
     @_uncollected()
-    def deliver(self, plan: Plan, sizes: Mapping[str, Size]) -> Delivery:
-        """Returns when each request ends, from the real sizes of the granted ones.
+    def deliver(self, plan: Plan, sizes: Mapping[str, Size], told: Callable[[int], None] = _nobody) -> Delivery:
+        """Returns when each request ends, from the real sizes of the granted ones. `told`: as in `plan`.
 
         A granted request without a size was never answered: its outcome is `crashed`. Requests that were not granted
         end as planned: they are not made again, but keep the places at the cloud that they took.
@@ -204,7 +210,7 @@ class Timeline:
         as_planned: dict[str, list[VirtualAttempt]] = {name: [] for name in plan.finals if name not in granted}
         for attempt in sorted(attempts, key=attrgetter("number")):
             as_planned[attempt.request_id].append(attempt)
-        lanes = self._ask(plan.round, plan.asks, sizes, as_planned)
+        lanes = self._ask(plan.round, plan.asks, told, sizes, as_planned)
         finals = {name: plan.finals[name] for name in as_planned}
         for asked in lanes.values():
             attempts += asked.attempts
@@ -242,7 +248,7 @@ class Timeline:
         return {"this_machine": {**asdict(found[0]), "sources": dict(found[0].sources)}} if found else {}
 
     def _ask(
-        self, round: int, asks: Sequence[Ask], sizes: Mapping[str, Size] | None = None,
+        self, round: int, asks: Sequence[Ask], told: Callable[[int], None], sizes: Mapping[str, Size] | None = None,
         as_planned: Mapping[str, Sequence[VirtualAttempt]] | None = None,
     ) -> dict[str, Asked]:  # fmt: skip
         experiment, lanes = self.experiment, defaultdict(list)
@@ -255,7 +261,7 @@ class Timeline:
         return {
             lane: ask_all(
                 lanes[lane], self.link, rules, self._state.clouds.get(lane), self._state.spent.get(lane), sizes,
-                as_planned,
+                as_planned, told,
             )
             for lane in sorted(lanes)
         }
