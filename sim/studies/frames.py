@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from untether.sim.evaluation.resampling import ANY, cluster_interval
-from untether.sim.evaluation.statistics import clustered
+from untether.sim.evaluation.statistics import clustered, summarize
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies.study import Cell, Study
 
@@ -32,10 +32,23 @@ def labelled(cell: Cell, frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([front, frame], axis=1)
 
 
-def summaries(study: Study, runs: Runs) -> pd.DataFrame:
-    """Returns the rows of every cell's `summary.json`, labelled."""
-    return _stack(labelled(cell, pd.DataFrame(run.read_json("summary.json")["rows"]))
-                  for cell, run in each_cell(study, runs))  # fmt: skip
+def summaries(study: Study, runs: Runs, contrasts: Collection[tuple[str, str]] = ()) -> pd.DataFrame:
+    """Returns the rows of every cell's `summary.json`, labelled, and of those `contrasts` that no summary has."""
+
+    def rows(cell: Cell, run: RunDirectory) -> pd.DataFrame:
+        found = pd.DataFrame(run.read_json("summary.json")["rows"])
+        there = {pair for pair in contrasts if {*pair} <= {*cell.experiment.arms}}
+        missing = sorted(there.difference(zip(found["arm"], found["reference"], strict=True)))
+        if not missing:
+            return found
+        seeds, evaluation = cell.experiment.seeds, cell.experiment.evaluation
+        more = summarize(
+            run.read("predictions"), contrasts=missing, seed=seeds[0], resamples=evaluation.resamples,
+            margin=evaluation.margin, margin_stars=evaluation.margin_stars,
+        )  # fmt: skip
+        return pd.DataFrame([*found.to_dict("records"), *(row for row in more if row["reference"] is not None)])
+
+    return _stack(labelled(cell, rows(cell, run)) for cell, run in each_cell(study, runs))
 
 
 def tables(study: Study, runs: Runs, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:

@@ -24,7 +24,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 def analyse(study: Study, out: Path, runs: Runs) -> None:
     """Writes `table.csv`, `figures/<name>.svg` and `.pdf`, and `findings.md`."""
-    points = gains(study, summaries(study, runs))
+    points = gains(study, summaries(study, runs, study.spec.figure.contrasts))
     if points.empty:
         pairs = ", ".join(f"{arm} - {reference}" for arm, reference in study.spec.figure.contrasts)
         raise UserError(f"{study.spec.name}: no cell compares {pairs}. Name arms that run, in figure.contrasts or arms")
@@ -116,10 +116,14 @@ def findings(study: Study, points: pd.DataFrame) -> list[str]:
             worse = own[(own["high"] < 0)][x].tolist()
             where = f"better at {', '.join(clear)}" if clear else "nowhere shown to be better"
             where += f", worse at {', '.join(worse)}" if worse else ""
+            ends = f"{_value(first)} at {label} = {first[x]}"
+            if len(own) > 1:
+                ends += f", {_value(last)} at {last[x]}"
+            else:
+                where = "better" if clear else "worse" if worse else "not shown to be better"
             sentences.append(
                 f"{task}, {arm} over {reference}{f', {place}' if place else ''} "
-                f"({metric_name(first.metric)}, {int(first.n_users)} users): "
-                f"{_value(first)} at {label} = {first[x]}, {_value(last)} at {last[x]}; {where}."
+                f"({metric_name(first.metric)}, {int(first.n_users)} users): {ends}; {where}."
             )
     return sentences
 

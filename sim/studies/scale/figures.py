@@ -18,7 +18,7 @@ _COLOURS, _MARKERS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY), ("o", "s", "
 
 def draw_simulation(cells: pd.DataFrame) -> Figure:
     """Draws seconds, processor seconds and memory against the size of the fleet, with the fitted power."""
-    cold = cells[cells["cold"]].sort_values("devices")
+    cold = cells[cells["cold"] & (cells["learners"] == cells["devices"])].sort_values("devices")
     panels = (("wall_s", "seconds"), ("cpu_s", "processor seconds"), ("peak_memory_gib", "peak memory (GiB)"))
     with style():
         figure, axes = plt.subplots(1, 3, figsize=(7.0, 2.2))

@@ -13,7 +13,7 @@ from untether.sim.report.summary import metric_name
 
 def exponent(cells: pd.DataFrame, name: str) -> tuple[float, float]:
     """Fits `name = factor x devices ^ exponent` by least squares on logarithms, over cold cells: (exponent, factor)."""
-    own = cells[cells["cold"] & cells[name].notna() & (cells[name] > 0)]
+    own = cells[cells["cold"] & _all_learn(cells) & cells[name].notna() & (cells[name] > 0)]
     if own["devices"].nunique() < 2:
         return np.nan, np.nan
     slope, intercept = np.polyfit(np.log(own["devices"]), np.log(own[name]), 1)
@@ -35,8 +35,20 @@ def notes(cells: pd.DataFrame) -> list[str]:
     ]
 
 
+def _all_learn(cells: pd.DataFrame) -> pd.Series:
+    return cells["learners"] == cells["devices"]
+
+
 def _simulation(cells: pd.DataFrame) -> Iterator[str]:
     cold = cells[cells["cold"]].sort_values("devices")
+    for _, row in cold[~_all_learn(cold)].iterrows():
+        yield (
+            f"Of {_count(row.devices)} devices {_count(row.learners)} learned, in {row.wall_s:.0f} s and "
+            f"{row.peak_memory_gib:.1f} GiB. The others asked, waited, paid and trained in virtual time. Extrapolated "
+            "from those that learned: how long their answers were and how many samples they kept. Nothing is said of "
+            "how well they answer."
+        )
+    cold = cold[_all_learn(cold)]
     if len(cold) < 2 or cold["wall_s"].isna().any():
         return
     first, last = cold.iloc[0], cold.iloc[-1]

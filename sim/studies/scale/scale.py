@@ -1,7 +1,8 @@
 """The analysis `scale`: the resources that a growing fleet takes of this machine, and the service it gets of one cloud.
 
-Axes: `fleet` (variants that set `population.users`) and `cloud` (variants of its capacity). The first cell of each size
-makes all its adapters itself, so the simulation's own time and memory are read from it alone.
+Axes: `fleet` (variants that set `population.users`, and `engine.learners` where not all learn) and `cloud` (variants of
+its capacity). The first cell of each size makes all its adapters itself, so the simulation's own time and memory are
+read from it alone; what a device costs, from those in which all devices learn.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ALONE, FLOOR, METHOD
 from untether.sim.population.source import open_population
 from untether.sim.population.tasks import get_task, higher_is_better
+from untether.sim.rounds.learners import Learners
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies.answer import save_figure, write_findings, write_table
 from untether.sim.studies.frames import USER, Runs, each_cell, mean_interval, user_scores
@@ -38,6 +40,12 @@ from untether.sim.time.timeline_state import SAMPLES
 SHARES = (0.5, 0.9, 0.99)
 """Of the devices, that have their first personalized adapter."""
 
+EVENTS = (
+    "seed", "round", "time_s", "request_id", "attempt", "device_id", "arm", "kind", "outcome", "duration_s",
+    "tokens_in", "tokens_out", "queued_s", "detail",
+)  # fmt: skip
+"""Columns that are read: the others are many bytes of a large fleet."""
+
 LENGTHS = (3, 5, 8, 12, 16)
 """History lengths that are looked at together: from one to the next."""
 
@@ -56,16 +64,18 @@ def analyse(study: Study, out: Path, runs: Runs) -> None:
 def measure(study: Study, runs: Runs) -> pd.DataFrame:
     """Returns a row a cell: figures of the simulation and of the service.
 
-    Simulation: `wall_s`, `cpu_s`, `peak_memory_gib`; only where it made its adapters itself (`cold`). Service: queue
-    quantiles, throughput, refusals, tokens, money, time to an adapter.
+    Simulation: `wall_s`, `cpu_s`, `peak_memory_gib`; only where it made its adapters itself (`cold`); `learners`: how
+    many devices learned. Service: queue quantiles, throughput, refusals, tokens, money, time to an adapter.
     """
     rows, seen = [], set()
     for cell, run in each_cell(study, runs):
-        devices = cell.experiment.population.users * len(cell.experiment.seeds)
+        experiment = cell.experiment
+        users, seeds = experiment.population.users, len(experiment.seeds)
+        devices, learners = users * seeds, experiment.engine.learning(users) * seeds
         usage = (run.read_json("environment.json") or {}).get("usage", {})
         cold = devices not in seen
         seen.add(devices)
-        row = {**cell.words, "devices": devices, "cold": cold, **service(run, cell.experiment)}
+        row = {**cell.words, "devices": devices, "learners": learners, "cold": cold, **service(run, experiment)}
         row |= {"wall_s": usage.get("wall_s"), "cpu_s": usage.get("cpu_s")}
         row["peak_memory_gib"] = usage.get("peak_memory_bytes", np.nan) / 2**30
         rows.append(row)
@@ -74,14 +84,15 @@ def measure(study: Study, runs: Runs) -> pd.DataFrame:
 
 def service(run: RunDirectory, experiment: Experiment) -> dict[str, float]:
     """Returns the service that the fleet got of its cloud, in virtual time. Times to an adapter are inf without one."""
-    events = run.read("events")
+    events = run.read("events", EVENTS)
     asked = events[events["kind"] == "augment"]
     waited = waiting_s(asked)
     overall, busiest = throughput_per_s(asked, bin_s=60.0)
     attempts, requests = share_rate_limited(asked)
     paid = cost(asked, experiment.cloud.capacity)
     made = trainings(events, METHOD)
-    first = first_live(made[made["on"] == SAMPLES], run.read("metrics", DEVICE), experiment.rounds * DAY_S)
+    devices = pd.concat([run.read("metrics", DEVICE), events[DEVICE]]).drop_duplicates()
+    first = first_live(made[made["on"] == SAMPLES], devices, experiment.rounds * DAY_S)
     curve = survival(first["time_s"], first["seen"])
     last = asked.sort_values("attempt").groupby(["seed", "request_id"])["outcome"].last()
     return {
@@ -124,7 +135,7 @@ def _lengths(experiment: Experiment) -> dict[str, float]:
     found = {}
     for seed in experiment.seeds:
         population = open_population(experiment, seed)
-        for index in range(len(population)):
+        for index in Learners(experiment, seed, len(population)).devices:
             user = population.user(index)
             found[user.user_id] = len(user.history) / len(user.tasks)
     return found

@@ -16,7 +16,7 @@ from untether.sim.studies.scale.scale import by_history, measure
 def _cells(**more):
     devices = [10, 100, 1000]
     table = {
-        "fleet": ["10", "100", "1000"], "cloud": "4 places", "devices": devices, "cold": True,
+        "fleet": ["10", "100", "1000"], "cloud": "4 places", "devices": devices, "learners": devices, "cold": True,
         "wall_s": [22.0, 40.0, 220.0], "cpu_s": [0.5 * n**0.9 for n in devices],
         "peak_memory_gib": [2.0 * n**0.1 for n in devices], "queued_p50_s": [0.0, 3.0, 600.0],
         "queued_p95_s": [0.0, 30.0, 3000.0], "queued_p99_s": [0.0, 60.0, 5000.0], "busiest_answers_per_s": 0.8,
@@ -33,6 +33,34 @@ def test_the_study_varies_fleet_and_cloud_and_each_size_has_its_own_users():
     assert [e.population.users for e in sizes.values()] == [10, 100, 1000]
     assert len({e.seeds for e in sizes.values()}) == 3
     assert len(Study.read("scale", grid={"fleet": "10000"}).cells) == 4
+    large = Study.read("scale", grid={"fleet": "100000,1000000"}).cells
+    assert {(cell.experiment.population.users, cell.experiment.engine.learners) for cell in large} == {
+        (100_000, 1000), (1_000_000, 1000),
+    }  # fmt: skip
+
+
+def test_where_some_learn_it_says_so_and_no_cost_of_a_device_is_read_from_it():
+    some = _cells().iloc[[2]].assign(devices=50_000, learners=1000, wall_s=5000.0, cpu_s=1.0)
+    cells = pd.concat([_cells(), some], ignore_index=True)
+    nothing = pd.DataFrame(columns=["task", "arm"])
+    said, simulation, *_ = findings(cells, nothing)
+    assert said.startswith("Of 50,000 devices 1,000 learned, in 5000 s") and "Extrapolated" in said
+    assert "0.20 s a device" in simulation and exponent(cells, "cpu_s")[0] == pytest.approx(0.9)
+
+
+def test_devices_that_do_not_learn_count_among_those_that_wait_for_an_adapter():
+    study, _ = _study(2, learners=1)
+    rows = [
+        {"seed": 1, "time_s": 60.0, "request_id": f"r{n}", "attempt": 0, "device_id": f"d{n}", "kind": "augment",
+         "outcome": "ok", "duration_s": 10.0, "tokens_in": 1, "tokens_out": 1, "queued_s": 0.0} for n in range(2)
+    ] + [
+        {"seed": 1, "time_s": 3600.0, "device_id": "d1", "arm": "collaborative", "kind": "train", "outcome": "ok",
+         "round": 0, "duration_s": 3600.0, "detail": "on samples"}
+    ]  # fmt: skip
+    tables = {"events": pd.DataFrame(rows), "metrics": pd.DataFrame({"seed": 1, "device_id": ["d0"]})}
+    row = measure(study, {name: _Run(tables=tables) for name in "ab"}).iloc[0]
+    assert (row["devices"], row["learners"]) == (2, 1)
+    assert row["h_to_50"] == pytest.approx(2.0) and np.isinf(row["h_to_90"])
 
 
 def test_exponents_are_those_of_a_power_law_over_cold_cells():
@@ -66,9 +94,10 @@ class _Run(SimpleNamespace):
         return {"usage": {"wall_s": 9.0, "cpu_s": 12.0, "peak_memory_bytes": 2**31}}
 
 
-def _study(users):
+def _study(users, learners=0):
     experiment = Experiment.read(None, {"population.users": str(users), "population.tasks": "LaMP_3",
-                                        "population.history": "3,16", "cloud.capacity.price_in": "2"})  # fmt: skip
+                                        "population.history": "3,16", "cloud.capacity.price_in": "2",
+                                        "engine.learners": str(learners)})  # fmt: skip
     cells = [SimpleNamespace(name=name, experiment=experiment, words={"fleet": "x", "cloud": name}) for name in "ab"]
     return SimpleNamespace(cells=cells), experiment
 

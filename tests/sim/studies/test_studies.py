@@ -282,3 +282,40 @@ def test_a_grid_is_counted_before_it_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr("untether.sim.studies.study.Experiment.build", None)  # nothing may be built
     with pytest.raises(UserError, match="its axes make 4 cells, and a study has at most 3"):
         Study.read(str(tmp_path / "toy.toml"))
+
+
+def test_a_contrast_that_no_summary_has_is_computed_from_the_answers(tmp_path):
+    """Of the arms that a cell runs; the summary itself compares those of the design alone."""
+    (tmp_path / "own.toml").write_text(
+        TEXT.replace('"local_matched", "placebo", "collaborative"', '"shared", "collaborative"')
+        .replace("[[4, 4], [4, 8]]", "[[4, 4]]")
+        .replace("[figure]", '[figure]\ncontrasts = [["collaborative", "shared"], ["collaborative", "local"]]')
+    )
+    study = Study.read(str(tmp_path / "own.toml"))
+
+    def ran(runs):
+        for run in runs:
+            better = 0.5 if run.experiment.cloud.samples else 0.0
+            rows = [
+                {"seed": 1, "round": 0, "device_id": f"d{user}", "user_id": f"u{user}", "arm": arm, "task": "LaMP_2N",
+                 "query_id": f"q{query}", "prediction": "yes" if right else "no", "gold": "yes", "score": float(right),
+                 "outcome": "ok", "cluster": f"u{user}"}
+                for user in range(5) for query in range(2)
+                for arm, right in (("shared", False), ("collaborative", bool(better) and query == 0))
+            ]  # fmt: skip
+            pd.DataFrame(rows).to_parquet(run.path / "predictions.parquet")
+            run.write_json("summary.json", {"rows": _rows(0.0)[2:], "facts": {}})
+            run.drop_parts()
+
+    out = run_study(study, tmp_path / "out", ran)
+    table = list(csv.DictReader((out / "table.csv").open()))
+    assert [(row["arm"], row["reference"], float(row["gain"])) for row in table] == [
+        ("collaborative", "shared", 0.0), ("collaborative", "shared", 0.5),
+    ]  # fmt: skip
+    assert "+0.000 [+0.000, +0.000] at samples = 0, +0.500 [+0.500, +0.500] at 8" in (out / "findings.md").read_text()
+
+
+def test_one_point_is_told_once(study, tmp_path):
+    (tmp_path / "toy.toml").write_text(TEXT.replace("[0, 8]", "[8]").replace("[[4, 4], [4, 8]]", "[[4, 4]]"))
+    out = run_study(Study.read(str(tmp_path / "toy.toml")), tmp_path / "out", Cells())
+    assert "(MAE, 5 users): +0.500 [+0.400, +0.600] at samples = 8; better." in (out / "findings.md").read_text()
