@@ -27,8 +27,9 @@ FIELDS = {
     "arms": "frozen,local,collaborative", "population.tasks": "LaMP_3", "population.queries": 2,
     "cloud.samples": 8, "cloud.samples_per_request": 8, "cloud.timeout_s": 600, "network.kind": "trace",
     "network.ask_within_h": 24, "hardware.profiles": "pixel-8,galaxy-a14,iphone-13", "hardware.train_when": "charging",
-    "cloud.capacity.output_tokens_per_s": 60, "cloud.capacity.queue": 100_000,
+    "cloud.capacity.output_tokens_per_s": 60, "cloud.capacity.queue": 100_000, "engine.memory_gib": 0.25,
 }  # fmt: skip
+"""A small budget for the workers: what they take beyond their models is theirs, not the fleet's."""
 
 
 def draw_logs(folder: Path) -> Path:

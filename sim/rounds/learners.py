@@ -9,9 +9,11 @@ large it is.
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Protocol, TypeVar
 
 from untether.sim.core.seeding import derive
@@ -62,10 +64,10 @@ class Learners:
     def sizes(
         self, round: int, asks: Sequence[Ask], granted: Collection[str], real: Mapping[str, Size]
     ) -> dict[str, Size]:
-        """Returns the sizes of the granted requests, from the real ones of the devices that learn.
+        """Returns the sizes of the granted requests, from the `real` ones of the devices that learn.
 
         A device's requests of a lane get, in their order and again from the first, the sizes that its learner's got.
-        Where no learner was answered in that lane, a request has its expected size.
+        Where no learner was answered in that lane, a request has its expected size. `asks` come device by device.
         """
         if self.everybody:
             return dict(real)
@@ -74,14 +76,15 @@ class Learners:
             if ask.request_id in real:
                 pools[ask.lane].setdefault(ask.device, []).append(real[ask.request_id])
         listed = {lane: list(pool.values()) for lane, pool in pools.items()}
-        made: dict[tuple[str, int], int] = defaultdict(int)
-        for ask in asks:
-            if ask.device in self._learns or ask.request_id not in granted:
+        for device, own in groupby(asks, key=attrgetter("device")):
+            if device in self._learns:
                 continue
-            of_learner = self._pick(ask.device, round, listed.get(ask.lane, ()))
-            place = made[ask.lane, ask.device]
-            found[ask.request_id] = of_learner[place % len(of_learner)] if of_learner else ask.size
-            made[ask.lane, ask.device] += 1
+            made = Counter[str]()
+            for ask in own:
+                if ask.request_id in granted:
+                    of_learner = self._pick(device, round, listed.get(ask.lane, ()))
+                    found[ask.request_id] = of_learner[made[ask.lane] % len(of_learner)] if of_learner else ask.size
+                    made[ask.lane] += 1
         return found
 
     def materials(

@@ -89,6 +89,7 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
 
             # 3. schedule: whose answer arrives and when everything ends, from what it really took.
             delivered = virtual.deliver(agenda, sizes_of(answers))
+            del agenda  # what was expected, of many devices
             if delivered.short:  # filters must not have seen what never came
                 again = send(virtual.filter(delivered, run.samples(seed, round, parts, this_round=True)))
                 parts["samples"] = run.replace_rows(

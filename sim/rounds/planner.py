@@ -184,6 +184,7 @@ class Rounds:
         delivery = self.timeline.deliver(
             plan, self.learners.sizes(plan.round, plan.asks, granted, sizes), self._told["deliver"]
         )
+        agenda = replace(agenda, plan=delivery.plan)
         finals = [delivery.finals[name] for name in sorted(granted.intersection(sizes))]
         written = [each for each in finals if sizes[each.request_id].outcome not in TRANSPORT_OUTCOMES]
         missed = [each for each in written if not each.answered]

@@ -28,12 +28,10 @@ from untether.sim.time.asking import Ask, Asked, Final, Rules, Size, VirtualAtte
 from untether.sim.time.cost import CostModel, model_shape
 from untether.sim.time.hardware import THIS_MACHINE, Fleet, Profile
 from untether.sim.time.network import Link, Links, StateTrace
+from untether.sim.time.network.links import DRAWN
 from untether.sim.time.network.transfers import Carried, carry
 from untether.sim.time.readiness import Body, Readiness, rest, work
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, TrainedVersion, VirtualWork
-
-READINESS = 150_000
-"""Most devices whose drawn habits are kept: 3 KiB each. Those of a larger fleet are drawn again, and are the same."""
 
 
 def _nobody(devices: int) -> None: ...
@@ -68,15 +66,14 @@ class Plan:
     def granted(self) -> frozenset[str]:
         return frozenset(name for name, final in self.finals.items() if final.outcome == "ok")
 
-    @property
-    def online(self) -> frozenset[int]:
-        """The devices that had a link at some time while they wanted one."""
-        return frozenset(final.device for final in self.finals.values() if final.outcome != "offline")
+    def past(self) -> Plan:
+        """Returns the plan without what was expected, once it is known what happened: a large fleet's is large."""
+        return replace(self, attempts=(), finals={})
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """The result of a round's requests: every attempt, and one final outcome a request.
+    """The result of a round's requests: every attempt, and one final outcome a request. `plan` has no others.
 
     `received`: the requests whose answer reached its device (an answer that was requested and did not arrive is
     wasted).
@@ -144,7 +141,7 @@ class Timeline:
     def readiness(self, device: int) -> Readiness:
         """Returns when the device may train."""
         if device not in self._readiness:
-            if len(self._readiness) >= READINESS:
+            if len(self._readiness) >= DRAWN:
                 self._readiness.clear()
             name = self.device_id(device)
             trace = self.links.trace_of(name)
@@ -221,7 +218,7 @@ class Timeline:
                 finals[name] = final
         finals = {ask.request_id: finals[ask.request_id] for ask in plan.asks}
         state = self._state.after(plan.round, plan.start_s, plan.asks, lanes, sizes, finals)
-        return Delivery(plan, tuple(attempts), finals, state)
+        return Delivery(plan.past(), tuple(attempts), finals, state)
 
     @_uncollected()
     def train(self, delivery: Delivery, works: Iterable[VirtualWork] = ()) -> Schedule:

@@ -17,6 +17,9 @@ from untether.sim.time.network.traces import StateTrace, read_traces
 
 MEGA = 1e6
 
+DRAWN = 100_000
+"""Most devices whose links and habits are kept, a few KiB each. Those of a larger fleet are drawn again, the same."""
+
 Maker = Callable[["Links", int, str], Link]
 """What a `network.kind` is: makes a device's link, from the device's number and name. `wifi_only`, `outages`, state
 traces and `availability` take their time from whatever it makes.
@@ -37,7 +40,8 @@ def configured(links: Links, device: int, device_id: str) -> Link:
 
 
 class Links:
-    """Makes each device's link once and keeps it. All draws depend on `device_id`, so on no order or other device.
+    """Makes each device's link and keeps it, up to `DRAWN` of them. All draws depend on `device_id`, so on no order or
+    other device.
 
     `settings` are the experiment's tables for plug-ins.
 
@@ -56,6 +60,9 @@ class Links:
     def of(self, device: int, device_id: str) -> Link:
         """Returns the link of one device."""
         if device not in self._links:
+            if len(self._links) >= DRAWN:
+                self._links.clear()
+                self._drawn.clear()
             self._links[device] = self._make(device, device_id)
         return self._links[device]
 
