@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from itertools import groupby
 from operator import attrgetter
@@ -31,7 +31,7 @@ class _OfDevice(Protocol):
 Row = TypeVar("Row", bound=_OfDevice)
 
 
-class Learners:
+class Learners(Collection[int]):
     """The devices of one seed that learn, and what the others are taken to get.
 
     Args:
@@ -52,6 +52,12 @@ class Learners:
 
     def __contains__(self, device: int) -> bool:
         return device in self._learns
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.devices)
+
+    def __len__(self) -> int:
+        return len(self.devices)
 
     def among(self, devices: Iterable[int]) -> tuple[int, ...]:
         """Returns those of the devices that learn."""

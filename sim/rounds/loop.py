@@ -121,9 +121,12 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
             parts["events"] = run.write_parts("events", seed, round, "round", events)
             if left := virtual.ledger_rows(day):
                 parts.setdefault("ledger", []).append(run.write_part("ledger", seed, round, "uploads", left))
-            virtual.advance(day, errors(learned), learned.lost)
             facts = {"totals": learned.counts(), **_facts(asked, updated, learned), **part.write(round)}
-            run.commit(seed, round, parts, facts, virtual.state() if round + 1 < experiment.rounds else None)
+            state = None
+            if round + 1 < experiment.rounds:
+                virtual.advance(day, errors(learned), learned.lost)
+                state = virtual.state()
+            run.commit(seed, round, parts, facts, state)
             part.prune(round)
             progress.end()
 

@@ -226,7 +226,8 @@ class Rounds:
                 self.experiment, self.timeline, plan, able, self._trained_in, lambda device: materials[device].real
             )
             works = itertools.chain(works, exchange.down(able, asked))
-        schedule = self.timeline.train(delivered.delivery, works)
+        last = plan.round + 1 == self.experiment.rounds  # no round is to come for which devices are remembered
+        schedule = self.timeline.train(delivered.delivery, works, self.learners if last else None)
         tokens: dict[int, int] = defaultdict(int)
         for attempt in schedule.attempts:
             if attempt.lane == AUGMENT:

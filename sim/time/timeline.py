@@ -221,12 +221,20 @@ class Timeline:
         return Delivery(plan.past(), tuple(attempts), finals, state)
 
     @_uncollected()
-    def train(self, delivery: Delivery, works: Iterable[VirtualWork] = ()) -> Schedule:
-        """Returns when each adapter is trained, from what was delivered and the steps that each takes."""
+    def train(
+        self, delivery: Delivery, works: Iterable[VirtualWork] = (), keeps: Collection[int] | None = None
+    ) -> Schedule:
+        """Returns when each adapter is trained, from what was delivered and the steps that each takes.
+
+        `keeps`: the devices whose state is asked for afterwards; None: all.
+        """
         plan, finals = delivery.plan, delivery.finals
-        state = delivery.state.copy()
-        versions = tuple(version for each in works for version in self._train(plan, each, finals, state))
-        return Schedule(plan, delivery.attempts, finals, state, versions)
+        state, versions = delivery.state.copy(), list[TrainedVersion]()
+        for each in works:
+            versions += self._train(plan, each, finals, state)
+            if keeps is not None and each.device not in keeps:
+                state.forget(each.device, each.arm)
+        return Schedule(plan, delivery.attempts, finals, state, tuple(versions))
 
     def advance(self, schedule: Schedule, lost: Collection[int] = ()) -> None:
         """Makes a schedule the past: the next round starts from it. Devices that were `lost` trained nothing in it."""

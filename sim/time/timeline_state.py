@@ -98,6 +98,11 @@ class State:
         live = defaultdict(list, {key: list(versions) for key, versions in self.live.items()})
         return replace(self, bodies=dict(self.bodies), live=live)
 
+    def forget(self, device: int, arm: str) -> None:
+        """Drops what is known of a device under one arm."""
+        self.bodies.pop((device, arm), None)
+        self.live.pop((device, arm), None)
+
     def _learn_size(self, lane: str, size: Size) -> None:
         """A running mean: count, then bytes up and down, tokens in and out."""
         count, *means = self.sizes.get(lane, [0, 0, 0, 0, 0])
