@@ -29,6 +29,10 @@ VIRTUAL_S: Mapping[Step, float] = {
 }  # fmt: skip
 """Seconds of a device's day in virtual time, with one request and two adapters, on Zen 5: one process does it."""
 
+DEVICE_BYTES, REQUEST_BYTES, TRAINED_BYTES = 800.0, 1700.0, 700.0
+"""A device's day in virtual time, in memory, about: and each request and adapter of it. `MUCH` is told."""
+MUCH = 1e9
+
 ROW_BYTES = 400
 """A row of the tables, about."""
 
@@ -46,6 +50,7 @@ class Estimate:
         seconds: By step and, beside them, for setting up and reporting; all workers together.
         disk_bytes: Of the finished run directory.
         measured: Whether the speed is this machine's, or a default.
+        day_bytes: Memory of a round of the whole fleet in virtual time, in one process.
     """
 
     rounds: int
@@ -56,6 +61,7 @@ class Estimate:
     seconds: Mapping[str, float] = field(default_factory=dict)
     disk_bytes: float = 0.0
     measured: bool = False
+    day_bytes: float = 0.0
 
     @property
     def total_s(self) -> float:
@@ -80,6 +86,8 @@ class Estimate:
             ("time", f"about {duration(self.total_s)} {by}: "
              + ", ".join(f"{name} {duration(s)}" for name, s in self.seconds.items() if s >= 1)),
             ("disk", f"about {max(1.0, self.disk_bytes / 1e6):.0f} MB"),
+            *([("memory", f"about {self.day_bytes / 1e9:.1f} GB for a day of the fleet, beside models and adapters")]
+              if self.day_bytes >= MUCH else []),
         ]  # fmt: skip
 
     def sentence(self) -> str:
@@ -89,6 +97,7 @@ class Estimate:
             f"{_round(self.total(('learn', 'tokens'), ('share', 'tokens')))} tokens of training, "
             f"{_round(self.total(('learn', 'answers')))} answers; about {duration(self.total_s)}, "
             f"{max(1.0, self.disk_bytes / 1e6):.0f} MB of disk"
+            + (f", {self.day_bytes / 1e9:.1f} GB of memory for the fleet" if self.day_bytes >= MUCH else "")
         )
 
 
@@ -109,12 +118,14 @@ def estimate(experiment: Experiment, speed: Speed | None = None, workers: int = 
     seconds |= {
         "setting up": START_S + sum(guess.setup_s.values()) + rounds * guess.round_s, "report": guess.report_s
     }
+    requests = work.get(ASKING, 0.0) / max(1, experiment.engine.learning(len(population)))  # a device and round
     devices, adapter_bytes = len(population), (speed or Speed()).adapter_bytes
     adapters = seeds * experiment.engine.learning(devices) * len(trained(experiment.arms)) * adapter_bytes
     rows = rounds * (sum(work.get(step, 0.0) for step in STEPS if step[1] in ("samples", "answers")) + 8 * devices)
     return Estimate(
         rounds, seeds, work, cloud, (cloud[0] * capacity.price_in + cloud[1] * capacity.price_out) / 1e6, seconds,
         adapters + rows * ROW_BYTES + 2e6, speed is not None,
+        devices * (DEVICE_BYTES + REQUEST_BYTES * requests + TRAINED_BYTES * len(trained(experiment.arms))),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment
 from untether.sim.launch import speed
-from untether.sim.launch.estimate import guess_of
+from untether.sim.launch.estimate import estimate, guess_of
 from untether.sim.launch.resources import Resources
 from untether.sim.launch.speed import Speed
 
@@ -72,3 +72,16 @@ def test_a_language_model_in_the_cloud_is_no_measure_of_this_machine():
     theirs, own = (guess_of(Experiment.read(None, fields), {step: 8.0}, cost, 2) for fields in (model, {}))
     assert theirs.elsewhere == {step} and theirs.cost_s[step] == 30.0
     assert not own.elsewhere and own.cost_s[step] == 15.0
+
+
+def test_devices_that_do_not_learn_cost_memory_and_a_plan_and_no_work():
+    """Requests, tokens and answers are those of the learners; a day of the fleet is said where it takes gigabytes."""
+    fields = {"population.tasks": "LaMP_3", "arms": "local,collaborative"}
+    few = estimate(Experiment.read(None, {**fields, "population.users": "10"}), Speed())
+    large = estimate(Experiment.read(None, {**fields, "population.users": "1000000", "engine.learners": "10"}), Speed())
+    real = [step for step in few.work if step[1] != "devices"]
+    assert [large.work[step] for step in real] == pytest.approx([few.work[step] for step in real], rel=0.3)
+    assert large.work["plan", "devices"] == 1e6 and few.work["plan", "devices"] == 10
+    assert large.day_bytes == pytest.approx(1e5 * few.day_bytes, rel=0.3)
+    assert "of memory for the fleet" in large.sentence() and "memory" not in few.sentence()
+    assert "memory" in dict(large.lines()) and "memory" not in dict(few.lines())
