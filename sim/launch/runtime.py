@@ -265,9 +265,11 @@ class _Turns:
         return guess_of(experiment, expected_work(experiment, population, speed.chars_per_token)[0], speed, workers)
 
 
-def _work(experiment: Experiment) -> int:
-    """How much a run has to do, in no unit: for the time that is left."""
-    return len(experiment.seeds) * experiment.rounds * experiment.population.users * len(experiment.arms)
+def _work(experiment: Experiment) -> float:
+    """How much a run has to do, in no unit: for the time that is left. A device in virtual time alone costs little."""
+    users = experiment.population.users
+    learning = experiment.engine.learning(users)
+    return len(experiment.seeds) * experiment.rounds * len(experiment.arms) * (learning + (users - learning) / 500)
 
 
 def _check_stop(stop: threading.Event) -> None:

@@ -211,3 +211,26 @@ def test_rows_fit_the_table_of_events():
     assert {row["arm"] for row in rows if row["kind"] == "answer"} == {"cloud"}
     assert all(row["duration_s"] >= 0 and row["energy_j"] >= 0 for row in rows)
     assert any(row["energy_j"] > 0 for row in rows if row["kind"] == "augment")
+
+
+def test_links_and_habits_that_are_drawn_again_are_the_same(monkeypatch):
+    """A fleet that is larger than what is kept of it, over several days."""
+    kept, again = timeline(**HARD), timeline(**HARD)
+    for round in range(3):
+        expected = run(kept, round, range(12), each=2)
+        for module in ("timeline", "network.links"):
+            monkeypatch.setattr(f"untether.sim.time.{module}.DRAWN", 5)
+        assert_alike(run(again, round, range(12), each=2), expected)
+        assert len(again.links._links) <= 5
+        monkeypatch.undo()
+
+
+def test_who_is_not_kept_trains_the_same_and_is_forgotten():
+    """In a fleet's last round: its versions are told, its state is not asked for."""
+    virtual = timeline(**HARD)
+    plan = virtual.plan(0, asks(0, range(6)))
+    delivery = virtual.deliver(plan, dict.fromkeys(plan.granted, SIZE))
+    whole, some = (virtual.train(delivery, works(0, range(6)), keeps) for keeps in (None, {1, 4}))
+    assert some.versions == whole.versions and some.finals == whole.finals
+    assert set(some.state.live) == {key for key in whole.state.live if key[0] in {1, 4}} != set(whole.state.live)
+    assert {device for device, _ in some.state.bodies} <= {1, 4} < {device for device, _ in whole.state.bodies}
