@@ -34,7 +34,8 @@ from untether.sim.time.readiness import Body, Readiness, rest, work
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, TrainedVersion, VirtualWork
 
 
-def _nobody(devices: int) -> None: ...
+def nobody(devices: int) -> None:
+    """Hears how many devices are done, and says nothing."""
 
 
 @contextmanager
@@ -174,7 +175,7 @@ class Timeline:
         return Size(CHARS_PER_TOKEN * tokens_in + 500, CHARS_PER_TOKEN * tokens_out + 500, tokens_in, tokens_out)
 
     @_uncollected()
-    def plan(self, round: int, asks: Sequence[Ask], told: Callable[[int], None] = _nobody) -> Plan:
+    def plan(self, round: int, asks: Sequence[Ask], told: Callable[[int], None] = nobody) -> Plan:
         """Plans a round: which requests get through, if all have the sizes they are expected to have.
 
         `told` hears now and then how many devices have asked.
@@ -193,7 +194,7 @@ class Timeline:
         return self.train(self.deliver(plan, sizes), works)
 
     @_uncollected()
-    def deliver(self, plan: Plan, sizes: Mapping[str, Size], told: Callable[[int], None] = _nobody) -> Delivery:
+    def deliver(self, plan: Plan, sizes: Mapping[str, Size], told: Callable[[int], None] = nobody) -> Delivery:
         """Returns when each request ends, from the real sizes of the granted ones. `told`: as in `plan`.
 
         A granted request without a size was never answered: its outcome is `crashed`. Requests that were not granted

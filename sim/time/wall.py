@@ -13,7 +13,7 @@ from untether.sim.core.records import TRANSPORT_OUTCOMES
 from untether.sim.experiment import Experiment
 from untether.sim.time.asking import Ask, Final, Size, VirtualAttempt
 from untether.sim.time.network.transfers import Carried
-from untether.sim.time.timeline import Delivery, Plan, Schedule, Timeline
+from untether.sim.time.timeline import Delivery, Plan, Schedule, Timeline, nobody
 from untether.sim.time.timeline_state import State, TrainedVersion, VirtualWork
 
 
@@ -42,13 +42,13 @@ class WallTimeline(Timeline):
         """Returns the seconds since the run began."""
         return WallClock().epoch_s() - self._began_s
 
-    def plan(self, round: int, asks: Sequence[Ask]) -> Plan:
+    def plan(self, round: int, asks: Sequence[Ask], told: Callable[[int], None] = nobody) -> Plan:
         """Grants every request."""
         now_s = self.now_s()
         finals = {a.request_id: Final(a.request_id, a.device, a.lane, "ok", now_s, 1, answered=True) for a in asks}
         return Plan(round, now_s, math.inf, tuple(asks), (), finals)
 
-    def deliver(self, plan: Plan, sizes: Mapping[str, Size]) -> Delivery:
+    def deliver(self, plan: Plan, sizes: Mapping[str, Size], told: Callable[[int], None] = nobody) -> Delivery:
         """Returns what became of the requests: `sizes` of those of which a device told."""
         now_s, attempts, finals = self.now_s(), [], {}
         for ask in plan.asks:
@@ -64,7 +64,7 @@ class WallTimeline(Timeline):
                     size.bytes_down, size.tokens_in, size.tokens_out,
                 ))  # fmt: skip
         state = self._state.after(plan.round, plan.start_s, plan.asks, {}, sizes, finals)
-        return Delivery(plan, tuple(attempts), finals, state)
+        return Delivery(plan.past(), tuple(attempts), finals, state)
 
     def measured(self) -> dict[str, Any]:
         """Returns when the run began (JSON)."""

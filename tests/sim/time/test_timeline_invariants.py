@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections import Counter, defaultdict
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from tests.sim.timelines import HARD, SIZE, asks, run, timeline, trained, works
 from untether.sim.run.directory import TABLES
 from untether.sim.time.asking import traffic
-from untether.sim.time.timeline import Schedule
+from untether.sim.time.timeline import Schedule, Timeline
+from untether.sim.time.wall import WallTimeline
 
 
 def assert_alike(one: Schedule, other: Schedule) -> None:
@@ -234,3 +236,13 @@ def test_who_is_not_kept_trains_the_same_and_is_forgotten():
     assert some.versions == whole.versions and some.finals == whole.finals
     assert set(some.state.live) == {key for key in whole.state.live if key[0] in {1, 4}} != set(whole.state.live)
     assert {device for device, _ in some.state.bodies} <= {1, 4} < {device for device, _ in whole.state.bodies}
+
+
+def test_deployed_devices_have_the_same_timeline_to_call():
+    """Its rounds are the same loop's; a run of them on real nodes is in tests/test_deployment.py."""
+    own = [name for name, thing in vars(WallTimeline).items() if callable(thing) and not name.startswith("__")]
+    assert {"plan", "deliver", "carry"} <= set(own)
+    for name in own:
+        if hasattr(Timeline, name):
+            told, mine = (list(inspect.signature(getattr(kind, name)).parameters) for kind in (Timeline, WallTimeline))
+            assert told == mine, name
