@@ -71,15 +71,17 @@ def draw(study: Study, points: pd.DataFrame) -> Figure:
     """
     x_axis, tasks = _x(study), sorted(points["task"].unique())
     order = list(dict.fromkeys(points[x_axis]))
+    alike = all(set(own[x_axis]) == set(order) for _, own in points.groupby("task"))  # else each panel has its own axis
     with style():
         wide = min(3, len(tasks))
         tall = -(-len(tasks) // wide)
-        figure, axes = plt.subplots(tall, wide, figsize=(2.35 * wide, 1.9 * tall), sharex=True, squeeze=False)
+        figure, axes = plt.subplots(tall, wide, figsize=(2.35 * wide, 1.9 * tall), sharex=alike, squeeze=False)
         for panel, axis in enumerate(axes.flat):
             if panel >= len(tasks):
                 axis.set_visible(False)
                 continue
             own = points[points["task"] == tasks[panel]]
+            order = order if alike else list(dict.fromkeys(own[x_axis]))
             axis.axhline(0, color=FAINT, linewidth=0.7)
             drawn = list(lines(study, own))
             for number, (_, reference, where, line) in enumerate(drawn):
@@ -95,6 +97,7 @@ def draw(study: Study, points: pd.DataFrame) -> Figure:
             turned = "" if higher_is_better(metric) else ", turned"
             axis.set_title(f"{tasks[panel].replace('_', '-')}  ({metric_name(metric)}{turned})")
             axis.set_xticks(range(len(order)), order)
+            axis.margins(x=0.05 if len(order) > 1 else 1.0)
             axis.spines[["top", "right"]].set_visible(False)
         figure.supxlabel(_label(study), fontsize=9)
         figure.supylabel("gain (95% CI)", fontsize=9)
