@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import pytest
-from fleet import answers, losses, make_worker, run_in_process, tiny, verdicts
+from fleet import Silent, answers, losses, make_worker, run_in_process, tiny, verdicts
 from pandas.testing import assert_frame_equal
 from pydantic import ValidationError
 from test_determinism import assert_same_results
 
 from untether.clients.device.worker import Endpoint
+from untether.clients.hosting.executors import InProcess
+from untether.clients.hosting.in_process import InProcessBackend
 from untether.server.background import start_background
-from untether.sim.core.errors import UserError
+from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import device_id
+from untether.sim.report import prose
+from untether.sim.report.summary import Summary
 from untether.sim.rounds.learners import Learners
+from untether.sim.rounds.loop import run_rounds
 from untether.sim.rounds.material import Material
 from untether.sim.run.directory import RunDirectory
+from untether.strategies import open_strategy
 
 USERS, LEARNERS = 10, 4
 BUSY = {
@@ -87,9 +93,40 @@ def test_the_others_get_what_a_learner_got(busy):
     assert came[~own]["tokens_out"].nunique() > 2
 
 
-def test_hosts_and_a_stop_between_rounds_change_nothing(busy, runs):
+def test_hosts_change_nothing(busy, runs):
     run, _ = busy
     assert_same_results(runs("hosts", hosts=3, **BUSY, engine__learners=LEARNERS, engine__shard=1), run)
+
+
+def test_a_run_that_was_stopped_between_rounds_ends_the_same(busy, tmp_path):
+    """What the others have comes of learners of the day before, too."""
+    undisturbed, _ = busy
+    experiment = undisturbed.experiment
+    run = RunDirectory.create(tmp_path / "run", experiment)
+
+    class Stops(Silent):
+        def begin(self, seed, round):
+            if round:
+                raise ResumableStop("interrupted")
+
+    with start_background("world", {}) as gateway:
+        worker = make_worker(run, Endpoint(gateway.base_url, gateway.model, gateway.fingerprint))
+        backend = InProcessBackend(run, InProcess(lambda: worker), 1)
+        with pytest.raises(ResumableStop):
+            run_rounds(run, backend, open_strategy(experiment), Stops())
+        assert run.committed(1, 0) and not run.committed(1, 1)
+        run_rounds(run, backend, open_strategy(experiment), Silent())
+    run.merge(experiment)
+    assert_same_results(run, undisturbed)
+    columns = ["event_id", "device_id", "kind", "outcome", "time_s", "duration_s", "tokens_out"]
+    assert_frame_equal(run.read("events")[columns], undisturbed.read("events")[columns])
+
+
+def test_the_report_says_who_learned(busy):
+    run, _ = busy
+    notes = prose.notes(Summary({"rows": [], "facts": {}}), run.experiment, {})
+    assert any(f"{LEARNERS} of {USERS} devices a seed" in note for note in notes)
+    assert not any("devices a seed" in note for note in prose.notes(Summary({"rows": [], "facts": {}}), tiny(), {}))
 
 
 def test_state_goes_on(busy):
