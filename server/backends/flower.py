@@ -71,13 +71,14 @@ class FlowerBackend:
         there = self._look_around() if self.deployed else None
         if there is not None and not there:
             raise ResumableStop("none of the deployment's nodes is there any more")
-        messages = [m for m in self._messages(order) if there is None or m.metadata.dst_node_id in there]
+        addressed = self._messages(order)
+        messages = [m for m in addressed if there is None or m.metadata.dst_node_id in there]
         for message in messages:
             message.content["run"] = self._told
         forgiven = EVERYTHING if self.deployed else {FAILURE} if isinstance(order, Update) else NOTHING
         watch = _Watch(self.run, progress, self.deployed)
         replies = exchange(self.grid, messages, self._deadline_s, self.stop, watch, forgiven)
-        if not order.devices and not any(isinstance(reply, Message) for reply in replies):
+        if addressed and not order.devices and not any(isinstance(reply, Message) for reply in replies):
             why = "; ".join(reply.why for reply in replies if isinstance(reply, Lost)) or "its node is not there"
             raise ResumableStop(f"nobody carried out the order `{order.work}`, which is one node's: {why}")
         found = [

@@ -9,11 +9,18 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
+from untether.clients.device.worker import Endpoint
 from untether.server.backends import exchange as module
 from untether.server.backends.exchange import EVERYTHING, FAILURE, exchange, nodes
-from untether.server.backends.flower import greet
+from untether.server.backends.flower import FlowerBackend, greet
 from untether.sim.core.errors import Failure, ResumableStop, UserError
-from untether.sim.run.directory import versions
+from untether.sim.experiment import Experiment
+from untether.sim.rounds.messages import Begin, Fetch
+from untether.sim.run.directory import RunDirectory, versions
+from untether.strategies import FleetStrategy
+
+
+NOWHERE = Endpoint("http://127.0.0.1:9/v1", "none")
 
 
 class Clock:
@@ -171,3 +178,17 @@ def test_what_is_forgiven_is_told_in_the_hosts_words():
     assert [lost.why for lost in others] == [
         "a host failed inside Flower: not there", "my data", "no answer within 10 s (engine.deadline_s)"
     ]  # fmt: skip
+
+
+def test_an_order_that_concerns_nobody_is_carried_out_by_nobody(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", Experiment())
+    backend = FlowerBackend(Grid({7: []}), run, "r", FleetStrategy(), NOWHERE, 1, threading.Event(), {0: 7})
+    assert backend.send(Fetch(seed=1, round=3, devices=()), lambda work: None) == []
+
+
+def test_an_order_that_is_one_nodes_needs_an_answer(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", Experiment.read(None, {"hardware.clock": "wall", "arms": "local"}))
+    backend = FlowerBackend(Grid({8: []}), run, "r", FleetStrategy(), NOWHERE, 1, threading.Event(), {0: 7})
+    backend._seen.append(8)
+    with pytest.raises(ResumableStop, match="`begin`, which is one node's: its node is not there"):
+        backend.send(Begin(seed=1, round=0, devices=()), lambda work: None)
