@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from bench import lifecycle, mixed, profile, training
-from bench.workload import Workload
 from untether.sim.core import limits
 
 
@@ -28,12 +27,12 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=("stock", "tuned"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = {"environment": environment(), "lifecycle": {}, "training": {}}
+    found = {"environment": environment(), "training": {}}
+    found["lifecycle"] = lifecycle.measure(
+        arguments.devices, workers=arguments.workers, skip=tuple(arguments.skip)
+    )  # fmt: skip
+    lifecycle.show(found["lifecycle"])
     for dtype in ("float32", "bfloat16"):
-        workload = Workload(arguments.devices, dtype=dtype)
-        skip = (*arguments.skip, "stock") if dtype != "float32" else tuple(arguments.skip)
-        found["lifecycle"][dtype] = lifecycle.measure(workload, arguments.workers, skip)
-        lifecycle.show(found["lifecycle"][dtype])
         found["training"][dtype] = training.measure(dtype=dtype)
         print(json.dumps(found["training"][dtype], indent=1))
     found["profile_us_per_token"] = profile.measure()

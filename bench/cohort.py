@@ -16,7 +16,8 @@ from untether.sim.core.learning import TrainSettings
 
 def run(workload: Workload, indices: Sequence[int]) -> Outcome:
     """Filter, train and answer for the devices of one process."""
-    base, devices, encoder = workload.base(), workload.load(list(indices)), Encoder(device=workload.device)
+    base, devices = workload.base(), workload.load(list(indices))
+    encoder = Encoder(dtype=workload.encoder, device=workload.device)
     _warm_up(base, devices, encoder)
     outcome, jobs = Outcome(), [device.job for device in devices]
     with outcome.stage("embed"):

@@ -106,8 +106,9 @@ class TunedEncoder:
     def __init__(self, dtype: str, device: str):
         from sentence_transformers import SentenceTransformer
 
-        dtype = getattr(torch, dtype)
-        self.model = SentenceTransformer(encoder_path(), device=device, model_kwargs={"dtype": dtype}).eval()
+        faster = {"attn_implementation": "eager"} if device == "cpu" else {}  # for texts as short as these
+        options = {"dtype": getattr(torch, dtype), **faster}
+        self.model = SentenceTransformer(encoder_path(), device=device, model_kwargs=options).eval()
 
     def encode(self, texts: Sequence[str], *, remember=None):
         """Unit vectors [texts, dim]."""
@@ -124,7 +125,7 @@ def run(workload: Workload, indices: Sequence[int]) -> Outcome:
     model = workload.plain_model()
     loop, encoder = (
         TunedLoop(model, devices[0].job, model.config.eos_token_id),
-        TunedEncoder(Encoder(device=workload.device).dtype, workload.device),
+        TunedEncoder(Encoder(dtype=workload.encoder, device=workload.device).dtype, workload.device),
     )
     first = devices[0].job
     loop.train(TrainJob(0, first.examples, TrainSettings(steps=1), first.spec, state=first.state))

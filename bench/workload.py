@@ -16,7 +16,7 @@ import transformers
 
 from untether.clients.base_model import resolve
 from untether.clients.engine.adapters import AdapterStack
-from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.base import DTYPES, FrozenBase
 from untether.clients.engine.encoding import encode_answer, encode_prompt
 from untether.clients.engine.jobs import Example, TrainJob
 from untether.sim.core.learning import LoraSpec, TrainSettings
@@ -42,12 +42,15 @@ class DeviceData:
 
 @dataclass(frozen=True)
 class Workload:
-    """What to simulate. model: folder of the on-device model; dtype, device: its arithmetic in every contestant."""
+    """What to simulate. model: folder of the on-device model; dtype, device: its arithmetic in every contestant;
+    encoder: the encoder's.
+    """
 
     devices: int = 64
     task: str = "LaMP_4"
     dtype: str = "float32"
     device: str = "cpu"
+    encoder: str = "auto"
     seed: int = 0
     max_new_tokens: int = 24
     settings: TrainSettings = field(default_factory=TrainSettings)
@@ -63,7 +66,7 @@ class Workload:
 
     def plain_model(self) -> torch.nn.Module:
         """The on-device model, for everyone else."""
-        model = transformers.AutoModelForCausalLM.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.model, dtype=DTYPES[self.dtype])
         return model.to(self.device)
 
     def load(self, indices: list[int]) -> list[DeviceData]:

@@ -256,7 +256,7 @@ def _prepared(worker: Worker, order: Learn, question: _Question, prompt_ids: lis
     seed = derive(order.seed, question.row["device_id"], order.round, "decode", question.query.query_id)
     drawn = (settings.temperature, seed) if settings.temperature > 0 and not labels else ()
     worn = (adapter.version, astuple(adapter.spec)) if adapter else ()
-    words = f"{ENGINE} {worker.base.fingerprint} {worker.base.dtype} {worn!r} {labels!r} {limit} {drawn!r}"
+    words = f"{ENGINE} {worker.base.fingerprint} {worker.base.arithmetic} {worn!r} {labels!r} {limit} {drawn!r}"
     digest = hashlib.blake2b(words.encode(), digest_size=20)
     digest.update(np.asarray(prompt_ids, dtype="<i4").tobytes())
     return _Prepared(adapter, prompt_ids, labels, limit, seed, digest.digest())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from untether.clients.device.answering import Cut, LiveAdapter, Owner, answer, cloud_answers, questions_due
@@ -101,7 +102,7 @@ def learn(worker: Worker, order: Learn, inputs: Inputs) -> Outcome:
     if POLICIES.fact(experiment.drift.policy, "watches"):
         for on, arm in watched(experiment).items():
             columns[f"errors.{on}"] = _errors(devices, answers, arm)
-    models = {f"base {experiment.model.base}": f"{worker.base.fingerprint} {worker.base.dtype}"}
+    models = {f"base {experiment.model.base}": f"{worker.base.fingerprint} {worker.base.arithmetic}"}
     written = {"written": {experiment.model.base: json.dumps(worker.base.written)}}
     return Outcome(Reply(columns, events, models=models, facts=written), tables, _kept(results))
 
@@ -133,6 +134,11 @@ def _jobs(
     how many of them are of a second user, and whether both together had too few.
     """
     experiment, tokenizer = worker.experiment, worker.base.tokenizer
+
+    @cache  # a user's items are in several arms
+    def example(prompt: str, answer: str) -> Example:
+        return Example(encode_prompt(tokenizer, prompt), encode_answer(tokenizer, answer))
+
     for device in devices:
         words = (order.seed, device.device_id)
         for version in versions.get(device.index, ()):
@@ -160,7 +166,7 @@ def _jobs(
                 spec, start, trainable = begun.spec, begun.state, begun.trainable
             yield TrainJob(
                 key=version,
-                examples=[Example(encode_prompt(tokenizer, p), encode_answer(tokenizer, a)) for p, a in pairs],
+                examples=[example(prompt, answer) for prompt, answer in pairs],
                 settings=settings,
                 spec=spec,
                 seed=derive(*words, order.round, "train"),

@@ -100,11 +100,12 @@ class Models:
             lambda: FrozenBase.load(resolve(name), dtype, device, template_args=given),
         )  # fmt: skip
 
-    def encoder(self, name: str, device: str, folder: str) -> Encoder:
+    def encoder(self, name: str, device: str, folder: str, dtype: str = "auto") -> Encoder:
         """Returns the sentence encoder of the filters; `folder` keeps its vectors."""
         from untether.clients.filters.embedding import Encoder
 
-        return self._hold(Encoder, (name, device, folder), lambda: Encoder(name, device=device, folder=folder))
+        key = name, device, folder, dtype
+        return self._hold(Encoder, key, lambda: Encoder(name, dtype=dtype, device=device, folder=folder))
 
     def _hold(self, kind: type, key: tuple[str, ...], load: Callable[[], Any]) -> Any:
         if kind not in self._held or self._held[kind][0] != key:
@@ -165,8 +166,8 @@ class Worker:
     @property
     def encoder(self) -> Encoder:
         """The sentence encoder of the filters."""
-        engine = self.experiment.engine
-        return self.models.encoder(self.experiment.filters.encoder, self.device, engine.cache)
+        dtype = "bfloat16" if self.experiment.model.dtype == "mixed" else "auto"
+        return self.models.encoder(self.experiment.filters.encoder, self.device, self.experiment.engine.cache, dtype)
 
     @property
     def answers(self) -> ByteStore | None:

@@ -19,28 +19,35 @@ from torch import Tensor, nn
 from untether.clients.engine import lora_layers
 from untether.clients.engine.decoder import LeanDecoder
 from untether.clients.engine.door.trial import try_out
+from untether.clients.engine.kernels.gemm import bfloat16_gain
 from untether.sim.core.errors import UserError
 from untether.sim.prompts import chat_template
 from untether.sim.prompts.checkpoint import context_length, read_checkpoint
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+MIXED = "mixed"
+_WORTHWHILE = 7 / 6
+DTYPES = {"float32": torch.float32, MIXED: torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 class FrozenBase:
     """A frozen causal LM in eval mode with its tokenizer.
 
-    Attributes: `model`, `tokenizer` (None for a bare model), `device`, `dtype`, `context_length` (tokens),
-    `end_ids` (token ids that end an answer), `fingerprint` (sha256 of configuration, weights and all that turns a
-    text into token ids and back). `lean=False` keeps the model's own forward pass even where `clients.engine.decoder`
-    has a faster one. `template_args`: see `sim.prompts.chat_template`.
+    Attributes: `model`, `tokenizer` (None for a bare model), `device`, `dtype` (of activations), `arithmetic` (that, or
+    `mixed`), `context_length` (tokens), `end_ids` (token ids that end an answer), `fingerprint` (sha256 of
+    configuration, weights and all that turns a text into token ids and back). `lean=False` keeps the model's own
+    forward pass even where `clients.engine.decoder` has a faster one. `template_args`: see `sim.prompts.chat_template`.
+    `mixed` holds the weights of the model's linear layers in bfloat16, and multiplies there: all else, the output layer
+    among it, stays as it is.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer=None, source: Path | None = None, lean: bool = True,
-        template_args: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, Any] | None = None, mixed: bool = False,
     ):  # fmt: skip
         model.requires_grad_(False)
         model.eval()
+        if mixed:
+            _narrow(model)
         self.model = model
         self.tokenizer = tokenizer
         if tokenizer is not None and template_args is not None:
@@ -48,6 +55,7 @@ class FrozenBase:
         self._source = source
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self.arithmetic = MIXED if mixed else str(weight.dtype)
         self.context_length = context_length(model.config)
         self.end_ids = _end_ids(model, tokenizer)
         self.routing = lora_layers.attach(model)
@@ -67,16 +75,18 @@ class FrozenBase:
     ) -> FrozenBase:  # fmt: skip
         """Loads a model by folder or hub name.
 
-        dtype: `float32`, `bfloat16`, `float64`, or `auto`: float32 on a CPU, bfloat16 on a GPU that has it.
+        dtype: `float32`, `mixed`, `bfloat16`, `float64`; `auto`: float32 on a CPU, bfloat16 on a GPU that has it; or
+        `fastest` (see there).
         device: `auto` takes the GPU if there is one. attention: Hugging Face's `attn_implementation`.
         template_args: what the chat template is given (`sim.prompts.chat_template`).
         Raises UserError if there is no such model, the names above are unknown, or the model is not what it says
         (`sim.prompts.checkpoint`, `clients.engine.door`).
         """
         where = _device(device)
+        dtype = fastest(device) if dtype == "fastest" else dtype
         number = _dtype(dtype, where)
         model, tokenizer, source = read_checkpoint(str(name_or_path), "model.base", number, attention)
-        base = cls(model.to(where), tokenizer, source, template_args=template_args)
+        base = cls(model.to(where), tokenizer, source, template_args=template_args, mixed=dtype == MIXED)
         if base.lean is None:  # the leaner way is for few architectures, each of which is known to be right
             try_out(base.model, base.logits_at, f"model.base = {str(name_or_path)!r}")
         return base
@@ -158,6 +168,26 @@ class FrozenBase:
         return (self._select(arguments[0]), *arguments[1:])
 
 
+def fastest(device: str = "auto") -> str:
+    """Returns the fastest `dtype` that keeps adapters and activations of a CPU in float32: `mixed` where products in
+    bfloat16, roundings included, are measured to be faster by a sixth, else `float32`. On a GPU: what `auto` is there.
+    """
+    where = _device(device)
+    if where.type != "cpu":
+        return str(_dtype("auto", where)).removeprefix("torch.")
+    return MIXED if bfloat16_gain() > _WORTHWHILE else "float32"
+
+
+def _narrow(model: nn.Module) -> None:
+    """Linear layers in bfloat16. Not the output layer: logits a bit apart are what tells one answer from another, and
+    its weights are often the embedding's, too.
+    """
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if lora_layers.is_linear(module) and module is not head:
+            module.weight = nn.Parameter(module.weight.detach().to(torch.bfloat16), requires_grad=False)
+
+
 def _end_ids(model: nn.Module, tokenizer) -> frozenset[int]:
     found: set[int] = set()
     if tokenizer is not None and (end := chat_template.turn_end(tokenizer)) is not None:
@@ -185,5 +215,5 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if name not in DTYPES:
-        raise UserError(f"dtype {name!r} is unknown; use auto, {', '.join(DTYPES)}")
+        raise UserError(f"dtype {name!r} is unknown; use auto, fastest, {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from untether.clients.engine.kernels.gemm import frozen_linear, frozen_linears
 
 _ROUND_DEPTH = 16
 """Large groups of unequal size are padded to a multiple of so many rows: a product of a new shape is compiled first."""
@@ -166,7 +167,7 @@ def adapted_linears(
     """Returns the outputs [rows, ..., out] of several layers that share their input, as `adapted_linear` does."""
     part = route.parts.get(key) if route is not None and route.adapted else None
     if part is None:
-        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        return frozen_linears(x, weights, biases)
     if x.shape[0] != route.rows:
         if x.dim() == 2 and route.tokens and x.shape[0] == route.rows * route.tokens:  # OPT lays rows end to end
             apart = adapted_linears(x.view(route.rows, route.tokens, -1), weights, biases, route, key)
@@ -184,7 +185,7 @@ def joint_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], route: Route | None, key: tuple[str, ...]
 ) -> tuple[Tensor, ...]:
     """Returns what `adapted_linears` does, without gradients, as one product with the joint weight: fewer calls."""
-    outputs = F.linear(x, weight, bias).split(list(widths), dim=-1)
+    outputs = frozen_linear(x, weight, bias).split(list(widths), dim=-1)
     part = route.parts.get(key) if route is not None and route.adapted else None
     if part is not None:
         _adapt(x, outputs, part, route)
@@ -192,7 +193,7 @@ def joint_linear(
 
 
 def _forward(x: Tensor, weights, biases, part: LinearPart, route: Route):
-    outputs = tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    outputs = frozen_linears(x, weights, biases)
     return outputs, *_adapt(x, outputs, part, route)
 
 
@@ -241,8 +242,11 @@ class _AdaptedLinears(torch.autograd.Function):
         part.grad_A.baddbmm_(grad_low.transpose(1, 2), ctx.inputs)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
-        grad_x = F.linear(grads[0], ctx.weights[0].t())
+        grad_x = frozen_linear(grads[0], ctx.weights[0].t())
         for grad, weight in zip(grads[1:], ctx.weights[1:], strict=True):
-            grad_x.view(-1, grad_x.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), weight)
+            if grad.dtype == weight.dtype:
+                grad_x.view(-1, grad_x.shape[-1]).addmm_(grad.reshape(-1, grad.shape[-1]), weight)
+            else:
+                grad_x += frozen_linear(grad, weight.t())
         _add_product(grad_x, grad_low, part.A, route, ctx.mask)
         return grad_x, None, None, None, None, None

@@ -79,7 +79,7 @@ def content_key(base: FrozenBase, job: TrainJob) -> str:
     shape = [dataclasses.astuple(job.spec), dataclasses.astuple(settings), job.seed, job.init_seed]
     start = adapter_version(job.state, _DIGEST) if job.state is not None else ""
     parts = "" if job.trainable is None and not job.proximal_mu else f" {job.trainable!r} {job.proximal_mu!r}"
-    words = f"{ENGINE} {base.fingerprint} {base.dtype} {shape!r} {start}{parts}"
+    words = f"{ENGINE} {base.fingerprint} {base.arithmetic} {shape!r} {start}{parts}"
     digest = hashlib.blake2b(words.encode(), digest_size=_DIGEST)
     for example in job.examples:
         for ids in (example.prompt_ids, example.target_ids):

@@ -134,8 +134,10 @@ class Model(Section):
     """The on-device base model, frozen."""
 
     base: str = Field("embedded", description="`embedded`, or any Hugging Face causal LM by name or path")
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
-        "auto", description="of the frozen base; adapters stay float32. auto: bfloat16 on a GPU, float32 on a CPU"
+    dtype: Literal["auto", "fastest", "float32", "mixed", "bfloat16", "float64"] = Field(
+        "auto", description="of the frozen base; adapters stay float32. auto: bfloat16 on a GPU, float32 on a CPU. "
+        "mixed: float32, but products with the base's layers, and the encoder, in bfloat16. fastest: what this machine "
+        "is measured to be faster in, auto or mixed; the run keeps it"
     )
     template_args: TemplateArgs = Field(
         {}, description="what the chat template is given, such as {enable_thinking = true}; also `strftime_now` "

@@ -23,6 +23,7 @@ from untether.sim.core.errors import Failure, ResumableStop, UserError, disk_is_
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.endpoint import without_credentials
 from untether.sim.experiment.plugins import fingerprints
+from untether.sim.launch.arithmetic import settled
 from untether.sim.launch.cluster import join_cluster, start_here
 from untether.sim.launch.estimate import expected_work, guess_of
 from untether.sim.launch.progress import LiveProgress, Voice
@@ -50,6 +51,7 @@ def prepare(experiment: Experiment, out: Path | None) -> RunDirectory:
         UserError: A strategy or task is unknown, data or a key is missing, or `out` holds a run.
     """
     check(experiment)
+    experiment = settled(experiment)
     path = out or next_run_directory(experiment.name)
     run = RunDirectory.create(path, experiment)
     run.write_json("environment.json", describe(experiment))
@@ -68,6 +70,7 @@ def reopen(path: Path, experiment: Experiment | None = None) -> RunDirectory:
         UserError: Anything else differs (the message names it), the version is another, or data or a key is missing.
     """
     run = RunDirectory.open(path)
+    experiment = experiment and settled(experiment, run.experiment)
     run.check_resumable(experiment)
     run.check_state()
     if experiment is not None:

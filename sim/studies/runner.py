@@ -11,6 +11,7 @@ from pathlib import Path
 
 from untether.sim.core.kinds import ANALYSES
 from untether.sim.experiment import Experiment
+from untether.sim.launch.arithmetic import settled
 from untether.sim.launch.runtime import check
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies.study import Study
@@ -66,8 +67,9 @@ def _sharing(experiment: Experiment, folder: Path) -> Experiment:
 def _make(run: RunDirectory, experiment: Experiment) -> None:
     """The cell's run directory: made, or as a stopped study left it."""
     if not (run.path / "experiment.toml").exists():
-        RunDirectory.create(run.path, experiment)
+        RunDirectory.create(run.path, settled(experiment))
     else:
+        experiment = settled(experiment, run.experiment)
         run.check_resumable(experiment)
         if not run.finished:
             run.take_over(experiment)

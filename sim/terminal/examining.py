@@ -71,13 +71,14 @@ def _installation(experiment: Experiment) -> Examined:
 def _processor(experiment: Experiment) -> Examined:
     import torch
 
-    cores = limits.cores()
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    fast = any(check() for name in names if (check := getattr(torch.cpu, name, None)))
-    kind = torch.backends.cpu.get_cpu_capability()
-    bfloat = f"bfloat16 products are {'fast' if fast else 'slow (model.dtype auto takes float32)'}"
-    slow = experiment.model.dtype == "bfloat16" and not fast and not torch.cuda.is_available()
-    text = f"{cores} core{'s' * (cores > 1)}, {kind}; {bfloat}"
+    from untether.clients.engine.base import MIXED, fastest
+    from untether.clients.engine.kernels.gemm import bfloat16_gain
+
+    cores, gain, kind = limits.cores(), bfloat16_gain(), torch.backends.cpu.get_cpu_capability()
+    taken = fastest("cpu")
+    slow = experiment.model.dtype in (MIXED, "bfloat16") and gain < 1 and not torch.cuda.is_available()
+    products = f"products in bfloat16 are {gain:.1f} times as fast as in float32 (model.dtype fastest: {taken})"
+    text = f"{cores} core{'s' * (cores > 1)}, {kind}; {products}"
     return Examined("processor", not slow, text, "Set model.dtype = float32")
 
 
@@ -116,7 +117,8 @@ def _base(experiment: Experiment) -> Examined:
     device, given = experiment.engine.device, model.template_args
     base = FrozenBase.load(resolve(model.base), model.dtype, device, template_args=given)
     size, took_s = base.model.num_parameters() / 1e6, WallClock().now_s() - begun
-    return Examined("base model", True, f"{model.base}: {size:.1f} M parameters, {base.dtype}, {took_s:.1f} s to load")
+    text = f"{model.base}: {size:.1f} M parameters, {base.arithmetic}, {took_s:.1f} s to load"
+    return Examined("base model", True, text)
 
 
 def _encoder(experiment: Experiment) -> Examined:

@@ -19,7 +19,6 @@ from untether.sim.rounds.messages import Begin, Fetch
 from untether.sim.run.directory import RunDirectory, versions
 from untether.strategies import FleetStrategy
 
-
 NOWHERE = Endpoint("http://127.0.0.1:9/v1", "none")
 
 

@@ -59,15 +59,15 @@ class TokenLosses(torch.autograd.Function):
     def forward(ctx, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         logs = torch.log_softmax(logits.to(weight.dtype), dim=-1)
         losses = -logs.gather(1, targets[:, None])[:, 0] * weight
-        ctx.save_for_backward(logs, targets, weight)
+        ctx.save_for_backward(logs.exp_(), targets, weight)
         ctx.dtype = logits.dtype
         return losses
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        logs, targets, weight = ctx.saved_tensors
+        probabilities, targets, weight = ctx.saved_tensors
         each = (grad * weight)[:, None]
-        of_logits = logs.exp().mul_(each).scatter_add_(1, targets[:, None], -each)
+        of_logits = (probabilities * each).scatter_add_(1, targets[:, None], -each)
         return of_logits.to(ctx.dtype), None, None
 
 

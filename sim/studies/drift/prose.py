@@ -20,7 +20,8 @@ WORLD = (
 REAL = (
     "The users are real. Nobody knows when one changed, so a detector's delay and false alarms, and what is remembered "
     "of a former self, cannot be measured; an adapter's decay mixes a change of the person with a change of what there "
-    "is to write about, and the rounds are stretched calendar time. Costs are those of the nominal model."
+    "is to write about. A day here is a round, which stands for {days:g} days of the calendar. Costs are those of the "
+    "nominal model."
 )
 
 
@@ -32,7 +33,8 @@ def sentences(table: pd.DataFrame, experiment: Experiment) -> tuple[list[str], l
         for part in (_decay, _half_life, _regret, _front, _detector, _memory, _held_back)
         for sentence in part(str(change), own)
     ]
-    return found, [WORLD if experiment.population.source == "world" else REAL]
+    population = experiment.population
+    return found, [WORLD if population.source == "world" else REAL.format(days=population.round_days)]
 
 
 def _informative(rows: pd.DataFrame, names: list[str]) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:

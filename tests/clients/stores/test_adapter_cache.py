@@ -18,7 +18,7 @@ from untether.clients.stores.adapter_cache import content_key, train_once
 from untether.sim.core.errors import ResumableStop
 from untether.sim.core.learning import LoraSpec, TrainSettings
 
-BASE = SimpleNamespace(fingerprint="f00", dtype=torch.float32)
+BASE = SimpleNamespace(fingerprint="f00", arithmetic="torch.float32")
 STATE = {"layer.lora_A.weight": torch.ones(2, 3), "layer.lora_B.weight": torch.zeros(3, 2)}
 JOB = TrainJob(
     "d0", [Example([5, 6, 7], [8]), Example([5], [9, 1])], TrainSettings(steps=4, batch_size=2), LoraSpec(2), seed=1,
@@ -59,8 +59,8 @@ def changed(**fields):
 
 
 OTHERS = {
-    "base": (SimpleNamespace(fingerprint="f01", dtype=torch.float32), JOB),
-    "dtype": (SimpleNamespace(fingerprint="f00", dtype=torch.bfloat16), JOB),
+    "base": (SimpleNamespace(fingerprint="f01", arithmetic="torch.float32"), JOB),
+    "arithmetic": (SimpleNamespace(fingerprint="f00", arithmetic="mixed"), JOB),
     "seed": (BASE, changed(seed=3)),
     "fresh adapter's seed": (BASE, changed(init_seed=3)),
     "fresh adapter's seed derived": (BASE, changed(init_seed=None)),

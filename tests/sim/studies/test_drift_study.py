@@ -201,8 +201,9 @@ def test_findings_say_what_the_numbers_say_and_what_they_do_not():
     assert "not shown to be held back or helped" in text
     assert "`never` (1.5k tokens a user); beaten: `daily`" in text
     assert "mechanism check" in notes[0]
-    real = cell(population={"source": "lamp", "path": "x", "replay": True})
+    real = cell(population={"source": "lamp", "path": "x", "replay": True, "round_days": 90})
     assert "cannot be measured" in sentences(table, real)[1][0]
+    assert "a round, which stands for 90 days of the calendar" in sentences(table, real)[1][0]
     nobody = pd.DataFrame([row("decay", 0.0, 0.0, 0.0, **{"from": 0, "to": 0})], columns=COLUMNS)
     assert "its decay is not known" in sentences(nobody, real)[0][0]
 
