@@ -23,7 +23,7 @@ from bench import cohort, stock, tuned
 from bench.gemm import rates, shapes_of, training_flops
 from bench.measure import STAGES, Outcome, in_processes
 from bench.workload import Workload
-from untether.clients.engine.base import MIXED, fastest
+from untether.clients.engine.kernels.gemm import MIXED, fastest
 from untether.clients.engine.training import PASS_TOKENS
 from untether.sim.core import limits
 
@@ -135,7 +135,7 @@ def show(found: dict[str, Any]) -> None:
     for row in found["contestants"]:
         print("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
     if found["best_of_each"]:
-        print(f"the better tuned loop takes {found['best_of_each']:.2f} times untether's seconds, each in its best dtype")
+        print(f"the better tuned loop takes {found['best_of_each']:.2f} times as long, each in its best dtype")
     print("  ".join(f"{key} {value:.3g}" for key, value in found["gemm"].items()))
 
 

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from untether.clients.engine import lora_layers
 from untether.clients.engine.decoder import LeanDecoder
 from untether.clients.engine.door.trial import try_out
-from untether.clients.engine.kernels.gemm import bfloat16_gain
+from untether.clients.engine.kernels.gemm import MIXED, fastest
 from untether.sim.core.errors import UserError
 from untether.sim.prompts import chat_template
 from untether.sim.prompts.checkpoint import context_length, read_checkpoint
 
-MIXED = "mixed"
-_WORTHWHILE = 7 / 6
 DTYPES = {"float32": torch.float32, MIXED: torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -76,14 +74,14 @@ class FrozenBase:
         """Loads a model by folder or hub name.
 
         dtype: `float32`, `mixed`, `bfloat16`, `float64`; `auto`: float32 on a CPU, bfloat16 on a GPU that has it; or
-        `fastest` (see there).
+        `fastest` (`kernels.gemm.fastest`).
         device: `auto` takes the GPU if there is one. attention: Hugging Face's `attn_implementation`.
         template_args: what the chat template is given (`sim.prompts.chat_template`).
         Raises UserError if there is no such model, the names above are unknown, or the model is not what it says
         (`sim.prompts.checkpoint`, `clients.engine.door`).
         """
         where = _device(device)
-        dtype = fastest(device) if dtype == "fastest" else dtype
+        dtype = fastest(where.type) if dtype == "fastest" else dtype
         number = _dtype(dtype, where)
         model, tokenizer, source = read_checkpoint(str(name_or_path), "model.base", number, attention)
         base = cls(model.to(where), tokenizer, source, template_args=template_args, mixed=dtype == MIXED)
@@ -166,16 +164,6 @@ class FrozenBase:
         if self._select is None:
             return None
         return (self._select(arguments[0]), *arguments[1:])
-
-
-def fastest(device: str = "auto") -> str:
-    """Returns the fastest `dtype` that keeps adapters and activations of a CPU in float32: `mixed` where products in
-    bfloat16, roundings included, are measured to be faster by a sixth, else `float32`. On a GPU: what `auto` is there.
-    """
-    where = _device(device)
-    if where.type != "cpu":
-        return str(_dtype("auto", where)).removeprefix("torch.")
-    return MIXED if bfloat16_gain() > _WORTHWHILE else "float32"
 
 
 def _narrow(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from untether.clients.engine.encoding import truncate_prompt
 from untether.clients.engine.kernels.gemm import fast_products
 from untether.clients.engine.kernels.kv_cache import PreallocatedCache
 from untether.clients.engine.kernels.lines import Line, Prefixes, fill
-from untether.clients.engine.kernels.packing import pack
+from untether.clients.engine.kernels.packing import Packing, pack
 from untether.clients.engine.lora_layers import Route
 from untether.clients.engine.memory import give_back, is_out_of_memory, keep_heap
 from untether.sim.core.seeding import generator
@@ -212,6 +212,59 @@ def _halving(work: Callable[[list[int]], None], batch: list[int], device: torch.
     _halving(work, batch[len(batch) // 2 :], device)
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """Texts laid out in rows without padding, beginnings that they share once, and what their rows wear.
+
+    Attributes: `ids` [rows, width], the flattened `places` of each text's tokens, the `packing`, and the `route`.
+    """
+
+    ids: Tensor
+    places: list[np.ndarray]
+    packing: Packing
+    route: Route | None
+
+    @classmethod
+    def of(
+        cls, base: FrozenBase, stack: AdapterStack | None, adapters: Sequence[int | None], texts: Sequence[np.ndarray],
+        flat: Tensor | None = None,
+    ) -> _Packed:  # fmt: skip
+        """Texts of one adapter are neighbours, and those without one come last. flat: the adapters' weights in the
+        order in which they come, where somebody has them.
+        """
+        assert base.lean is not None
+        rows = _rows(adapters, texts)
+        by_row = [[index for line in row for index in line.texts] for of_one in rows.values() for row in of_one]
+        own = [[texts[index] for index in of_row] for of_row in by_row]
+        split = base.lean.splits(max(map(len, texts)))
+        ids, found, packing = pack(list(itertools.chain(*rows.values())), own, base.device, split)
+        places = dict(zip(itertools.chain(*by_row), found, strict=True))
+        worn, route = [adapter for adapter in rows if adapter is not None], None
+        if worn and stack is not None:
+            counts = [len(rows[adapter]) for adapter in worn]
+            route = stack.route(worn, counts, len(ids), _weights(stack, worn) if flat is None else flat)
+        return cls(torch.from_numpy(ids).to(base.device), [places[k] for k in range(len(texts))], packing, route)
+
+
+def _weights(stack: AdapterStack, slots: list[int]) -> Tensor:
+    """[slots, size]: the stack's own matrix where all of it is meant."""
+    return stack.flat if slots == list(range(len(stack))) else stack.flat[torch.tensor(slots, device=stack.flat.device)]
+
+
+def _rows(adapters: Sequence[int | None], texts: Sequence[np.ndarray]) -> dict[int | None, list[list[Line]]]:
+    """Each adapter's texts in rows of lines; lines name texts by their place in the batch."""
+    groups: dict[int | None, list[Line]] = {}
+    for adapter, group in itertools.groupby(range(len(texts)), key=adapters.__getitem__):
+        own = list(group)
+        found = Prefixes([texts[k].tolist() for k in own], [len(texts[k]) - 1 for k in own]).lines(range(len(own)))
+        groups[adapter] = [dataclasses.replace(x, texts=tuple(own[k] for k in x.texts)) for x in found]
+    # A row an adapter makes the cheapest products, unless one has far more to read than the others.
+    totals = [sum(line.tokens for line in lines) for adapter, lines in groups.items() if adapter is not None]
+    usual = int(_ROW_RATIO * sum(totals) / len(totals)) if totals else sum(map(len, texts))
+    width = max(usual, *map(len, texts))
+    return {adapter: fill(lines, width) for adapter, lines in groups.items()}
+
+
 class _Prompts:
     """A batch whose prompts have been read: cache, mask, positions, the last position's logits, and who wears what."""
 
@@ -234,8 +287,7 @@ class _Prompts:
         self.cache = PreallocatedCache(base.model.config, longest + room)
         self._seen = 0
         if self.slots and stack is not None:
-            whole = self.slots == list(range(len(stack)))
-            self._flat = stack.flat if whole else stack.flat[torch.tensor(self.slots, device=device)]
+            self._flat = _weights(stack, self.slots)
         if base.lean is not None:
             self.logits = self._read_prompts(prompts, longest)
             return
@@ -251,38 +303,15 @@ class _Prompts:
         """
         assert self.base.lean is not None
         self._seen = longest
-        rows = self._rows(prompts)
-        worn = [adapter for adapter in rows if adapter is not None]
-        by_row = [[index for line in row for index in line.texts] for of_one in rows.values() for row in of_one]
-        texts = [[prompts[index] for index in of_row] for of_row in by_row]
-        split = self.base.lean.splits(longest)
-        ids, places, packing = pack(list(itertools.chain(*rows.values())), texts, self.base.device, split)
-        order = list(itertools.chain(*by_row))
+        packed = _Packed.of(self.base, self.stack, self.adapters, prompts, self._flat)
         kept = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for index, place in zip(order, places, strict=True):
+        for index, place in enumerate(packed.places):
             kept[index, longest - len(place) :] = torch.from_numpy(place)
-        last, device, route = torch.tensor([place[-1] for place in places]), self.base.device, None
-        if worn and self.stack is not None:
-            route = self.stack.route(worn, [len(rows[adapter]) for adapter in worn], len(ids), self._flat)
-        ids = torch.from_numpy(ids).to(device)
-        logits = self._logits_at(last, ids, route, packing=packing, kept=kept.to(device))
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        return logits[back.to(device)]
-
-    def _rows(self, prompts: Sequence[np.ndarray]) -> dict[int | None, list[list[Line]]]:
-        """Each adapter's prompts in rows of lines; lines name prompts by their place in the batch."""
-        groups: dict[int | None, list[Line]] = {}
-        for adapter, group in itertools.groupby(range(len(prompts)), key=self.adapters.__getitem__):
-            own = list(group)
-            texts = [prompts[index].tolist() for index in own]
-            found = Prefixes(texts, [len(text) - 1 for text in texts]).lines(range(len(own)))
-            groups[adapter] = [dataclasses.replace(x, texts=tuple(own[k] for k in x.texts)) for x in found]
-        # A row an adapter makes the cheapest products, unless one has far more to read than the others.
-        totals = [sum(line.tokens for line in lines) for adapter, lines in groups.items() if adapter is not None]
-        usual = int(_ROW_RATIO * sum(totals) / len(totals)) if totals else sum(map(len, prompts))
-        width = max(usual, *map(len, prompts))
-        return {adapter: fill(lines, width) for adapter, lines in groups.items()}
+        last = np.array([place[-1] for place in packed.places])
+        order = np.argsort(last)
+        inputs = {"packing": packed.packing, "kept": kept.to(self.base.device)}
+        logits = self._logits_at(torch.from_numpy(last[order]), packed.ids, packed.route, **inputs)
+        return logits[torch.from_numpy(np.argsort(order)).to(self.base.device)]
 
     def read(self, ids: Tensor, positions: Tensor, at: Tensor) -> Tensor:
         """Feed tokens [rows, n] and return the logits at flattened places `at`; the cache grows by n."""
@@ -304,6 +333,7 @@ class _Prompts:
         self._made = None
 
     _made: Route | None = None
+    _flat: Tensor | None = None
 
     def _route(self, rows: int) -> Route | None:
         if self._made is None and self.slots and self.stack is not None:
@@ -359,6 +389,31 @@ class _Decoding:
 
 
 def _score_batch(base, stack, rows, labels) -> list[list[float]]:
+    lengths = (len(row.prompt_ids) + max(map(len, of_row)) for row, of_row in zip(rows, labels, strict=True))
+    if base.lean is not None and base.lean.splits(max(lengths)):
+        return _score_packed(base, stack, rows, labels)
+    return _score_cached(base, stack, rows, labels)
+
+
+def _score_packed(base, stack, rows, labels) -> list[list[float]]:
+    """In one pass: a prompt's labels are texts that share it. No cache is copied for each of them."""
+    owners = [row for row, of_row in enumerate(labels) for _ in of_row]
+    flat = [list(label) for of_row in labels for label in of_row]
+    texts = [np.array([*rows[row].prompt_ids, *label[:-1]]) for row, label in zip(owners, flat, strict=True)]
+    packed = _Packed.of(base, stack, [rows[row].adapter for row in owners], texts)
+    at = [place[-len(label) :] for place, label in zip(packed.places, flat, strict=True)]  # what predicts each token
+    places, where = np.unique(np.concatenate(at), return_inverse=True)
+    active = stack.active(packed.route) if packed.route is not None else contextlib.nullcontext()
+    with active:
+        logits = base.logits_at(torch.from_numpy(places), packed.ids, use_cache=False, packing=packed.packing)
+    logs = torch.log_softmax(logits.to(_score_dtype(base)), -1)
+    tokens = torch.tensor([token for label in flat for token in label], device=base.device)
+    each = logs[torch.from_numpy(where).to(base.device), tokens].split([len(label) for label in flat])
+    listed = iter(torch.stack([own.sum() for own in each]).tolist())
+    return [[next(listed) for _ in of_row] for of_row in labels]
+
+
+def _score_cached(base, stack, rows, labels) -> list[list[float]]:
     room = max(len(label) for of_row in labels for label in of_row)
     prompts = _Prompts(base, stack, rows, room)
     first = torch.log_softmax(prompts.logits.to(_score_dtype(base)), -1)

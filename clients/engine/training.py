@@ -40,6 +40,9 @@ __all__ = ["Example", "TrainJob", "TrainResult", "Trainable", "batch_plan", "tra
 
 PASS_TOKENS = {"cpu": 3072, "cuda": 131072}
 """Padded tokens of one forward and backward pass: on a CPU its activations should stay near the caches."""
+COHORT = {"cpu": 32}
+"""Adapters that train side by side where nobody says how many: enough to fill passes of the shortest texts. The others
+wait, and take no memory."""
 _PASS_OVERHEAD = {"cpu": 256, "cuda": 65536}
 """Tokens that could be trained in the time that a pass costs whatever its size: batches of different widths share a
 pass only if that pads less."""
@@ -91,7 +94,7 @@ def train(
         base: The frozen base model.
         jobs: The jobs; their keys differ.
         memory_bytes: Budget for adapters and activations; by default `budget_bytes`.
-        max_cohort: Most adapters in memory at once.
+        max_cohort: Most adapters in memory at once; None: `COHORT`, or all on a GPU.
         pass_tokens: Padded tokens of a pass.
         progress: Called with (steps done, steps in all) after every turn.
 
@@ -193,7 +196,7 @@ class _Engine:
             shapes = list(dict.fromkeys(job.spec for job in waiting))
             size = AdapterStack(base, shapes).bytes_per_adapter
             room = max(1, (budget - self.pass_tokens * per_token) // size)
-            self.capacity = min(len(waiting), room, max_cohort or len(waiting))
+            self.capacity = min(len(waiting), room, max_cohort or COHORT.get(base.device.type, len(waiting)))
 
     def run(self) -> dict[Hashable, TrainResult]:
         while self.waiting:

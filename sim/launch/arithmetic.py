@@ -44,7 +44,7 @@ def _measured(device: str) -> str:
 def _main() -> None:
     import torch
 
-    from untether.clients.engine.base import fastest
+    from untether.clients.engine.kernels.gemm import fastest
 
     torch.set_num_threads(1)  # as a worker's
     print(fastest(sys.argv[1]))

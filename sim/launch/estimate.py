@@ -138,12 +138,13 @@ def guess_of(experiment: Experiment, work: Mapping[Step, float], speed: Speed, w
     costs = {"requests": speed.request_s, "samples": speed.sample_s, "tokens": speed.token_s, "answers": speed.answer_s}
     answers = work.get(("learn", "answers"), 0.0)
     asked = frozenset({ASKING} if experiment.cloud.provider in LANGUAGE_MODELS else ())
+    once = frozenset({ASKING, FILTERING, ("learn", "tokens")} if experiment.drift.policy == "never" else ())
     return Guess(
         work,
         {step: costs[step[1]] / (1 if step in asked else max(1, workers)) for step in STEPS if step not in VIRTUAL_S}
         | VIRTUAL_S,
         {FILTERING: speed.encoder_setup_s, ("learn", "tokens"): speed.base_setup_s},
-        report_s=2.0 + 1e-3 * answers, elsewhere=asked,
+        report_s=2.0 + 1e-3 * answers, elsewhere=asked, once=once,
     )  # fmt: skip
 
 

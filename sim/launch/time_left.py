@@ -54,6 +54,8 @@ class Guess:
         report_s: Seconds of the report.
         elsewhere: Steps that something else than this machine does, such as a language model in the cloud: how fast it
             is says nothing of the other steps.
+        once: Steps that each device does once a seed, in whichever round: what early rounds did is not left to later
+            ones.
     """
 
     work: Mapping[Step, float] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class Guess:
     round_s: float = 0.5
     report_s: float = 4.0
     elsewhere: frozenset[Step] = frozenset()
+    once: frozenset[Step] = frozenset()
 
 
 class TimeLeft:
@@ -69,6 +72,7 @@ class TimeLeft:
 
     def __init__(self, rounds: int, done: int = 0, each: int = 1, guess: Guess | None = None):
         self.rounds, self.done, self.each, self.guess = rounds, done, each, guess or Guess()
+        self._begun_at = done
         self._spent: dict[Step, float] = {}
         self._units: dict[Step, float] = {}
         self._whole: dict[Step, list[float]] = {}
@@ -180,7 +184,12 @@ class TimeLeft:
 
     def _units_of(self, step: Step) -> float | None:
         """The units of a step in a round to come: the mean of those that are done, else the guess."""
-        if seen := self._whole.get(step):
+        seen = self._whole.get(step, [])
+        if step in self.guess.once:
+            rounds = self.rounds - self._begun_at
+            left = self.guess.work.get(step, 0.0) * rounds - sum(seen)
+            return max(0.0, left) / max(1, rounds - len(seen))
+        if seen:
             return sum(seen) / len(seen)
         return self.guess.work.get(step, 0.0 if step[0] in SOMETIMES else None)
 

@@ -71,8 +71,7 @@ def _installation(experiment: Experiment) -> Examined:
 def _processor(experiment: Experiment) -> Examined:
     import torch
 
-    from untether.clients.engine.base import MIXED, fastest
-    from untether.clients.engine.kernels.gemm import bfloat16_gain
+    from untether.clients.engine.kernels.gemm import MIXED, bfloat16_gain, fastest
 
     cores, gain, kind = limits.cores(), bfloat16_gain(), torch.backends.cpu.get_cpu_capability()
     taken = fastest("cpu")

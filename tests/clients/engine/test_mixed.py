@@ -9,9 +9,10 @@ import torch
 
 from tests.clients import tiny_engine as engine
 from untether.clients.base_model import resolve
-from untether.clients.engine import base as module
 from untether.clients.engine.adapters import AdapterStack
-from untether.clients.engine.base import FrozenBase, fastest
+from untether.clients.engine.base import FrozenBase
+from untether.clients.engine.kernels import gemm
+from untether.clients.engine.kernels.gemm import fastest
 from untether.clients.engine.training import train
 from untether.sim.core.errors import UserError
 from untether.sim.core.learning import LoraSpec
@@ -75,7 +76,7 @@ def test_the_output_layer_and_the_embedding_it_is_tied_to_stay_as_they_are():
 
 @pytest.mark.parametrize("gain, expected", [(1.0, "float32"), (1.1, "float32"), (1.8, "mixed")])
 def test_fastest_is_what_products_were_measured_to_be(monkeypatch, gain, expected):
-    monkeypatch.setattr(module, "bfloat16_gain", lambda: gain)
+    monkeypatch.setattr(gemm, "bfloat16_gain", lambda: gain)
     assert fastest("cpu") == expected
     loaded = FrozenBase.load(resolve("embedded"), "fastest", "cpu")
     assert loaded.arithmetic.removeprefix("torch.") == expected

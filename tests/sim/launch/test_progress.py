@@ -152,6 +152,20 @@ def test_time_left_by_hand():
     assert left.left_s(110) == pytest.approx(110, rel=0.01)
 
 
+def test_what_a_device_does_once_is_not_left_to_rounds_after_it():
+    """All ten devices trained in the first of four rounds, and ten more in each of the others were expected."""
+    left = TimeLeft(4, guess=Guess(
+        {("fetch", "requests"): 0, ("fetch", "samples"): 0, ("learn", "tokens"): 25, ("learn", "answers"): 10},
+        dict.fromkeys(STEPS, 1.0), round_s=0.0, report_s=0.0, once=frozenset({("learn", "tokens")}),
+    ))  # fmt: skip
+    left.begin(0)
+    left.update(0, "learn", counted("tokens", 0, 100, 1), 1)
+    left.update(100, "learn", counted("tokens", 100, 100, 1), 1)
+    left.update(110, "learn", counted("tokens", 100, 100, 1) | counted("answers", 10, 10, 1), 1)
+    left.end(110)
+    assert left.left_s(110) == pytest.approx(3 * 10, rel=0.01)
+
+
 def test_a_slow_cloud_says_nothing_of_how_fast_this_machine_trains():
     """Of requests that took 40 s instead of 0.02 a whole day of training was once concluded."""
     left = TimeLeft(1, guess=Guess(
