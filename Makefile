@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/untether run examples/demo.toml
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 # One run, killed twenty times at random moments, against an undisturbed one (some twenty minutes).
 soak: $(STAMP)

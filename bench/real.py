@@ -4,9 +4,10 @@
     python -m bench.real [--devices 32] [--repeats 3]
 
 One process, one thread, seconds of processor, medians of the repeats, in which contestants take turns: untether in
-float32 and, where that is faster, in `mixed` and in bfloat16; the tuned loop (`bench.tuned`) in float32 with PyTorch's products and with
-untether's, and in bfloat16. A device learns four headlines in one step, writes two more and scores the fifteen labels of
-LaMP-2 for one text; the loop reads a text once for all its labels, too. The texts are those of `examples/headlines`.
+float32 and, where that is faster, in `mixed` and in bfloat16; the tuned loop (`bench.tuned`) in float32 with PyTorch's
+products and with untether's, and in bfloat16. A device learns four headlines in one step, writes two more and scores
+the fifteen labels of LaMP-2 for one text; the loop reads a text once for all its labels, too. The texts are those of
+`examples/headlines`.
 """
 
 from __future__ import annotations
@@ -207,7 +208,8 @@ def main() -> None:
     least = {side: {stage: min(row[stage] for row in found["contestants"] if row["contestant"].startswith(side))
                     for stage in (*STAGES, "whole")} for side in ("untether", "tuned")}  # fmt: skip
     for stage in (*STAGES, "whole"):
-        print(f"{stage}: the best tuned loop takes {least['tuned'][stage] / least['untether'][stage]:.2f} times as long")
+        ratio = least["tuned"][stage] / least["untether"][stage]
+        print(f"{stage}: the best tuned loop takes {ratio:.2f} times as long")
     print(f"{found['tokens']} tokens; training achieves, GFLOP/s:",
           "  ".join(f"{name} {rate / 1e9:.0f}" for name, rate in found["achieved"].items()))  # fmt: skip
     print("products alone, GFLOP/s:", {dtype: {name: round(rate / 1e9) for name, rate in of.items()}

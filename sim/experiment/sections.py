@@ -378,7 +378,7 @@ class Engine(Section):
     memory_gib: float = Field(
         0.0, ge=0, description="a worker's budget for a cohort; 0: its part of half of what is free"
     )
-    cohort: int = Field(0, ge=0, description="most adapters trained together; 0: what the budget allows")
+    cohort: int = Field(0, ge=0, description="most adapters trained together; 0: 32 on a CPU, as the budget allows")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     shard: int = Field(256, ge=1, description="most devices a worker handles at once: bounds a host's memory")
     strict: bool = Field(False, description="stop at the first worker that dies, instead of retrying its devices")
