@@ -16,7 +16,15 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from untether.clients.engine.kernels.attention import Give, PackedAttention, RMSNorm, Rotary, SwiGLU, Take
+from untether.clients.engine.kernels.attention import (
+    Give,
+    PackedAttention,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    Take,
+    fused_attention,
+)
 from untether.clients.engine.kernels.packing import Packing
 from untether.clients.engine.lora_layers import Routing, adapted_linear, adapted_linears, joint_linear
 
@@ -191,7 +199,7 @@ class LeanDecoder:
         if tokens == 1 and grouped:
             q = q.reshape(rows, self.groups, self.heads // self.groups, self.width)
             grouped = False
-        out = F.scaled_dot_product_attention(
+        out = fused_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and tokens > 1, scale=scale, enable_gqa=grouped
         )
         return out.reshape(rows, self.heads, tokens, self.width).transpose(1, 2).reshape(rows, tokens, -1)
@@ -205,7 +213,7 @@ class LeanDecoder:
         for bucket in packing.buckets:
             here = slice(at, at := at + bucket.texts * bucket.tokens)
             own = (x[here].view(bucket.texts, bucket.tokens, -1, self.width).transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(
+            out = fused_attention(
                 *own, is_causal=True, scale=scale, enable_gqa=self.heads != self.groups
             )
             found.append(out.transpose(1, 2).reshape(bucket.texts * bucket.tokens, -1))

@@ -9,16 +9,21 @@ A and B straight into the cohort's flat gradient matrix, and works in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from untether.clients.engine.kernels.gemm import frozen_linear, frozen_linears
+from untether.clients.engine.kernels.gemm import frozen_linear, frozen_linears, plain_products
 
 _ROUND_DEPTH = 16
 """Large groups of unequal size are padded to a multiple of so many rows: a product of a new shape is compiled first."""
+
+
+_THIN = 16
+"""Rows of a group up to which MKL's batched products are faster than oneDNN's: those of a step of decoding."""
 
 
 @dataclass
@@ -206,9 +211,10 @@ def _adapt(
     if mask is not None:
         mask = route.spread(mask)
         inputs = inputs * mask
-    low = torch.bmm(inputs, part.A.transpose(1, 2)).mul_(route.scale)
-    for piece in part.pieces:
-        _add_product(outputs[piece.member], low[:, :, piece.first : piece.last], piece.B, route)
+    with plain_products() if inputs.shape[1] <= _THIN else nullcontext():
+        low = torch.bmm(inputs, part.A.transpose(1, 2)).mul_(route.scale)
+        for piece in part.pieces:
+            _add_product(outputs[piece.member], low[:, :, piece.first : piece.last], piece.B, route)
     return inputs, low, mask
 
 
