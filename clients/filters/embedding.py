@@ -238,8 +238,8 @@ def _load(name: str, device: torch.device, dtype: torch.dtype):
     transformers_logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     try:
-        # With oneDNN's products, PyTorch's fused attention takes two fifths of a CPU's time for texts so short, and plain
-        # products a twentieth (`clients.engine.kernels.attention.fused_attention`).
+        # With oneDNN's products, PyTorch's fused attention takes two fifths of a CPU's time for texts so short, and
+        # plain products a twentieth (`clients.engine.kernels.attention.fused_attention`).
         attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
         model = SentenceTransformer(where, device=str(device), model_kwargs={"dtype": dtype, **attention})
     except Exception as error:  # the hub, the config and the weights each raise their own kinds

@@ -1,4 +1,4 @@
-"""Exact float32 products at the rate that the processor has.
+"""Dense products at the rate that the processor has: exact ones in float32, and `mixed` ones with weights in bfloat16.
 
 PyTorch's float32 products on a CPU use MKL, which on AMD processors runs at less than half the rate of oneDNN, the
 other library that PyTorch carries: 105 against 240 GFLOP/s on one core of an EPYC with AVX-512, and 60 against 150 for
@@ -6,6 +6,9 @@ the thin batched products of adapters. PyTorch hands float32 products to oneDNN 
 inside. oneDNN uses that permission only where the processor has matrix tiles (AMX): everywhere else the products stay
 float32, as exact as MKL's. So the permission is given where there are no tiles, and only after a test that the products
 really are exact.
+
+Where a processor multiplies in bfloat16, weights in bfloat16 are 1.8 times as fast again, and rounded
+(`frozen_linear`).
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ def plain_products() -> Iterator[None]:
     """Makes products use MKL again while the context is open.
 
     Many small products of ever new shapes (attention) run there as fast, and oneDNN would compile each shape first, in
-    half a millisecond.
+    half a millisecond. Products of a few rows run there faster.
     """
     with _products("ieee" if onednn_is_exact() else None):
         yield

@@ -87,11 +87,12 @@ def findings(points: pd.DataFrame) -> Iterator[str]:
     for task, own in points.groupby("task", sort=False):
         best, least, last = own[own["best"]].iloc[0], enough(own), own.iloc[-1]
         name = metric_name(best["metric"])
+        most = "" if last["best"] else f" Rank {int(last['rank'])}: {_gain(last)}."
         yield (
             f"{task} ({name}, {int(best['users'])} users): best at rank {int(best['rank'])}, {_gain(best)} over the "
             f"frozen base; rank {int(least['rank'])} has {_gain(least)}, and is the smallest that is not shown to be "
             f"worse ({least['to_best']:+.3f} [{least['to_best_low']:+.3f}, {least['to_best_high']:+.3f}] to the best): "
-            f"from there on more is not shown to pay. Rank {int(last['rank'])}: {_gain(last)}."
+            f"from there on more is not shown to pay.{most}"
         )
     first, last = points.iloc[0], points.sort_values("rank").iloc[-1]
     yield (
