@@ -26,7 +26,7 @@ import torch
 from bench.mixed import _Whole
 from untether.clients.device import answering, learn
 from untether.clients.device.worker import Endpoint, Models, Worker
-from untether.clients.engine import generation, training
+from untether.clients.engine import generation, reading, training
 from untether.clients.engine.generation import GenerationRow
 from untether.clients.filters.embedding import Encoder
 from untether.clients.hosting.executors import InProcess
@@ -70,7 +70,7 @@ generation_score = generation._score_batch
 
 LEFT_OUT: dict[str, tuple[Any, str, Any]] = {
     "beginnings of prompts, in training": (training, "Prefixes", _Whole),
-    "beginnings of prompts, in answering": (generation, "Prefixes", _Whole),
+    "beginnings of prompts, in answering": (reading, "Prefixes", _Whole),
     "adapters that several arms agree in": (adapter_cache, "content_key", _never_equal(adapter_cache.content_key)),
     "answers that several arms agree in": (answering, "_prepared", _asked_anew(answering._prepared)),
     "vectors of texts": (Encoder, "encode", _every_text),

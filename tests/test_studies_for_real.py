@@ -102,6 +102,17 @@ def test_a_cell_like_another_trains_embeds_and_decodes_nothing(tmp_path, monkeyp
     assert (answers(third)["prediction"] != answers(first)["prediction"]).any()
 
 
+@pytest.mark.parametrize("dtype, base, encoder", [("auto", "torch.float32", "float32"), ("mixed", "mixed", "bfloat16")])
+def test_a_run_computes_in_what_was_asked_for_and_says_so(tmp_path, dtype, base, encoder):
+    small = {"population__users": 1, "arms": "collaborative", "engine__device": "cpu", "model__dtype": dtype}
+    with start_background("world", {}) as gateway:
+        endpoint = Endpoint(gateway.base_url, gateway.model, gateway.fingerprint)
+        run = run_in_process(tmp_path / "run", tiny(**small), endpoint)
+    models = run.committed(run.experiment.seeds[0], 0)["facts"]["models"]
+    said = {name.split()[0]: words.split()[-1] for name, words in models.items()}
+    assert (said["base"], said["encoder"]) == (base, encoder)
+
+
 def test_models_stay_until_another_is_asked_for(tmp_path, monkeypatch):
     loaded = []
     load = "untether.clients.engine.base.FrozenBase.load"

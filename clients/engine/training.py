@@ -24,6 +24,7 @@ from untether.clients.engine.jobs import Example, Trainable, TrainJob, batch_pla
 from untether.clients.engine.kernels.attention import TokenLosses
 from untether.clients.engine.kernels.gemm import fast_products
 from untether.clients.engine.kernels.lines import Line, Prefixes, fill
+from untether.clients.engine.kernels.optimizer import CohortAdamW, OptimizerStep
 from untether.clients.engine.kernels.packing import pack, pad
 from untether.clients.engine.lora_layers import Route
 from untether.clients.engine.memory import (
@@ -33,7 +34,6 @@ from untether.clients.engine.memory import (
     is_out_of_memory,
     keep_heap,
 )
-from untether.clients.engine.optimizer import CohortAdamW, OptimizerStep
 from untether.sim.core.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "Trainable", "batch_plan", "train"]

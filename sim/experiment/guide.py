@@ -45,7 +45,7 @@ CHANGES = {
 
 READ_WHOLE = {
     "lora": ("clients/engine/adapters.py", "sim/time/cost.py"),
-    "training": ("clients/engine/jobs.py", "clients/engine/training.py", "clients/engine/optimizer.py"),
+    "training": ("clients/engine/jobs.py", "clients/engine/training.py", "clients/engine/kernels/optimizer.py"),
     "filters.semantic": ("clients/filters/semantic.py",), "filters.diversity": ("clients/filters/diversity.py",),
     "filters.length": ("clients/filters/length.py",), "cloud": ("clients/cloud/client.py", "server/generator/world.py"),
     "cloud.capacity": ("sim/time/cloud_capacity.py", "sim/time/service.py"), "network": ("sim/time/network/links.py",),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.clients import tiny_engine as engine
-from untether.clients.engine import generation
+from untether.clients.engine import generation, reading
 from untether.clients.engine.adapters import AdapterStack
 from untether.clients.engine.generation import GenerationRow, generate, label_scores
 from untether.sim.core.learning import LoraSpec
@@ -90,7 +90,7 @@ def test_label_scores_normalised_by_length(world):
 def test_running_out_of_memory_halves_the_batch(world, monkeypatch):
     base, stack, rows = world
     expected = generate(base, stack, rows, max_new_tokens=5)
-    plain, refused = generation._Prompts.__init__, []
+    plain, refused = reading.ReadPrompts.__init__, []
 
     def scarce(self, base_, stack_, rows_, room):
         if len(rows_) > 2:
@@ -98,20 +98,20 @@ def test_running_out_of_memory_halves_the_batch(world, monkeypatch):
             raise MemoryError
         plain(self, base_, stack_, rows_, room)
 
-    monkeypatch.setattr(generation._Prompts, "__init__", scarce)
+    monkeypatch.setattr(reading.ReadPrompts, "__init__", scarce)
     assert generate(base, stack, rows, max_new_tokens=5) == expected
     assert refused
 
 
 def test_long_prompts_come_in_smaller_batches(world, monkeypatch):
     base, _, _ = world
-    sizes, plain = [], generation._Prompts.__init__
+    sizes, plain = [], reading.ReadPrompts.__init__
 
     def watched(self, base_, stack_, rows_, room):
         sizes.append((len(rows_), max(len(row.prompt_ids) for row in rows_) + room))
         plain(self, base_, stack_, rows_, room)
 
-    monkeypatch.setattr(generation._Prompts, "__init__", watched)
+    monkeypatch.setattr(reading.ReadPrompts, "__init__", watched)
     monkeypatch.setitem(generation.BATCH_TOKENS, "cpu", 200)
     generate(base, None, [GenerationRow([7] * length) for length in (5, 60, 61, 62, 63, 6, 7, 8)], max_new_tokens=4)
     assert sum(rows for rows, _ in sizes) == 8
@@ -133,7 +133,7 @@ def test_what_prompts_begin_with_is_read_once_and_changes_nothing(kind, short, m
     own_part = [draw.integers(3, engine.VOCABULARY, 2 + k % 5).tolist() for k in range(24)]
     rows = [GenerationRow(instructions[k % 2] + part, (0, None, 1)[k % 3]) for k, part in enumerate(own_part)]
     labels = [[[5, 6, 7], [8]]] * len(rows)
-    prefixes = engine.prefixes_of(generation, monkeypatch)
+    prefixes = engine.prefixes_of(reading, monkeypatch)
     together = generate(base, stack, rows, max_new_tokens=6)
     scores = label_scores(base, stack, rows, labels)
     assert set(prefixes) == {40}
@@ -154,8 +154,8 @@ def test_an_adapter_with_far_more_to_read_reads_in_several_rows(monkeypatch):
     draw = np.random.default_rng(6)
     wearers = [0] * 20 + [1] * 2 + [None] * 3
     rows = [GenerationRow(draw.integers(3, engine.VOCABULARY, 12).tolist(), wearer) for wearer in wearers]
-    packed, plain = [], generation.pack
-    monkeypatch.setattr(generation, "pack", lambda rows, *inputs: packed.append(len(rows)) or plain(rows, *inputs))
+    packed, plain = [], reading.pack
+    monkeypatch.setattr(reading, "pack", lambda rows, *inputs: packed.append(len(rows)) or plain(rows, *inputs))
     together = generate(base, stack, rows, max_new_tokens=6)
     assert packed[0] > 3
     assert together == [generate(base, stack, [row], max_new_tokens=6)[0] for row in rows]

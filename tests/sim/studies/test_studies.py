@@ -8,6 +8,7 @@ import pytest
 
 from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.core.kinds import ANALYSES
+from untether.sim.launch import arithmetic
 from untether.sim.run.directory import RunDirectory
 from untether.sim.studies import Study, run_study
 from untether.sim.studies.frames import mean_interval, paired_interval, tables, user_scores
@@ -103,6 +104,17 @@ def test_the_answer_turns_errors_so_that_more_is_better_and_says_where_it_is_cle
     assert f"{what}: +0.000 [-0.100, +0.100] at samples = 0, +0.500 [+0.400, +0.600] at 8; better at 8." in found
     assert "better at 8" in found and "worse at 8" in found
     assert (out / "figures" / "toy.svg").exists() and (out / "figures" / "toy.pdf").exists()
+
+
+def test_the_fastest_arithmetic_is_measured_when_a_cell_begins_and_kept(tmp_path, monkeypatch):
+    (tmp_path / "toy.toml").write_text(TEXT.replace("[base]", '[base]\nmodel.dtype = "fastest"', 1))
+    asked, out = Study.read(str(tmp_path / "toy.toml")), tmp_path / "out"
+    monkeypatch.setattr(arithmetic, "_measured", lambda device: "mixed")
+    with pytest.raises(ResumableStop):
+        run_study(asked, out, Cells(stop=1))
+    monkeypatch.setattr(arithmetic, "_measured", lambda device: "float32")  # another machine
+    run_study(asked, out, Cells())
+    assert {RunDirectory(out / "cells" / cell.name).experiment.model.dtype for cell in asked.cells} == {"mixed"}
 
 
 def test_a_cell_of_another_experiment_is_refused(study, tmp_path):
