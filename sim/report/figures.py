@@ -99,8 +99,9 @@ def forest(summary: Summary, narrow: bool = False) -> Figure | None:
         limits = [limit for axis in tested for limit in axis.get_xlim()]
         for axis in tested:
             axis.set_xlim(min(limits), max(limits))
-        axes[0][0].set_yticks(range(len(tasks)), [_task_label(summary, task) for task in tasks], linespacing=1.25,
-                              fontsize=7 if narrow else 9)  # fmt: skip
+        labels = [_task_label(summary, task) for task in tasks]
+        for axis in axes[0]:  # panels below each other have their own
+            axis.set_yticks(range(len(tasks)), labels, linespacing=1.25, fontsize=7 if narrow else 9)
         axes[0][0].set_ylim(len(tasks) - 0.5, -0.5)
         gap = "  " if narrow else "      "
         label = f"\N{LEFTWARDS ARROW} worse{gap}gain of collaborative (95% CI){gap}better \N{RIGHTWARDS ARROW}"
