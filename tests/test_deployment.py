@@ -8,11 +8,13 @@ import time
 from datetime import UTC, datetime
 
 import pandas as pd
+import psutil
 import pytest
 from fleet import run_in_process, tiny
 
 from untether.clients.device.worker import Endpoint
 from untether.server.background import start_background
+from untether.sim.core.errors import Failure
 from untether.sim.experiment import Experiment
 from untether.sim.launch.deploy import Deployment, deployable, end
 from untether.sim.population.source import device_id, open_population
@@ -156,3 +158,20 @@ def test_each_node_keeps_its_own(gone):
         rows = pd.concat(map(pd.read_parquet, paths))
         assert set(rows["user_id"]) == {simulated.user(number).user_id} and rows["gold"].notna().all()
         assert list((store / "adapters").rglob("*.safetensors"))
+
+
+def test_a_server_that_is_gone_is_told_with_what_was_said_last(tmp_path):
+    deployment = Deployment(tmp_path / "deployment", deployable(tiny(population__source="world"), 1)[0])
+    deployment.write()
+
+    def kill(line):
+        if "run directory" in line:
+            for process in psutil.Process().children(recursive=True):
+                if str(deployment.port) in process.cmdline() and "--ssl-keyfile" in process.cmdline():
+                    process.kill()
+
+    log = tmp_path / "log.txt"
+    with deployment.started(log), pytest.raises(Failure, match="the SuperLink does not answer") as failed:
+        deployment.carry_out(kill, threading.Event(), log)
+    *_, last = str(failed.value).splitlines()
+    assert last.strip() and last.strip() in log.read_text()

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ARMS as ALL_ARMS
 from untether.sim.experiment.arms import FEDERATED, ORACLE
+from untether.sim.launch.deploy import free_ports
 from untether.sim.population.order import over_s
 from untether.sim.population.source import device_id, open_population
 from untether.sim.run.directory import TABLES, RunDirectory
@@ -49,7 +49,8 @@ def finished(tmp_path_factory):
     """A finished run of every arm on embedded users, by Flower's own command as the README has it: (run directory, what
     was printed). Flower has a home and ports of its own, and the SuperLink that it leaves behind ends with the tests.
     """
-    home, ports, out = tmp_path_factory.mktemp("home"), free_ports(2), tmp_path_factory.mktemp("finished") / "run"
+    home, out = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("finished") / "run"
+    ports = [str(port) for port in free_ports(2)]
     environment = {
         **os.environ, "PATH": f"{FLOWER.parent}{os.pathsep}{os.environ['PATH']}", "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0], "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
@@ -59,9 +60,7 @@ def finished(tmp_path_factory):
     }  # fmt: skip
 
     def flwr(*words):
-        done = subprocess.run(
-            [FLOWER, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
-        )
+        done = subprocess.run([FLOWER, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -86,15 +85,6 @@ def said(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
-
-
-def free_ports(count: int) -> list[str]:
-    """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [str(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

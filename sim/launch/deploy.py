@@ -12,6 +12,7 @@ import ipaddress
 import json
 import os
 import re
+import secrets
 import shlex
 import socket
 import subprocess
@@ -32,6 +33,10 @@ from untether.sim.experiment.arms import ARMS, SHARED
 from untether.sim.experiment.deployed import NODES
 
 NAME, STARTED_S = "deployment", 90.0
+LAST = 5
+"""Lines of a run that an error repeats."""
+PORTS = range(20_000, 32_000)
+"""Below the ephemeral ports of every system: what takes seconds to listen finds its port still free."""
 APP = """# The app that runs on server and nodes. Its code is the installed package `untether`.
 [project]
 name = "untether-deployment"
@@ -96,7 +101,7 @@ class Deployment:
         """Writes certificates, the app, the experiment, a folder a node and the commands. What is there stays."""
         for folder in (self.folder / "app", self.folder / "flower", *map(self.home, self.nodes)):
             make_folder(folder)
-        self.port = self.port or _free_ports(1)[0]
+        self.port = self.port or free_ports(1)[0]
         if not (self.folder / "certificates" / "ca.pem").exists():
             certify(self.folder / "certificates", self.host)
         write_atomically(self.folder / "app" / "pyproject.toml", APP)
@@ -110,7 +115,7 @@ class Deployment:
         for node in self.nodes:
             if not (self.home(node) / "node.toml").exists():
                 write_atomically(self.home(node) / "node.toml", self._node_settings())
-        ports = _free_ports(len(self.nodes))
+        ports = free_ports(len(self.nodes))
         told = [
             "# On the server.", shlex.join(self.superlink()), "",
             *(line for node in self.nodes for line in (f"# On node {node}.", shlex.join(self.node(node, ports[node])))),
@@ -180,14 +185,12 @@ class Deployment:
         try:
             self._start(self.superlink(), log)
             self._wait_for_port()
-            ports = _free_ports(len(self.nodes))
+            ports = free_ports(len(self.nodes))
             yield {node: self._start(self.node(node, ports[node]), log) for node in self.nodes}
         finally:
             self.end()
 
-    def carry_out(
-        self, say: Callable[[str], None], stop: threading.Event, log: Path, again: str = ""
-    ) -> None:
+    def carry_out(self, say: Callable[[str], None], stop: threading.Event, log: Path, again: str = "") -> None:
         """Starts the run on what is `started`, and waits for its end."""
         process = self._start(self.flwr_run(), None)
         assert process.stdout is not None
@@ -203,7 +206,19 @@ class Deployment:
         if stop.is_set():
             raise ResumableStop(f"interrupted\nGo on with the same command: {again}")
         if not (self.run_directory / "report.html").exists():
-            raise _failure(said, log)
+            last = "".join(f"\n    {line}" for line in said[-LAST:])
+            raise _error(said) or Failure(
+                f"the run ended without a report ({self._status()}); see {log}. What it said last:{last}"
+            )
+
+    def _status(self) -> str:
+        """What became of the run for Flower, which knows it also where the run itself could not say it any more."""
+        asked = self._start(["flwr", "list", NAME, "--limit", "1", "--format", "json"], None)
+        told = asked.communicate()[0].decode(errors="replace")
+        with contextlib.suppress(ValueError, LookupError):
+            [run] = json.loads(told[told.index("{") :])["runs"]
+            return f"Flower says {run['status']}: {run['status-details'] or 'no details'}"
+        return "the SuperLink does not answer"
 
     def _ended_by(self, stop: threading.Event, process: subprocess.Popen[bytes]) -> None:
         while process.poll() is None:
@@ -259,21 +274,23 @@ def _plain(line: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip()
 
 
-def _failure(said: Sequence[str], log: Path) -> Exception:
-    """The error that the run's output ends in."""
+def _error(said: Sequence[str]) -> Exception | None:
+    """The error that the run's output ends in, if it tells one."""
     for line in reversed(said):
         if found := re.match(r"\S*\b(UserError|ResumableStop|Failure): (.*)", line):
             kind = {"UserError": UserError, "ResumableStop": ResumableStop, "Failure": Failure}[found[1]]
             return kind(found[2])
-    return Failure(f"the run ended without a report; see {log}")
+    return None
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+def free_ports(count: int) -> list[int]:
+    """Returns ports of this machine that nobody listens on, of those that no connection is given by chance."""
+    found: list[int] = []
+    while len(found) < count:
+        port = PORTS[secrets.randbelow(len(PORTS))]
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found = [*dict.fromkeys([*found, port])]
+    return found
 
 
 def certify(folder: Path, host: str) -> None:
