@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -73,8 +73,18 @@ def exchange(
     """
     clock, messages = WallClock(), list(messages)
     end_s = clock.now_s() + deadline_s
-    waiting = dict(zip(grid.push_messages(messages), range(len(messages)), strict=True))
+    waiting: dict[str, int] = {}
     replies: dict[int, Message] = {}
+    left: set[int] = set()
+
+    def push(places: Sequence[int], messages: Sequence[Message]) -> None:
+        for name, place in zip(grid.push_messages(messages), places, strict=True):
+            if name:
+                waiting[name] = place
+            else:  # its node has left since it was looked for
+                left.add(place)
+
+    push(range(len(messages)), messages)
     beat: object = None
     failed = [0] * len(messages)
     later: dict[int, float] = {}
@@ -91,8 +101,7 @@ def exchange(
             end_s = clock.now_s() + pause_s + deadline_s
         for place in [place for place, at_s in later.items() if at_s <= clock.now_s()]:
             del later[place]
-            [name] = grid.push_messages([_copy(messages[place])])
-            waiting[name] = place
+            push([place], [_copy(messages[place])])
         if (now := heartbeat(len(replies))) != beat:
             beat, end_s = now, clock.now_s() + deadline_s
         if stop.is_set():
@@ -104,8 +113,13 @@ def exchange(
             raise ResumableStop(f"{late} neither answered nor got on within {deadline_s:.0f} s (engine.deadline_s)")
         if waiting or later:
             clock.sleep(POLL_S)
-    late = Lost(f"no answer within {deadline_s:.0f} s (engine.deadline_s)")
-    return [_checked(replies[place], forgiven) if place in replies else late for place in range(len(messages))]
+    if left and "ResumableStop" not in forgiven:
+        raise ResumableStop(f"{len(left)} of {len(messages)} hosts left while they were addressed")
+    away, late = Lost("its node left"), Lost(f"no answer within {deadline_s:.0f} s (engine.deadline_s)")
+    return [
+        _checked(replies[place], forgiven) if place in replies else away if place in left else late
+        for place in range(len(messages))
+    ]
 
 
 def _copy(message: Message) -> Message:

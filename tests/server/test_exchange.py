@@ -19,6 +19,7 @@ from untether.sim.rounds.messages import Begin, Fetch
 from untether.sim.run.directory import RunDirectory, versions
 from untether.strategies import FleetStrategy
 
+LEFT = object()
 NOWHERE = Endpoint("http://127.0.0.1:9/v1", "none")
 
 
@@ -35,7 +36,7 @@ class Clock:
 
 
 class Grid:
-    """Replies as told: `script[node]` lists what the node answers, try by try; None: never."""
+    """Replies as told: `script[node]` lists what the node answers, try by try; None: never; LEFT: it is not there."""
 
     def __init__(self, script):
         self.script = {node: iter(answers) for node, answers in script.items()}
@@ -47,12 +48,14 @@ class Grid:
     def push_messages(self, messages):
         ids = []
         for message in messages:
-            ids.append(f"m{next(self.ids)}")
-            self.sent[ids[-1]] = message, next(self.script[message.metadata.dst_node_id])
+            answer = next(self.script[message.metadata.dst_node_id])
+            ids.append(f"m{next(self.ids)}" if answer is not LEFT else None)
+            self.sent[ids[-1]] = message, answer
         return ids
 
     def pull_messages(self, ids):
         for name in ids:
+            assert name is not None, "Flower takes no None here"
             message, answer = self.sent[name]
             if answer is None:
                 continue
@@ -109,6 +112,18 @@ def test_a_host_that_is_ended_for_want_of_memory_stops_the_run_resumably(reason)
     messages = [Message(RecordDict(), dst_node_id=1, message_type="train")]
     [lost] = exchange(Grid({1: [ended] * 5}), messages, 30.0, threading.Event(), forgiven={FAILURE})
     assert "node was running low" in lost.why, "in training together it is a straggler"
+
+
+@pytest.mark.parametrize("second", [[LEFT], [Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "ended"), LEFT]])
+def test_a_node_that_leaves_while_it_is_addressed_is_lost_or_stops_the_run_resumably(second):
+    """Flower gives no id to a message that nobody is there for."""
+    script = {7: [_said("first")], 8: second, 9: [LEFT]}
+    with pytest.raises(ResumableStop, match="2 of 3 hosts left"):
+        _ask(script)
+    grid = Grid(script)
+    messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in script]
+    first, *others = exchange(grid, messages, 10.0, threading.Event(), forgiven=EVERYTHING)
+    assert first.content["result"]["said"] == "first" and [lost.why for lost in others] == ["its node left"] * 2
 
 
 def test_a_silent_host_ends_in_a_resumable_stop():
