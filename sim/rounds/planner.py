@@ -4,13 +4,15 @@ hosts must be told. Names no text: a device's data is here only as counts and le
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any
 
 from untether.sim.core.clock import DAY_S
@@ -56,6 +58,12 @@ from untether.sim.time.policies import Policies
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, VirtualWork
 from untether.sim.time.wall import timeline_of
 
+Counts = tuple[tuple[int, ...], ...]
+"""Of samples, by round: see `Material.plus`."""
+
+ALIKE = 50_000
+"""Devices with the same data of which what training takes is worked out once."""
+
 
 def request_names(experiment: Experiment, seed: int, round: int, device: int, tasks: Sequence[str]) -> list[str]:
     """Returns the names of one device's requests for samples in a round, in the order in which it makes them."""
@@ -99,6 +107,7 @@ class Rounds:
         self._asked: dict[int, tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]] = {}
         self._alike: dict[Any, Any] = {}  # of what many devices have, one
         self.arms = trained(experiment.arms)
+        self._takes = lru_cache(ALIKE)(self._taken)
         self._training = {arm: TrainSettings.of(experiment.for_arm(arm)[1]) for arm in ARMS}
         self.learning = {
             on: [arm for arm in self.arms if ARMS[arm].needs_samples == (on == SAMPLES)] for on in (SAMPLES, REAL)
@@ -245,28 +254,42 @@ class Rounds:
     def _works(
         self, agenda: Agenda, materials: Mapping[int, Material], wanted: Mapping[int, Sequence[str]]
     ) -> Iterator[VirtualWork]:
-        """What each device trains by itself, one after the other: a large fleet's is never in memory together."""
-        both = [(on, device) for on, due in ((REAL, agenda.alone), (SAMPLES, agenda.due)) for device in due]
-        for place, (on, device) in enumerate(both, 1):
-            if device in materials:
-                for arm in self.learning[on]:
-                    yield self._work(agenda.plan.round, device, arm, materials[device], wanted.get(device, ()))
+        """What each device trains by itself, device by device: a large fleet's is never in memory together, nor are its
+        habits drawn more than once.
+        """
+        due = (REAL, agenda.alone), (SAMPLES, agenda.due)
+        turns = heapq.merge(*(zip(sorted(devices), itertools.repeat(on), strict=False) for on, devices in due))
+        for place, (device, own) in enumerate(itertools.groupby(turns, key=itemgetter(0)), 1):
+            for _, on in own:
+                if device in materials:
+                    for arm in self.learning[on]:
+                        yield self._work(agenda.plan.round, device, arm, materials[device], wanted.get(device, ()))
             if not place % TOLD_EVERY:
-                self._told["schedule"](len(self.population) * place // len(both))
+                self._told["schedule"](place)
 
     def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> VirtualWork:
+        held, stale = (
+            tuple(self._samples[device][past] for past in rounds)
+            for rounds in (self._earlier(round, device), self._stale(device))
+        )
+        steps, tokens, fallback_steps, fallback_tokens, row_tokens = self._takes(arm, own, held, stale)
+        return VirtualWork(
+            device, arm, steps, tokens, tuple(requests) if ARMS[arm].needs_samples else (), fallback_steps,
+            fallback_tokens, row_tokens,
+        )  # fmt: skip
+
+    def _taken(self, arm: str, own: Material, held: Counts, stale: Counts) -> tuple[int, int, int, int, int]:
+        """Steps and tokens of an arm on what a device has, with the samples that it `held` before; both with the ones
+        that are `stale` alone; and the tokens of the longest example.
+        """
         counted, like = ARMS[arm].learns, ARMS[arm].steps_of
-        training = self._training[like or arm]
-        material = own.plus(self._samples[device][past] for past in self._earlier(round, device))
+        training, material = self._training[like or arm], own.plus(held)
         items, tokens = total(material, counted)
         steps = training.total_steps(total(material, ARMS[like or arm].learns)[0])
-        nothing = replace(own, **dict.fromkeys(SAMPLE_COUNTS, 0))
-        had = nothing.plus(self._samples[device][past] for past in self._stale(device))
-        return VirtualWork(
-            device, arm, steps, trained_tokens(training, steps, items, tokens),
-            tuple(requests) if ARMS[arm].needs_samples else (), *effort(training, *total(had, counted)),
-            row_tokens=material.longest_real if counted == ("real",) else material.longest,
-        )
+        had = replace(own, **dict.fromkeys(SAMPLE_COUNTS, 0)).plus(stale)
+        fallback_steps, fallback_tokens = effort(training, *total(had, counted))
+        longest = material.longest_real if counted == ("real",) else material.longest
+        return steps, trained_tokens(training, steps, items, tokens), fallback_steps, fallback_tokens, longest
 
     def _earlier(self, round: int, device: int) -> list[int]:
         """The earlier rounds whose samples a device trains on beside those of `round`: with `age`, a sample is used in

@@ -171,7 +171,7 @@ class CostModel:
         """Seconds to answer on a cool device: the prompt in one pass, then a token at a time."""
         return self.prefill_s(prompt_tokens) + new_tokens * self.token_s(prompt_tokens + new_tokens / 2)
 
-    @property
+    @cached_property
     def kept(self) -> int:
         """Numbers that the backward pass needs of a layer and token: what the norms, the attention and the gated MLP
         read, and the inputs of the maps that have an adapter (those of q, k and v are the same).

@@ -28,7 +28,7 @@ from untether.sim.time.asking import Ask, Asked, Final, Rules, Size, VirtualAtte
 from untether.sim.time.cost import CostModel, model_shape
 from untether.sim.time.hardware import THIS_MACHINE, Fleet, Profile
 from untether.sim.time.network import Link, Links, StateTrace
-from untether.sim.time.network.links import DRAWN
+from untether.sim.time.network.links import most_kept
 from untether.sim.time.network.transfers import Carried, carry
 from untether.sim.time.readiness import Body, Readiness, rest, work
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, TrainedVersion, VirtualWork
@@ -118,7 +118,8 @@ class Timeline:
         self.experiment, self.seed, self.device_id = experiment, seed, device_id
         self._state = State.load(state or {})
         hardware = experiment.hardware
-        self.links = Links(experiment.network, seed, experiment.settings)
+        self._most = most_kept(experiment.population.users)
+        self.links = Links(experiment.network, seed, experiment.settings, self._most)
         self.fleet = Fleet(hardware.profiles, hardware.catalogue, seed, self._state.this_machine)
         self.model = model_shape(hardware.nominal_model)
         self._profiles: dict[int, Profile] = {}
@@ -142,7 +143,7 @@ class Timeline:
     def readiness(self, device: int) -> Readiness:
         """Returns when the device may train."""
         if device not in self._readiness:
-            if len(self._readiness) >= DRAWN:
+            if len(self._readiness) >= self._most:
                 self._readiness.clear()
             name = self.device_id(device)
             trace = self.links.trace_of(name)

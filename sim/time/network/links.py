@@ -17,8 +17,10 @@ from untether.sim.time.network.traces import StateTrace, read_traces
 
 MEGA = 1e6
 
-DRAWN = 100_000
-"""Most devices whose links and habits are kept, a few KiB each. Those of a larger fleet are drawn again, the same."""
+DRAWN, PASSING = 100_000, 2_000
+"""The largest fleet whose links and habits are kept, a few KiB a device; and how many are of a larger one, where they
+are drawn again, the same, whenever their device's turn comes.
+"""
 
 Maker = Callable[["Links", int, str], Link]
 """What a `network.kind` is: makes a device's link, from the device's number and name. `wifi_only`, `outages`, state
@@ -39,8 +41,13 @@ def configured(links: Links, device: int, device_id: str) -> Link:
     return Link(ALWAYS, down, up, rtt_s)
 
 
+def most_kept(devices: int) -> int:
+    """Returns how many devices' links and habits are kept, of a fleet of so many."""
+    return devices if devices <= DRAWN else PASSING
+
+
 class Links:
-    """Makes each device's link and keeps it, up to `DRAWN` of them. All draws depend on `device_id`, so on no order or
+    """Makes each device's link and keeps it, up to `most` of them. All draws depend on `device_id`, so on no order or
     other device.
 
     `settings` are the experiment's tables for plug-ins.
@@ -49,8 +56,10 @@ class Links:
         UserError: The traces cannot be read.
     """
 
-    def __init__(self, network: Network, seed: int, settings: Mapping[str, Mapping[str, Any]] | None = None):
-        self.network, self.seed = network, seed
+    def __init__(
+        self, network: Network, seed: int, settings: Mapping[str, Mapping[str, Any]] | None = None, most: int = DRAWN
+    ):
+        self.network, self.seed, self._most = network, seed, most
         self._maker: Maker = LINKS.bind(network.kind, settings or {})
         self.traces = read_traces(network.traces, network.columns) if network.traces else []
         self.outages = [Span.parse(text) for text in network.outages]
@@ -60,7 +69,7 @@ class Links:
     def of(self, device: int, device_id: str) -> Link:
         """Returns the link of one device."""
         if device not in self._links:
-            if len(self._links) >= DRAWN:
+            if len(self._links) >= self._most:
                 self._links.clear()
                 self._drawn.clear()
             self._links[device] = self._make(device, device_id)
