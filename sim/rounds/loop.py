@@ -14,6 +14,7 @@ from untether.sim.rounds.work import Work
 from untether.sim.run.directory import RunDirectory
 from untether.sim.run.environment import began_s
 from untether.sim.run.shared import SharedAdapters, SharedPart
+from untether.sim.time.timeline import uncollected
 
 
 class Backend(Protocol):
@@ -114,19 +115,20 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
             learned = send(virtual.learn(day, samples, came, arrays))
 
             # 5. commit: what is not named here never happened.
-            complete(virtual.learners.devices, learned)
-            for table, paths in run.parts(seed, round, joined([updated, learned]).parts).items():
-                parts.setdefault(table, []).extend(paths)
-            events = virtual.event_rows(day, answers, [*updated.events, *learned.events])
-            parts["events"] = run.write_parts("events", seed, round, "round", events)
-            if left := virtual.ledger_rows(day):
-                parts.setdefault("ledger", []).append(run.write_part("ledger", seed, round, "uploads", left))
-            facts = {"totals": learned.counts(), **_facts(asked, updated, learned), **part.write(round)}
-            state = None
-            if round + 1 < experiment.rounds:
-                virtual.advance(day, errors(learned), learned.lost)
-                state = virtual.state()
-            run.commit(seed, round, parts, facts, state)
+            with uncollected():  # many small objects of a large fleet
+                complete(virtual.learners.devices, learned)
+                for table, paths in run.parts(seed, round, joined([updated, learned]).parts).items():
+                    parts.setdefault(table, []).extend(paths)
+                events = virtual.event_rows(day, answers, [*updated.events, *learned.events])
+                parts["events"] = run.write_parts("events", seed, round, "round", events)
+                if left := virtual.ledger_rows(day):
+                    parts.setdefault("ledger", []).append(run.write_part("ledger", seed, round, "uploads", left))
+                facts = {"totals": learned.counts(), **_facts(asked, updated, learned), **part.write(round)}
+                state = None
+                if round + 1 < experiment.rounds:
+                    virtual.advance(day, errors(learned), learned.lost)
+                    state = virtual.state()
+                run.commit(seed, round, parts, facts, state)
             part.prune(round)
             progress.end()
 

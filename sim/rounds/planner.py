@@ -55,6 +55,7 @@ from untether.sim.rounds.sharing import (
 )
 from untether.sim.time.asking import TOLD_EVERY, Ask, Size
 from untether.sim.time.policies import Policies
+from untether.sim.time.timeline import uncollected
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, VirtualWork
 from untether.sim.time.wall import timeline_of
 
@@ -126,6 +127,7 @@ class Rounds:
 
     # --- 1. plan ----------------------------------------------------------------------------------------------
 
+    @uncollected()
     def plan(self, round: int, devices: Sequence[int]) -> Agenda:
         """Plans who asks and trains in a round, and which of all requests get through."""
         due, alone = (
@@ -138,15 +140,14 @@ class Rounds:
     def _due(self, round: int, device: int, on: str) -> bool:
         if not self.learning[on] and not (on == REAL and self.federates):
             return False
-        link, start_s = self.timeline.link(device), round * DAY_S
-        expected = 0
+        start_s, expected = round * DAY_S, 0
         if self.asks_samples and on == SAMPLES:
             size = self.timeline.expected(AUGMENT)
             parts = math.ceil(self.experiment.cloud.samples / self.experiment.cloud.samples_per_request)
             expected = (size.tokens_in + size.tokens_out) * parts * len(self._tasks(round, device)[0])
 
         def online() -> bool:
-            return link.next_up(start_s, start_s + DAY_S) is not None
+            return self.timeline.link(device).next_up(start_s, start_s + DAY_S) is not None
 
         return self.policies[on].due(round, device, expected, online)
 
@@ -187,6 +188,7 @@ class Rounds:
 
     # --- 3. schedule ------------------------------------------------------------------------------------------
 
+    @uncollected()
     def deliver(self, agenda: Agenda, sizes: Mapping[str, Size]) -> Delivered:
         """Tells whose answer reaches its device, and when. `sizes` of the requests that were made."""
         plan, granted = agenda.plan, agenda.plan.granted
@@ -210,6 +212,7 @@ class Rounds:
             lost=delivered.lost[AUGMENT], samples=tuple(samples),
         )  # fmt: skip
 
+    @uncollected()
     def schedule(
         self, delivered: Delivered, materials: Mapping[int, Material], travels: tuple[float, float] = (0.0, 0.0)
     ) -> Day:

@@ -39,9 +39,9 @@ def nobody(devices: int) -> None:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Pauses the search for reference cycles: a round makes a great many small objects and no cycle, and searching them
-    again and again took a fifth of its time.
+def uncollected() -> Iterator[None]:
+    """Pauses the search for reference cycles: a large fleet's round makes a great many small objects and no cycle, and
+    searching them again and again took half of its time.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -175,7 +175,7 @@ class Timeline:
         tokens_out = min(cloud.max_tokens, 60 * cloud.samples_per_request if lane == "augment" else 20)
         return Size(CHARS_PER_TOKEN * tokens_in + 500, CHARS_PER_TOKEN * tokens_out + 500, tokens_in, tokens_out)
 
-    @_uncollected()
+    @uncollected()
     def plan(self, round: int, asks: Sequence[Ask], told: Callable[[int], None] = nobody) -> Plan:
         """Plans a round: which requests get through, if all have the sizes they are expected to have.
 
@@ -194,7 +194,7 @@ class Timeline:
         """Applies `deliver`, then `train`."""
         return self.train(self.deliver(plan, sizes), works)
 
-    @_uncollected()
+    @uncollected()
     def deliver(self, plan: Plan, sizes: Mapping[str, Size], told: Callable[[int], None] = nobody) -> Delivery:
         """Returns when each request ends, from the real sizes of the granted ones. `told`: as in `plan`.
 
@@ -222,7 +222,7 @@ class Timeline:
         state = self._state.after(plan.round, plan.start_s, plan.asks, lanes, sizes, finals)
         return Delivery(plan.past(), tuple(attempts), finals, state)
 
-    @_uncollected()
+    @uncollected()
     def train(
         self, delivery: Delivery, works: Iterable[VirtualWork] = (), keeps: Collection[int] | None = None
     ) -> Schedule:
