@@ -24,7 +24,7 @@ from untether.clients.engine.reading import GenerationRow, PackedTexts, ReadProm
 from untether.sim.core.seeding import generator
 
 BATCH_ROWS = {"cpu": 128, "cuda": 2048}
-BATCH_TOKENS = {"cpu": 16384, "cuda": 262144}
+BATCH_TOKENS = {"cpu": 8192, "cuda": 262144}
 """Most tokens in the cache of a batch: long prompts come in smaller batches."""
 _LENGTH_RATIO = 1.25
 """Rows whose prompts differ by no more than this factor are padded to one length."""
@@ -150,7 +150,7 @@ def _batches(
     In each, rows of one adapter are neighbours and rows without one come last.
     """
     size = size or BATCH_ROWS.get(base.device.type, 128)
-    tokens = BATCH_TOKENS.get(base.device.type, 16384)
+    tokens = BATCH_TOKENS.get(base.device.type, 8192)
 
     def adapter(index: int) -> float:
         own = rows[index].adapter

@@ -38,7 +38,7 @@ from untether.sim.core.seeding import derive
 
 __all__ = ["Example", "TrainJob", "TrainResult", "Trainable", "batch_plan", "train"]
 
-PASS_TOKENS = {"cpu": 3072, "cuda": 131072}
+PASS_TOKENS = {"cpu": 2048, "cuda": 131072}
 """Padded tokens of one forward and backward pass: on a CPU its activations should stay near the caches."""
 COHORT = {"cpu": 32}
 """Adapters that train side by side where nobody says how many: enough to fill passes of the shortest texts. The others

@@ -25,7 +25,7 @@ ACCEPTED = 0.75
 
 ASKING, FILTERING = ("fetch", "requests"), ("fetch", "samples")
 VIRTUAL_S: Mapping[Step, float] = {
-    ("plan", "devices"): 8e-5, ("deliver", "devices"): 4e-5, ("schedule", "devices"): 16e-5,
+    ("plan", "devices"): 4e-5, ("deliver", "devices"): 4e-5, ("schedule", "devices"): 10e-5,
 }  # fmt: skip
 """Seconds of a device's day in virtual time, with one request and two adapters, on Zen 5: one process does it."""
 

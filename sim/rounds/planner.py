@@ -260,7 +260,8 @@ class Rounds:
         """What each device trains by itself, device by device: a large fleet's is never in memory together, nor are its
         habits drawn more than once.
         """
-        due = (REAL, agenda.alone), (SAMPLES, agenda.due)
+        everybody, due = len(self.population), ((REAL, agenda.alone), (SAMPLES, agenda.due))
+        most = max(len(devices) for _, devices in due)
         turns = heapq.merge(*(zip(sorted(devices), itertools.repeat(on), strict=False) for on, devices in due))
         for place, (device, own) in enumerate(itertools.groupby(turns, key=itemgetter(0)), 1):
             for _, on in own:
@@ -268,7 +269,7 @@ class Rounds:
                     for arm in self.learning[on]:
                         yield self._work(agenda.plan.round, device, arm, materials[device], wanted.get(device, ()))
             if not place % TOLD_EVERY:
-                self._told["schedule"](place)
+                self._told["schedule"](min(everybody, everybody * place // most))
 
     def _work(self, round: int, device: int, arm: str, own: Material, requests: Sequence[str]) -> VirtualWork:
         held, stale = (
