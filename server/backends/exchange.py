@@ -9,7 +9,9 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import httpx
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
@@ -26,7 +28,9 @@ EVERYTHING = frozenset({FAILURE, LATE, "UserError", "ResumableStop"})
 
 PAUSES_S = (0.5, 2.0, 5.0, 15.0)
 """How long a host that failed inside Flower (a dead actor, which Ray starts again) is left alone before it is asked
-once more; after the last one its failure counts. A pass may be run again."""
+once more; after the last one its failure counts. A pass may be run again. A SuperLink that fails is treated alike."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,24 @@ class Lost:
     """Stands for the reply of a host that is forgiven. `why`: in its words, or Flower's."""
 
     why: str
+
+
+def insist(call: Callable[[], T]) -> T:
+    """Returns what a call of a grid does. Each may be repeated, and is where the SuperLink fails at it or cannot be
+    reached: Flower does so itself for some of these failures.
+
+    Raises ResumableStop where it fails again and again.
+    """
+    for pause_s in (*PAUSES_S, None):
+        try:
+            return call()
+        except httpx.HTTPError as error:
+            if isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error:
+                raise
+            if pause_s is None:
+                raise ResumableStop(f"the SuperLink fails or cannot be reached: {error}") from error
+            WallClock().sleep(pause_s)
+    raise AssertionError("the last try returns or raises")
 
 
 def nodes(grid: Grid, at_least: int, deadline_s: float, stop: threading.Event) -> list[int]:
@@ -45,7 +67,7 @@ def nodes(grid: Grid, at_least: int, deadline_s: float, stop: threading.Event) -
     end_s = clock.now_s() + deadline_s
     last, steady = -1, 0
     while steady < 3:
-        found = sorted(grid.get_node_ids())
+        found = sorted(insist(grid.get_node_ids))
         steady = steady + 1 if len(found) == last and len(found) >= at_least else 0
         last = len(found)
         if stop.is_set():
@@ -78,7 +100,7 @@ def exchange(
     left: set[int] = set()
 
     def push(places: Sequence[int], messages: Sequence[Message]) -> None:
-        for name, place in zip(grid.push_messages(messages), places, strict=True):
+        for name, place in zip(insist(lambda: grid.push_messages(messages)), places, strict=True):
             if name:
                 waiting[name] = place
             else:  # its node has left since it was looked for
@@ -89,7 +111,7 @@ def exchange(
     failed = [0] * len(messages)
     later: dict[int, float] = {}
     while waiting or later:
-        for reply in grid.pull_messages(list(waiting)) if waiting else ():
+        for reply in insist(lambda: list(grid.pull_messages(list(waiting)))) if waiting else ():
             place, pause_s = waiting.pop(reply.metadata.reply_to_message_id), 0.0
             gone = reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE
             if reply.has_error() and not gone and failed[place] < len(PAUSES_S):

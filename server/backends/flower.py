@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from untether.server.backends.exchange import EVERYTHING, FAILURE, NOTHING, Lost, exchange, nodes
+from untether.server.backends.exchange import EVERYTHING, FAILURE, NOTHING, Lost, exchange, insist, nodes
 from untether.sim.core.clock import WallClock
 from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment.arms import FEDERATED
@@ -98,7 +98,7 @@ class FlowerBackend:
 
     def _look_around(self) -> set[int]:
         """The nodes that are there, those that came back among them: under another id, with the same number."""
-        there = sorted(self.grid.get_node_ids())
+        there = sorted(insist(self.grid.get_node_ids))
         if fresh := [node for node in there if node not in self._seen]:
             found = greet(self.grid, fresh, self._deadline_s, self.stop, forgiven=EVERYTHING)
             self.strategy.hosts |= _ids(found)

@@ -4,6 +4,7 @@ import itertools
 import json
 import threading
 
+import httpx
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -124,6 +125,51 @@ def test_a_node_that_leaves_while_it_is_addressed_is_lost_or_stops_the_run_resum
     messages = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in script]
     first, *others = exchange(grid, messages, 10.0, threading.Event(), forgiven=EVERYTHING)
     assert first.content["result"]["said"] == "first" and [lost.why for lost in others] == ["its node left"] * 2
+
+
+class FailingGrid(Grid):
+    """A grid whose SuperLink fails at each kind of call so many times, in a way of its own."""
+
+    def __init__(self, script, failures):
+        super().__init__(script)
+        self.failures = {name: iter(failures) for name in ("look", "push", "pull")}
+
+    def _fail(self, at):
+        for failure in self.failures[at]:
+            raise failure
+
+    def get_node_ids(self):
+        self._fail("look")
+        return super().get_node_ids()
+
+    def push_messages(self, messages):
+        self._fail("push")
+        return super().push_messages(messages)
+
+    def pull_messages(self, ids):
+        self._fail("pull")
+        return list(super().pull_messages(ids))
+
+
+def _status(code):
+    request = httpx.Request("POST", "http://127.0.0.1/v1/runtime/pull-messages")
+    return httpx.HTTPStatusError(f"status {code}", request=request, response=httpx.Response(code, request=request))
+
+
+def test_a_superlink_that_fails_for_a_while_is_asked_again():
+    grid = FailingGrid({7: [_said("at last")]}, [_status(500), httpx.ReadError("EOF (_ssl.c:1)"), _status(503)])
+    assert nodes(grid, 1, 100.0, threading.Event()) == [7]
+    [reply] = exchange(grid, [Message(RecordDict(), dst_node_id=7, message_type="train")], 100.0, threading.Event())
+    assert reply.content["result"]["said"] == "at last" and Clock.time_s > 20
+
+
+def test_a_superlink_that_goes_on_failing_stops_the_run_resumably_and_one_that_refuses_is_told_at_once():
+    with pytest.raises(ResumableStop, match="SuperLink fails or cannot be reached: status 500"):
+        nodes(FailingGrid({7: []}, [_status(500)] * 5), 1, 100.0, threading.Event())
+    Clock.time_s = 0.0
+    with pytest.raises(httpx.HTTPStatusError, match="403"):
+        nodes(FailingGrid({7: []}, [_status(403)]), 1, 100.0, threading.Event())
+    assert Clock.time_s == 0.0
 
 
 def test_a_silent_host_ends_in_a_resumable_stop():
