@@ -35,7 +35,7 @@ NODES = 3
 
 T = TypeVar("T")
 
-BLOCK_ADAPTERS = 128
+BLOCK_ADAPTERS = 64
 """Adapters that a worker trains at a time, about; the engine splits them into cohorts within its memory budget."""
 
 
