@@ -15,6 +15,7 @@ import time
 from collections import Counter
 
 from untether.sim.experiment import Experiment
+from untether.sim.rounds.planner import uncollected
 from untether.sim.time.asking import Ask, Size
 from untether.sim.time.timeline import Timeline, VirtualWork
 
@@ -64,7 +65,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    outcomes, peaks_mib = run(arguments.devices, arguments.rounds)
+    with uncollected():  # as a run does
+        outcomes, peaks_mib = run(arguments.devices, arguments.rounds)
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     third_mib, end_mib = peaks_mib[(len(peaks_mib) - 1) // 3], peaks_mib[-1]
     print(f"{arguments.devices} devices x {arguments.rounds} rounds: {wall_s:.1f} s ({cpu_s:.1f} s of CPU)")

@@ -285,12 +285,12 @@ def _error(said: Sequence[str]) -> Exception | None:
 
 def free_ports(count: int) -> list[int]:
     """Returns ports of this machine that nobody listens on, of those that no connection is given by chance."""
-    found: list[int] = []
+    found: set[int] = set()
     while len(found) < count:
-        port = PORTS[secrets.randbelow(len(PORTS))]
+        port = secrets.choice(PORTS)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found = [*dict.fromkeys([*found, port])]
-    return found
+            found.add(port)
+    return list(found)
 
 
 def certify(folder: Path, host: str) -> None:

@@ -9,12 +9,11 @@ from untether.sim.experiment.arms import FEDERATED, SHARED
 from untether.sim.population.source import open_population
 from untether.sim.rounds.day import sizes_of
 from untether.sim.rounds.messages import Order, Reply, Share, complete, errors, joined, materials, outcomes
-from untether.sim.rounds.planner import Rounds
+from untether.sim.rounds.planner import Rounds, uncollected
 from untether.sim.rounds.work import Work
 from untether.sim.run.directory import RunDirectory
 from untether.sim.run.environment import began_s
 from untether.sim.run.shared import SharedAdapters, SharedPart
-from untether.sim.time.timeline import uncollected
 
 
 class Backend(Protocol):

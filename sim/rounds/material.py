@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from untether.sim.core.learning import TrainSettings
 from untether.sim.experiment import Experiment
-from untether.sim.experiment.arms import ALONE, METHOD, trained
+from untether.sim.experiment.arms import ALONE, ARMS, METHOD, trained
 from untether.sim.time.timeline_state import REAL, SAMPLES
+
+ALIKE = 50_000
+"""Devices with the same data of which what training takes is worked out once."""
+
+Counts = tuple[tuple[int, ...], ...]
+"""Of samples, by round: see `Material.plus`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +73,36 @@ def effort(training: TrainSettings, items: int, tokens: int) -> tuple[int, int]:
     """Returns (optimizer steps, trained tokens) of items with so many tokens in all."""
     steps = training.total_steps(items)
     return steps, trained_tokens(training, steps, items, tokens)
+
+
+class Takes(NamedTuple):
+    """What training one adapter takes: optimizer steps and tokens on all there is, both on what there is until samples
+    come, and the tokens of the longest example.
+    """
+
+    steps: int
+    tokens: int
+    fallback_steps: int
+    fallback_tokens: int
+    row_tokens: int
+
+
+@lru_cache(ALIKE)
+def takes(arm: str, training: TrainSettings, own: Material, held: Counts, stale: Counts) -> Takes:
+    """Returns what an arm takes on a device's `own` material of a round.
+
+    Args:
+        arm: The arm.
+        training: Its settings, or those of the arm that it takes its steps of.
+        own: The material.
+        held: Samples of earlier rounds that are trained on beside it (see `Material.plus`).
+        stale: Those that the device falls back on until this round's come.
+    """
+    counted, material = ARMS[arm].learns, own.plus(held)
+    items, tokens = total(material, counted)
+    steps = training.total_steps(total(material, ARMS[ARMS[arm].steps_of or arm].learns)[0])
+    had = replace(own, **dict.fromkeys(SAMPLE_COUNTS, 0)).plus(stale)
+    longest = material.longest_real if counted == ("real",) else material.longest
+    return Takes(
+        steps, trained_tokens(training, steps, items, tokens), *effort(training, *total(had, counted)), longest
+    )

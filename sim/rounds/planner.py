@@ -4,14 +4,16 @@ hosts must be told. Names no text: a device's data is here only as counts and le
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -25,13 +27,7 @@ from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, METHOD, trained
 from untether.sim.population.source import Population, device_id
 from untether.sim.rounds.day import AUGMENT, KINDS, Agenda, Day, Delivered
 from untether.sim.rounds.learners import Learners
-from untether.sim.rounds.material import (
-    SAMPLE_COUNTS,
-    Material,
-    effort,
-    total,
-    trained_tokens,
-)
+from untether.sim.rounds.material import SAMPLE_COUNTS, Material, takes
 from untether.sim.rounds.messages import (
     FIRST,
     Begin,
@@ -55,15 +51,22 @@ from untether.sim.rounds.sharing import (
 )
 from untether.sim.time.asking import TOLD_EVERY, Ask, Size
 from untether.sim.time.policies import Policies
-from untether.sim.time.timeline import uncollected
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, VirtualWork
 from untether.sim.time.wall import timeline_of
 
-Counts = tuple[tuple[int, ...], ...]
-"""Of samples, by round: see `Material.plus`."""
 
-ALIKE = 50_000
-"""Devices with the same data of which what training takes is worked out once."""
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Pauses the search for reference cycles: a large fleet's round makes a great many small objects and no cycle, and
+    searching them again and again took half of its time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def request_names(experiment: Experiment, seed: int, round: int, device: int, tasks: Sequence[str]) -> list[str]:
@@ -108,7 +111,6 @@ class Rounds:
         self._asked: dict[int, tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]] = {}
         self._alike: dict[Any, Any] = {}  # of what many devices have, one
         self.arms = trained(experiment.arms)
-        self._takes = lru_cache(ALIKE)(self._taken)
         self._training = {arm: TrainSettings.of(experiment.for_arm(arm)[1]) for arm in ARMS}
         self.learning = {
             on: [arm for arm in self.arms if ARMS[arm].needs_samples == (on == SAMPLES)] for on in (SAMPLES, REAL)
@@ -276,24 +278,9 @@ class Rounds:
             tuple(self._samples[device][past] for past in rounds)
             for rounds in (self._earlier(round, device), self._stale(device))
         )
-        steps, tokens, fallback_steps, fallback_tokens, row_tokens = self._takes(arm, own, held, stale)
-        return VirtualWork(
-            device, arm, steps, tokens, tuple(requests) if ARMS[arm].needs_samples else (), fallback_steps,
-            fallback_tokens, row_tokens,
-        )  # fmt: skip
-
-    def _taken(self, arm: str, own: Material, held: Counts, stale: Counts) -> tuple[int, int, int, int, int]:
-        """Steps and tokens of an arm on what a device has, with the samples that it `held` before; both with the ones
-        that are `stale` alone; and the tokens of the longest example.
-        """
-        counted, like = ARMS[arm].learns, ARMS[arm].steps_of
-        training, material = self._training[like or arm], own.plus(held)
-        items, tokens = total(material, counted)
-        steps = training.total_steps(total(material, ARMS[like or arm].learns)[0])
-        had = replace(own, **dict.fromkeys(SAMPLE_COUNTS, 0)).plus(stale)
-        fallback_steps, fallback_tokens = effort(training, *total(had, counted))
-        longest = material.longest_real if counted == ("real",) else material.longest
-        return steps, trained_tokens(training, steps, items, tokens), fallback_steps, fallback_tokens, longest
+        needs = tuple(requests) if ARMS[arm].needs_samples else ()
+        took = takes(arm, self._training[ARMS[arm].steps_of or arm], own, held, stale)
+        return VirtualWork(device, arm, needs=needs, **took._asdict())
 
     def _earlier(self, round: int, device: int) -> list[int]:
         """The earlier rounds whose samples a device trains on beside those of `round`: with `age`, a sample is used in

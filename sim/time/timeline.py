@@ -11,11 +11,9 @@ no other's row; the order of devices never does.
 
 from __future__ import annotations
 
-import gc
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from typing import Any, Literal
@@ -36,20 +34,6 @@ from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, State, Traine
 
 def nobody(devices: int) -> None:
     """Hears how many devices are done, and says nothing."""
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Pauses the search for reference cycles: a large fleet's round makes a great many small objects and no cycle, and
-    searching them again and again took half of its time.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +159,6 @@ class Timeline:
         tokens_out = min(cloud.max_tokens, 60 * cloud.samples_per_request if lane == "augment" else 20)
         return Size(CHARS_PER_TOKEN * tokens_in + 500, CHARS_PER_TOKEN * tokens_out + 500, tokens_in, tokens_out)
 
-    @uncollected()
     def plan(self, round: int, asks: Sequence[Ask], told: Callable[[int], None] = nobody) -> Plan:
         """Plans a round: which requests get through, if all have the sizes they are expected to have.
 
@@ -194,7 +177,6 @@ class Timeline:
         """Applies `deliver`, then `train`."""
         return self.train(self.deliver(plan, sizes), works)
 
-    @uncollected()
     def deliver(self, plan: Plan, sizes: Mapping[str, Size], told: Callable[[int], None] = nobody) -> Delivery:
         """Returns when each request ends, from the real sizes of the granted ones. `told`: as in `plan`.
 
@@ -222,7 +204,6 @@ class Timeline:
         state = self._state.after(plan.round, plan.start_s, plan.asks, lanes, sizes, finals)
         return Delivery(plan.past(), tuple(attempts), finals, state)
 
-    @uncollected()
     def train(
         self, delivery: Delivery, works: Iterable[VirtualWork] = (), keeps: Collection[int] | None = None
     ) -> Schedule:
