@@ -69,8 +69,16 @@ def in_a_notebook(call):
     return found[0]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal has it: what a shell starts in the background ignores it, these tests among it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.timeout(1200)
-def test_a_stopped_run_ends_with_the_numbers_of_one_that_was_not(tmp_path, capfd):
+def test_a_stopped_run_ends_with_the_numbers_of_one_that_was_not(tmp_path, capfd, interruptible):
     experiment, out = tiny(rounds=2, engine__workers=1, population__users=2), tmp_path / "run"
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
