@@ -60,14 +60,15 @@ class FleetSummary:
 def _activities(events: pd.DataFrame) -> list[Activity]:
     if not len(events):
         return []
-    found = []
-    for (kind, outcome), group in events.groupby(["kind", "outcome"], dropna=False):
-        durations, energy = group["duration_s"].dropna(), group["energy_j"].dropna()
-        sums = [int(group[name].fillna(0).sum()) for name in ("bytes_up", "bytes_down", "tokens_in", "tokens_out")]
-        found.append(Activity(
-            _text(kind), _text(outcome), len(group), float(durations.median()) if len(durations) else None, *sums,
-            float(energy.sum()) if len(energy) else None,
-        ))  # fmt: skip
+    groups = events.groupby(["kind", "outcome"], dropna=False)  # column by column: a group's rows may be gigabytes
+    table = groups[["bytes_up", "bytes_down", "tokens_in", "tokens_out"]].sum().fillna(0).astype(int)
+    table.insert(0, "n", groups.size())
+    table.insert(1, "median_s", groups["duration_s"].median())
+    table["energy_j"] = groups["energy_j"].sum(min_count=1)
+    found = [
+        Activity(_text(kind), _text(outcome), int(n), _number(median_s), *map(int, sums), _number(energy_j))
+        for (kind, outcome), n, median_s, *sums, energy_j in table.itertuples(name=None)
+    ]
     return sorted(found, key=lambda activity: (activity.kind, activity.outcome != "ok", -activity.n))
 
 
@@ -95,6 +96,10 @@ def _failures(predictions: pd.DataFrame) -> list[tuple[str, str, int]]:
     failed = predictions[predictions["outcome"].notna() & (predictions["outcome"] != "ok")]
     counts = failed.groupby(["arm", "outcome"]).size()
     return [(str(arm), str(outcome), int(count)) for (arm, outcome), count in counts.items()]
+
+
+def _number(value: float) -> float | None:
+    return None if pd.isna(value) else float(value)
 
 
 def _text(value: object) -> str:

@@ -132,19 +132,20 @@ class Rounds:
     @uncollected()
     def plan(self, round: int, devices: Sequence[int]) -> Agenda:
         """Plans who asks and trains in a round, and which of all requests get through."""
+        sizes = {lane: self.timeline.expected(lane) for lane in (AUGMENT, CLOUD)}
         due, alone = (
-            tuple(device for device in devices if self._due(round, device, on)) for on in (SAMPLES, REAL)
-        )  # fmt: skip
+            tuple(device for device in devices if self._due(round, device, on, sizes[AUGMENT]))
+            for on in (SAMPLES, REAL)
+        )
         owing = set(due) if self.asks_samples else set()
-        asks = [ask for device in devices for ask in self._asks(round, device, device in owing)]
+        asks = [ask for device in devices for ask in self._asks(round, device, device in owing, sizes)]
         return Agenda(self.timeline.plan(round, asks, self._told["plan"]), due, alone)
 
-    def _due(self, round: int, device: int, on: str) -> bool:
+    def _due(self, round: int, device: int, on: str, size: Size) -> bool:
         if not self.learning[on] and not (on == REAL and self.federates):
             return False
         start_s, expected = round * DAY_S, 0
         if self.asks_samples and on == SAMPLES:
-            size = self.timeline.expected(AUGMENT)
             parts = math.ceil(self.experiment.cloud.samples / self.experiment.cloud.samples_per_request)
             expected = (size.tokens_in + size.tokens_out) * parts * len(self._tasks(round, device)[0])
 
@@ -153,20 +154,18 @@ class Rounds:
 
         return self.policies[on].due(round, device, expected, online)
 
-    def _asks(self, round: int, device: int, for_samples: bool) -> Iterator[Ask]:
+    def _asks(self, round: int, device: int, for_samples: bool, sizes: Mapping[str, Size]) -> Iterator[Ask]:
         tasks, of_queries = self._tasks(round, device)
         if for_samples:
-            expected = self.timeline.expected(AUGMENT)
             for name in request_names(self.experiment, self.seed, round, device, tasks):
-                yield Ask(name, device, expected, AUGMENT)
+                yield Ask(name, device, sizes[AUGMENT], AUGMENT)
         if CLOUD in self.experiment.arms:
-            expected = self.timeline.expected(CLOUD)
             by_day = self.by_day
             names = question_names(self.seed, round, device, of_queries)
             times = [self.timeline.query_time_s(round, device, number) for number in range(len(names))]
             order = sorted(range(len(names)), key=times.__getitem__) if by_day else range(len(names))
             for number in order:
-                yield Ask(names[number], device, expected, CLOUD, times[number] if by_day else None)
+                yield Ask(names[number], device, sizes[CLOUD], CLOUD, times[number] if by_day else None)
 
     def _tasks(self, round: int, device: int) -> tuple[tuple[str, ...], list[str]]:
         """The tasks that a device asks samples for, and the task of each of its queries of a round."""
@@ -240,8 +239,8 @@ class Rounds:
                 self.experiment, self.timeline, plan, able, self._trained_in, lambda device: materials[device].real
             )
             works = itertools.chain(works, exchange.down(able, asked))
-        last = plan.round + 1 == self.experiment.rounds  # no round is to come for which devices are remembered
-        schedule = self.timeline.train(delivered.delivery, works, self.learners if last else None)
+        last = plan.round + 1 == self.experiment.rounds
+        schedule = self.timeline.train(delivered.delivery, works, self.learners, last)
         tokens: dict[int, int] = defaultdict(int)
         for attempt in schedule.attempts:
             if attempt.lane == AUGMENT:
@@ -279,8 +278,8 @@ class Rounds:
             for rounds in (self._earlier(round, device), self._stale(device))
         )
         needs = tuple(requests) if ARMS[arm].needs_samples else ()
-        took = takes(arm, self._training[ARMS[arm].steps_of or arm], own, held, stale)
-        return VirtualWork(device, arm, needs=needs, **took._asdict())
+        steps, tokens, *fallback, row_tokens = takes(arm, self._training[ARMS[arm].steps_of or arm], own, held, stale)
+        return VirtualWork(device, arm, steps, tokens, needs, *fallback, row_tokens)
 
     def _earlier(self, round: int, device: int) -> list[int]:
         """The earlier rounds whose samples a device trains on beside those of `round`: with `age`, a sample is used in
@@ -321,8 +320,8 @@ class Rounds:
         round, start_s = day.schedule.plan.round, day.schedule.plan.start_s
         by_day, settled = self.by_day, round - 1
         versions = []
-        for (device, arm), found in day.schedule.state.live.items():
-            if arm == FEDERATED or device not in self.learners:  # what answers is shared, or nobody does
+        for (device, arm), found in sorted(day.schedule.state.live.items(), key=itemgetter(0)):
+            if arm == FEDERATED:  # what answers is shared
                 continue
             for place, version in enumerate(found):
                 later = any(other.round == version.round for other in found[place + 1 :])

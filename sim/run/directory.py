@@ -33,7 +33,7 @@ from untether.sim.run.whole import REMEDY, commit_of, damaged, is_whole, read_js
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 
 PART_ROWS = 100_000
 """Most rows that are staged together."""
@@ -403,7 +403,8 @@ class RunDirectory:
             values = found.column("value") if "value" in there else pa.array([None])
             if values.null_count or not pc.all(pc.is_finite(values)).as_py() and len(values):
                 raise damaged(path, "a value in it is no number")
-        return found.to_pandas().reindex(columns=names)
+        frame = found.to_pandas(split_blocks=True, self_destruct=True)  # a large fleet's is not in memory twice
+        return frame if list(frame) == names else frame.reindex(columns=names)
 
     def drop_parts(self) -> None:
         """Deletes the staged parts once the tables hold their rows (the commits stay: the run is finished)."""

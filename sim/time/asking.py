@@ -234,8 +234,7 @@ class _Asker:
             self.now_s = max(self.now_s, attempt.end_s)
 
     def _pay(self, attempt: VirtualAttempt) -> None:
-        if attempt.tokens_in or attempt.tokens_out:
-            paid = price(self.rules.capacity, attempt.tokens_in, attempt.tokens_out)
+        if paid := price(self.rules.capacity, attempt.tokens_in, attempt.tokens_out):
             self.asked.spent[self.device] = self.asked.spent.get(self.device, 0.0) + paid
 
     def _request(self, ask: Ask, size: Size) -> Iterator[float]:

@@ -201,22 +201,29 @@ class Timeline:
                     final = replace(final, outcome=answer, answered=answer != "crashed")
                 finals[name] = final
         finals = {ask.request_id: finals[ask.request_id] for ask in plan.asks}
-        state = self._state.after(plan.round, plan.start_s, plan.asks, lanes, sizes, finals)
+        state = self._state.after(plan.start_s, plan.asks, lanes, sizes, finals)
         return Delivery(plan.past(), tuple(attempts), finals, state)
 
     def train(
-        self, delivery: Delivery, works: Iterable[VirtualWork] = (), keeps: Collection[int] | None = None
-    ) -> Schedule:
+        self, delivery: Delivery, works: Iterable[VirtualWork] = (), answering: Collection[int] | None = None,
+        last: bool = False,
+    ) -> Schedule:  # fmt: skip
         """Returns when each adapter is trained, from what was delivered and the steps that each takes.
 
-        `keeps`: the devices whose state is asked for afterwards; None: all.
+        Args:
+            delivery: The result of the round's requests.
+            works: What is trained, each adapter once.
+            answering: The devices that are asked what answers; of others, no adapter is remembered. None: all.
+            last: Whether no round is to come, for which the devices themselves are remembered.
         """
         plan, finals = delivery.plan, delivery.finals
         state, versions = delivery.state.copy(), list[TrainedVersion]()
         for each in works:
             versions += self._train(plan, each, finals, state)
-            if keeps is not None and each.device not in keeps:
-                state.forget(each.device, each.arm)
+            if answering is not None and each.device not in answering:
+                state.live.pop((each.device, each.arm), None)
+            if last:
+                state.bodies.pop((each.device, each.arm), None)
         return Schedule(plan, delivery.attempts, finals, state, tuple(versions))
 
     def advance(self, schedule: Schedule, lost: Collection[int] = ()) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from untether.sim.time.asking import Ask, Asked, Final, Size
@@ -62,27 +62,31 @@ class TrainedVersion:
         return f"r{self.round}-{self.on}"
 
 
+_LASTING = tuple(field.name for field in fields(TrainedVersion))[2:]
+"""Of a version, all but whose it is."""
+
+
 @dataclass
 class State:
-    """The state that one round leaves to the next."""
+    """The state that one round leaves to the next. `had_samples`: the devices that ever got any."""
 
     clouds: dict[str, dict[str, Any]] = field(default_factory=dict)
     spent: dict[str, dict[int, float]] = field(default_factory=dict)
     sizes: dict[str, list[float]] = field(default_factory=dict)
-    had_samples: dict[int, int] = field(default_factory=dict)
+    had_samples: set[int] = field(default_factory=set)
     bodies: dict[tuple[int, str], Body] = field(default_factory=dict)
     live: dict[tuple[int, str], list[TrainedVersion]] = field(default_factory=lambda: defaultdict(list))
     this_machine: Profile | None = None
 
     def after(
-        self, round: int, start_s: float, asks: Sequence[Ask], lanes: Mapping[str, Asked], sizes: Mapping[str, Size],
+        self, start_s: float, asks: Sequence[Ask], lanes: Mapping[str, Asked], sizes: Mapping[str, Size],
         finals: Mapping[str, Final],
     ) -> State:  # fmt: skip
         """Returns a copy that includes the round's requests and results, without what the next round cannot need."""
         new = State(
             {**self.clouds, **{lane: asked.cloud_state for lane, asked in lanes.items()}},
             {**self.spent, **{lane: asked.spent for lane, asked in lanes.items() if asked.spent}},
-            {lane: list(values) for lane, values in self.sizes.items()}, dict(self.had_samples), dict(self.bodies),
+            {lane: list(values) for lane, values in self.sizes.items()}, set(self.had_samples), dict(self.bodies),
             defaultdict(list, {key: _since(versions, start_s) for key, versions in self.live.items()}),
             self.this_machine,
         )
@@ -90,18 +94,13 @@ class State:
             if (size := sizes.get(ask.request_id)) is not None:
                 new._learn_size(ask.lane, size)
             if finals[ask.request_id].outcome == "ok" and ask.lane == "augment":
-                new.had_samples[ask.device] = round
+                new.had_samples.add(ask.device)
         return new
 
     def copy(self) -> State:
         """Returns a copy whose bodies and live adapters may change."""
         live = defaultdict(list, {key: list(versions) for key, versions in self.live.items()})
         return replace(self, bodies=dict(self.bodies), live=live)
-
-    def forget(self, device: int, arm: str) -> None:
-        """Drops what is known of a device under one arm."""
-        self.bodies.pop((device, arm), None)
-        self.live.pop((device, arm), None)
 
     def _learn_size(self, lane: str, size: Size) -> None:
         """A running mean: count, then bytes up and down, tokens in and out."""
@@ -111,13 +110,15 @@ class State:
         self.sizes[lane] = [count + 1, *means]
 
     def dump(self) -> dict[str, Any]:
-        """Returns the state as JSON."""
+        """Returns the state as JSON, by arm and device: short, since a large fleet writes it every round."""
+        bodies, live = defaultdict[str, dict[int, Any]](dict), defaultdict[str, dict[int, Any]](dict)
+        for (device, arm), body in self.bodies.items():
+            bodies[arm][device] = (body.time_s, body.battery, body.warmth)
+        for (device, arm), found in self.live.items():
+            live[arm][device] = [[getattr(version, name) for name in _LASTING] for version in found]
         return {
-            "clouds": self.clouds, "sizes": self.sizes,
-            "spent": {lane: {str(k): v for k, v in spent.items()} for lane, spent in self.spent.items()},
-            "had_samples": {str(device): round for device, round in self.had_samples.items()},
-            "bodies": {_key(*key): [body.time_s, body.battery, body.warmth] for key, body in self.bodies.items()},
-            "live": {_key(*key): [_dumped(version) for version in found] for key, found in self.live.items()},
+            "clouds": self.clouds, "spent": self.spent, "sizes": self.sizes, "had_samples": sorted(self.had_samples),
+            "bodies": bodies, "live": live,
         }
 
     @classmethod
@@ -128,11 +129,11 @@ class State:
             dict(data.get("clouds", {})),
             {lane: {int(k): v for k, v in spent.items()} for lane, spent in data.get("spent", {}).items()},
             {lane: list(values) for lane, values in data.get("sizes", {}).items()},
-            {int(device): round for device, round in data.get("had_samples", {}).items()},
-            {_unkey(key): Body(*values) for key, values in data.get("bodies", {}).items()},
+            set(data.get("had_samples", ())),
+            {key: Body(*values) for key, values in _by_device(data.get("bodies", {}))},
             defaultdict(list, {
-                _unkey(key): [TrainedVersion(**values) for values in found]
-                for key, found in data.get("live", {}).items()
+                key: [TrainedVersion(*key, *values) for values in found]
+                for key, found in _by_device(data.get("live", {}))
             }),
             Profile(**measured) if measured else None,
         )
@@ -144,15 +145,8 @@ def _since(versions: Sequence[TrainedVersion], time_s: float) -> list[TrainedVer
     return past[-1:] + [version for version in versions if version.live_s > time_s]
 
 
-def _dumped(version: TrainedVersion) -> dict[str, Any]:
-    """Its fields by name; `asdict` copies each value deeply, a great many times a round."""
-    return {name: getattr(version, name) for name in TrainedVersion.__slots__}
-
-
-def _key(device: int, arm: str) -> str:
-    return f"{device}/{arm}"
-
-
-def _unkey(key: str) -> tuple[int, str]:
-    device, _, arm = key.partition("/")
-    return int(device), arm
+def _by_device(data: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[tuple[int, str], Any]]:
+    """What `State.dump` wrote by arm and device."""
+    for arm, of_devices in data.items():
+        for device, values in of_devices.items():
+            yield (int(device), arm), values

@@ -63,7 +63,7 @@ class WallTimeline(Timeline):
                     ask.request_id, ask.device, ask.lane, 0, plan.start_s, now_s, outcome, size.bytes_up,
                     size.bytes_down, size.tokens_in, size.tokens_out,
                 ))  # fmt: skip
-        state = self._state.after(plan.round, plan.start_s, plan.asks, {}, sizes, finals)
+        state = self._state.after(plan.start_s, plan.asks, {}, sizes, finals)
         return Delivery(plan.past(), tuple(attempts), finals, state)
 
     def measured(self) -> dict[str, Any]:

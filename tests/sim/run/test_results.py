@@ -115,7 +115,7 @@ def test_a_run_of_another_version_is_refused_with_both(tmp_path, experiment):
     with pytest.raises(UserError, match=f"untether 0.0.7 there, {here['untether']} here"):
         run.check_resumable()
     (run.path / "state" / "versions.json").unlink()
-    with pytest.raises(UserError, match="schema_version unknown there, 3 here"):
+    with pytest.raises(UserError, match=f"schema_version unknown there, {SCHEMA_VERSION} here"):
         run.check_resumable()
 
 

@@ -226,15 +226,19 @@ def test_links_and_habits_that_are_drawn_again_are_the_same(monkeypatch):
         assert len(again.links._links) <= 3 < len(kept.links._links)
 
 
-def test_who_is_not_kept_trains_the_same_and_is_forgotten():
-    """In a fleet's last round: its versions are told, its state is not asked for."""
+def test_who_does_not_answer_trains_the_same_and_its_adapters_are_forgotten():
+    """Their versions are told, and how warm they are now; after the last round nobody asks that either."""
     virtual = timeline(**HARD)
     plan = virtual.plan(0, asks(0, range(6)))
     delivery = virtual.deliver(plan, dict.fromkeys(plan.granted, SIZE))
-    whole, some = (virtual.train(delivery, works(0, range(6)), keeps) for keeps in (None, {1, 4}))
-    assert some.versions == whole.versions and some.finals == whole.finals
-    assert set(some.state.live) == {key for key in whole.state.live if key[0] in {1, 4}} != set(whole.state.live)
-    assert {device for device, _ in some.state.bodies} <= {1, 4} < {device for device, _ in whole.state.bodies}
+    whole, some, end = (
+        virtual.train(delivery, works(0, range(6)), answering, last)
+        for answering, last in ((None, False), ({1, 4}, False), ({1, 4}, True))
+    )
+    assert end.versions == some.versions == whole.versions and end.finals == some.finals == whole.finals
+    answer = {key: found for key, found in whole.state.live.items() if key[0] in {1, 4}}
+    assert end.state.live == some.state.live == answer != whole.state.live
+    assert some.state.bodies == whole.state.bodies and whole.state.bodies and not end.state.bodies
 
 
 def test_deployed_devices_have_the_same_timeline_to_call():
