@@ -119,7 +119,7 @@ def run_rounds(run: RunDirectory, backend: Backend, strategy: Sharing, progress:
                 for table, paths in run.parts(seed, round, joined([updated, learned]).parts).items():
                     parts.setdefault(table, []).extend(paths)
                 events = virtual.event_rows(day, answers, [*updated.events, *learned.events])
-                parts["events"] = run.write_parts("events", seed, round, "round", events)
+                parts["events"] = [run.write_part("events", seed, round, "round", events)]
                 if left := virtual.ledger_rows(day):
                     parts.setdefault("ledger", []).append(run.write_part("ledger", seed, round, "uploads", left))
                 facts = {"totals": learned.counts(), **_facts(asked, updated, learned), **part.write(round)}

@@ -66,6 +66,8 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if was_on:
+            gc.freeze()  # and old at once: else all of it would be searched as soon as the search goes on
+            gc.unfreeze()
             gc.enable()
 
 

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = "4"
 
-PART_ROWS = 100_000
-"""Most rows that are staged together."""
+GROUP_ROWS, BATCH_ROWS = 100_000, 4_000
+"""Rows that are written together; and those of them that are turned into columns together: of more, the processor's
+cache does not hold the dictionaries, and turning them takes three times as long.
+"""
 
 
 def versions() -> dict[str, str]:
@@ -200,8 +202,8 @@ class RunDirectory:
 
     # --- staging and committing -------------------------------------------------------------------------------
 
-    def write_part(self, table: str, seed: int, round: int, part: str, rows: Sequence[Mapping[str, Any]]) -> str:
-        """Stages rows of one table.
+    def write_part(self, table: str, seed: int, round: int, part: str, rows: Iterable[Mapping[str, Any]]) -> str:
+        """Stages rows of one table, as they come: a large fleet's need not be in memory.
 
         Writing the same part again replaces it, so that a shard may be retried. Missing columns become null.
 
@@ -215,26 +217,12 @@ class RunDirectory:
             The part's path relative to the run directory.
         """
         schema = (TABLES | STAGED)[table]
-        columns = {
-            field.name: pa.array([row.get(field.name) for row in rows], type=field.type)
-            for field in schema
-            if field.name not in ("seed", "round")
-        }
-        columns["seed"] = pa.array([seed] * len(rows), type=pa.int64())
-        columns["round"] = pa.array([round] * len(rows), type=pa.int64())
         relative = f"state/parts/seed-{seed}/round-{round}/{table}/{part}.parquet"
-        self._write_table(pa.table({name: columns[name] for name in schema.names}, schema=schema), self.path / relative)
+        batches = _batches(schema, {"seed": seed, "round": round}, iter(rows))
+        with written(self.path / relative) as temporary, _writer(temporary, schema) as writer:
+            while group := list(itertools.islice(batches, GROUP_ROWS // BATCH_ROWS)):
+                writer.write_table(pa.Table.from_batches(group))
         return relative
-
-    def write_parts(
-        self, table: str, seed: int, round: int, part: str, rows: Iterable[Mapping[str, Any]], most: int = PART_ROWS
-    ) -> list[str]:
-        """Stages rows as they come, in parts of so many: a large fleet's need not be in memory. Returns their paths."""
-        found: list[str] = []
-        rows = iter(rows)
-        while (some := list(itertools.islice(rows, most))) or not found:
-            found.append(self.write_part(table, seed, round, f"{part}-{len(found)}" if found else part, some))
-        return found
 
     def read_parts(self, parts: Iterable[str]) -> pd.DataFrame:
         """Returns the rows of staged or committed parts as one frame."""
@@ -425,8 +413,24 @@ class RunDirectory:
         return read_json(path) if path.exists() else None
 
     def _write_table(self, table: pa.Table, path: Path) -> None:
-        with written(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        with written(path) as temporary, _writer(temporary, table.schema) as writer:
+            writer.write_table(table)
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+
+def _batches(
+    schema: pa.Schema, same: Mapping[str, int], rows: Iterator[Mapping[str, Any]]
+) -> Iterator[pa.RecordBatch]:
+    """Rows as columns, a few at a time. `same`: the columns that are the same in all."""
+    while some := list(itertools.islice(rows, BATCH_ROWS)):
+        yield pa.RecordBatch.from_arrays([
+            pa.array([same[field.name]] * len(some) if field.name in same else [row.get(field.name) for row in some],
+                     type=field.type)
+            for field in schema
+        ], schema=schema)  # fmt: skip
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:

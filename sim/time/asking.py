@@ -39,7 +39,7 @@ class Size:
     bodies: int = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
     """A request that a device wants to make. Each lane has a cloud of its own (an arm's share of it).
 
@@ -53,7 +53,7 @@ class Ask:
     at_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VirtualAttempt:
     """One attempt. Bytes are those that left their sender; tokens those the cloud spent.
 
@@ -80,7 +80,7 @@ class VirtualAttempt:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Final:
     """The final state of a request. `failed_s`: when it first turned out that it would not succeed at once.
 
@@ -184,8 +184,10 @@ def ask_all(
     begun = 0
     while arrivals or waiting:
         if waiting and (not arrivals or waiting[-1][0] <= arrivals[0][0]):  # one that may arrive first begins to ask
-            _, device = waiting.pop()
-            run = _Asker(device, cloud, rules, link_of(device), asked, *known).run(by_device.pop(device))
+            begins_s, device = waiting.pop()
+            own = by_device.pop(device)
+            moment_s = begins_s if own[0].at_s is None else rules.moment_s(device)
+            run = _Asker(device, cloud, rules, link_of(device), asked, *known).run(own, moment_s)
             if (first_s := next(run, None)) is not None:
                 heappush(arrivals, (first_s, device, run))
             begun += 1
@@ -215,8 +217,7 @@ class _Asker:
         self.device, self.cloud, self.rules, self.link, self.asked = device, cloud, rules, link, asked
         self.sizes, self.as_planned, self.now_s = sizes, as_planned, rules.start_s
 
-    def run(self, asks: Sequence[Ask]) -> Iterator[float]:
-        moment_s = self.rules.moment_s(self.device)
+    def run(self, asks: Sequence[Ask], moment_s: float) -> Iterator[float]:
         for ask in asks:
             self.now_s = max(self.now_s, moment_s if ask.at_s is None else ask.at_s)
             if (planned := self.as_planned.get(ask.request_id)) is not None:

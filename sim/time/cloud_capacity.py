@@ -47,7 +47,7 @@ class TokenBucket:
         return min(self.capacity, self.level + (now_s - self.time_s) * self.capacity / 60)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Served:
     """What a request got of the cloud: `queued_s` in the queue, then a place until `end_s`.
 

@@ -120,7 +120,7 @@ def _habits(profile: Profile, seed: int, device_id: str, used: OnOff) -> tuple[S
     return charging, Either(asleep, used), ALWAYS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Body:
     """The physical state of a device: battery (0 to 1), warmth (0 to 1)."""
 
@@ -129,7 +129,7 @@ class Body:
     warmth: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Done:
     """A piece of work: begun (None: never), ended (inf: never), seconds under load, what they would have been on a cool
     device, and how the device is then.

@@ -15,7 +15,7 @@ REAL, SAMPLES, STALE = "real", "samples", "stale_samples"
 """What a version of an adapter was trained on: the device's own data; with this round's samples; with older ones."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VirtualWork:
     """An adapter to train in a round.
 
@@ -38,7 +38,7 @@ class VirtualWork:
     from_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TrainedVersion:
     """A trained adapter. `live_s`: from when it answers.
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Heat:
     """How warm a device is, 0 (cool) to 1, and how that slows it down.
 

@@ -13,7 +13,7 @@ HANDSHAKES = 2.0
 """Round trips before the first byte of a request: TCP's (RFC 9293) and TLS 1.3's (RFC 8446)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Transfer:
     """The result of a transfer.
 
