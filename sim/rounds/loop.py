@@ -8,8 +8,9 @@ from typing import Any, Protocol
 from untether.sim.experiment.arms import FEDERATED, SHARED
 from untether.sim.population.source import open_population
 from untether.sim.rounds.day import sizes_of
+from untether.sim.rounds.garbage import uncollected
 from untether.sim.rounds.messages import Order, Reply, Share, complete, errors, joined, materials, outcomes
-from untether.sim.rounds.planner import Rounds, uncollected
+from untether.sim.rounds.planner import Rounds
 from untether.sim.rounds.work import Work
 from untether.sim.run.directory import RunDirectory
 from untether.sim.run.environment import began_s

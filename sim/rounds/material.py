@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 from untether.sim.core.learning import TrainSettings
 from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ALONE, ARMS, METHOD, trained
 from untether.sim.time.timeline_state import REAL, SAMPLES
-
-ALIKE = 50_000
-"""Devices with the same data of which what training takes is worked out once."""
 
 Counts = tuple[tuple[int, ...], ...]
 """Of samples, by round: see `Material.plus`."""
@@ -87,7 +83,6 @@ class Takes(NamedTuple):
     row_tokens: int
 
 
-@lru_cache(ALIKE)
 def takes(arm: str, training: TrainSettings, own: Material, held: Counts, stale: Counts) -> Takes:
     """Returns what an arm takes on a device's `own` material of a round.
 

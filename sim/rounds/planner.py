@@ -4,16 +4,14 @@ hosts must be told. Names no text: a device's data is here only as counts and le
 
 from __future__ import annotations
 
-import gc
 import heapq
 import itertools
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any
 
@@ -26,6 +24,7 @@ from untether.sim.experiment import Experiment
 from untether.sim.experiment.arms import ARMS, CLOUD, FEDERATED, METHOD, trained
 from untether.sim.population.source import Population, device_id
 from untether.sim.rounds.day import AUGMENT, KINDS, Agenda, Day, Delivered
+from untether.sim.rounds.garbage import uncollected
 from untether.sim.rounds.learners import Learners
 from untether.sim.rounds.material import SAMPLE_COUNTS, Material, takes
 from untether.sim.rounds.messages import (
@@ -54,21 +53,8 @@ from untether.sim.time.policies import Policies
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE, VirtualWork
 from untether.sim.time.wall import timeline_of
 
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Pauses the search for reference cycles: a large fleet's round makes a great many small objects and no cycle, and
-    searching them again and again took half of its time.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.freeze()  # and old at once: else all of it would be searched as soon as the search goes on
-            gc.unfreeze()
-            gc.enable()
+ALIKE = 50_000
+"""Devices with the same data of which what an arm's training takes is worked out once."""
 
 
 def request_names(experiment: Experiment, seed: int, round: int, device: int, tasks: Sequence[str]) -> list[str]:
@@ -113,7 +99,10 @@ class Rounds:
         self._asked: dict[int, tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]] = {}
         self._alike: dict[Any, Any] = {}  # of what many devices have, one
         self.arms = trained(experiment.arms)
-        self._training = {arm: TrainSettings.of(experiment.for_arm(arm)[1]) for arm in ARMS}
+        training = {arm: TrainSettings.of(experiment.for_arm(arm)[1]) for arm in ARMS}
+        self._takes = {arm: lru_cache(ALIKE)(partial(takes, arm, training[ARMS[arm].steps_of or arm])) for arm in ARMS}
+        self._falls_back = experiment.network.fallback == "stale_samples"
+        self._uses_again = experiment.drift.samples != "refresh"
         self.learning = {
             on: [arm for arm in self.arms if ARMS[arm].needs_samples == (on == SAMPLES)] for on in (SAMPLES, REAL)
         }
@@ -149,7 +138,7 @@ class Rounds:
         start_s, expected = round * DAY_S, 0
         if self.asks_samples and on == SAMPLES:
             parts = math.ceil(self.experiment.cloud.samples / self.experiment.cloud.samples_per_request)
-            expected = (size.tokens_in + size.tokens_out) * parts * len(self._tasks(round, device)[0])
+            expected = (size.tokens_in + size.tokens_out) * parts * len(self._asks_about(device)[0])
 
         def online() -> bool:
             return self.timeline.link(device).next_up(start_s, start_s + DAY_S) is not None
@@ -157,26 +146,25 @@ class Rounds:
         return self.policies[on].due(round, device, expected, online)
 
     def _asks(self, round: int, device: int, for_samples: bool, sizes: Mapping[str, Size]) -> Iterator[Ask]:
-        tasks, of_queries = self._tasks(round, device)
+        tasks, queries = self._asks_about(device)
         if for_samples:
             for name in request_names(self.experiment, self.seed, round, device, tasks):
                 yield Ask(name, device, sizes[AUGMENT], AUGMENT)
         if CLOUD in self.experiment.arms:
-            by_day = self.by_day
+            by_day, of_queries = self.by_day, [task for task, when in queries if when in (None, round)]
             names = question_names(self.seed, round, device, of_queries)
             times = [self.timeline.query_time_s(round, device, number) for number in range(len(names))]
             order = sorted(range(len(names)), key=times.__getitem__) if by_day else range(len(names))
             for number in order:
                 yield Ask(names[number], device, sizes[CLOUD], CLOUD, times[number] if by_day else None)
 
-    def _tasks(self, round: int, device: int) -> tuple[tuple[str, ...], list[str]]:
-        """The tasks that a device asks samples for, and the task of each of its queries of a round."""
+    def _asks_about(self, device: int) -> tuple[tuple[str, ...], tuple[tuple[str, int | None], ...]]:
+        """The tasks that a device asks samples for, and of each of its queries the task and the round (None: all)."""
         if device not in self._asked:
             asked = tuple(self.population.asked(device))
             found = tuple(dict.fromkeys(task for task, _ in asked)), asked
             self._asked[device] = self._alike.setdefault(found, found)
-        tasks, queries = self._asked[device]
-        return tasks, [task for task, when in queries if when in (None, round)]
+        return self._asked[device]
 
     # --- 2. fetch ---------------------------------------------------------------------------------------------
 
@@ -280,27 +268,28 @@ class Rounds:
             for rounds in (self._earlier(round, device), self._stale(device))
         )
         needs = tuple(requests) if ARMS[arm].needs_samples else ()
-        steps, tokens, *fallback, row_tokens = takes(arm, self._training[ARMS[arm].steps_of or arm], own, held, stale)
+        steps, tokens, *fallback, row_tokens = self._takes[arm](own, held, stale)
         return VirtualWork(device, arm, steps, tokens, needs, *fallback, row_tokens)
 
     def _earlier(self, round: int, device: int) -> list[int]:
         """The earlier rounds whose samples a device trains on beside those of `round`: with `age`, a sample is used in
         the round in which it came and the `max_age - 1` rounds after it.
         """
+        if not self._uses_again:
+            return []
         drift, rounds = self.experiment.drift, self._samples.get(device, {})
-        oldest = {"refresh": round, "keep": 0, "age": round - drift.max_age + 1}[drift.samples]
+        oldest = 0 if drift.samples == "keep" else round - drift.max_age + 1
         return [past for past in rounds if oldest <= past < round]
 
     def _stale(self, device: int) -> list[int]:
         """The round whose samples a device falls back on, if it does and has any."""
-        wanted = self.experiment.network.fallback == "stale_samples"
-        return sorted(self._samples.get(device, ()))[-1:] if wanted else []
+        return sorted(self._samples.get(device, ()))[-1:] if self._falls_back else []
 
     # --- 4. train together ------------------------------------------------------------------------------------
 
     def begin(self, round: int, devices: Sequence[int]) -> Begin:
         """Returns the order to say what is shared before anybody trained."""
-        groups = (group_of(self.experiment, self._tasks(0, device)[0]) for device in devices)
+        groups = (group_of(self.experiment, self._asks_about(device)[0]) for device in devices)
         return Begin(seed=self.seed, round=round, groups=tuple(sorted(set(groups))))
 
     def update(self, day: Day, arrays: Mapping[str, Any]) -> Update:
@@ -413,7 +402,7 @@ class Rounds:
         for on, found in (errors or {}).items():
             for device, of_device in found.items():
                 self.policies[on].observe(device, of_device)
-        for device, counts in day.came.items():
+        for device, counts in day.came.items() if self._uses_again or self._falls_back else ():
             kept = {past: self._samples[device][past] for past in self._earlier(round + 1, device)}
             if self.experiment.drift.samples == "keep" and len(kept) > 1:  # one sum, however many rounds it is of
                 kept = {min(kept): tuple(map(sum, zip(*kept.values(), strict=True)))}
