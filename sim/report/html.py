@@ -103,7 +103,9 @@ def write_report(run: RunDirectory) -> Path:
 
 def _read(run: RunDirectory, table: str) -> pd.DataFrame:
     try:
-        return run.read(table, EVENTS if table == "events" else [n for n in TABLES[table].names if n not in TEXTS])
+        if table == "events":
+            return run.read(table, EVENTS, fixed=True)
+        return run.read(table, [name for name in TABLES[table].names if name not in TEXTS])
     except FileNotFoundError:
         return pd.DataFrame(columns=TABLES[table].names)
 

@@ -365,10 +365,11 @@ class RunDirectory:
             for rows in batches:
                 writer.write_table(pa.Table.from_pylist(list(rows), schema=TRUTH))
 
-    def read(self, table: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    def read(self, table: str, columns: Sequence[str] | None = None, fixed: bool = False) -> pd.DataFrame:
         """Returns a finished table, or some of its columns, as a pandas frame. Texts are most of a large fleet's table.
 
-        A column that an earlier version of the program did not write is null.
+        A column that an earlier version of the program did not write is null. `fixed`: the frame cannot be changed in
+        place, and the table is not in memory twice.
         """
         path = self.path / f"{table}.parquet"
         names = list(columns) if columns is not None else TABLES[table].names if table in TABLES else None
@@ -391,7 +392,7 @@ class RunDirectory:
             values = found.column("value") if "value" in there else pa.array([None])
             if values.null_count or not pc.all(pc.is_finite(values)).as_py() and len(values):
                 raise damaged(path, "a value in it is no number")
-        frame = found.to_pandas(split_blocks=True, self_destruct=True)  # a large fleet's is not in memory twice
+        frame = found.to_pandas(split_blocks=fixed, self_destruct=fixed)
         return frame if list(frame) == names else frame.reindex(columns=names)
 
     def drop_parts(self) -> None:
