@@ -137,14 +137,14 @@ def guess_of(experiment: Experiment, work: Mapping[Step, float], speed: Speed, w
     """Returns what progress goes by until it has measured."""
     costs = {"requests": speed.request_s, "samples": speed.sample_s, "tokens": speed.token_s, "answers": speed.answer_s}
     answers = work.get(("learn", "answers"), 0.0)
-    asked = frozenset({ASKING} if experiment.cloud.provider in LANGUAGE_MODELS else ())
+    alone = {ASKING} if experiment.cloud.provider in LANGUAGE_MODELS else ()  # more workers make it no faster
     once = frozenset({ASKING, FILTERING, ("learn", "tokens")} if experiment.drift.policy == "never" else ())
     return Guess(
         work,
-        {step: costs[step[1]] / (1 if step in asked else max(1, workers)) for step in STEPS if step not in VIRTUAL_S}
+        {step: costs[step[1]] / (1 if step in alone else max(1, workers)) for step in STEPS if step not in VIRTUAL_S}
         | VIRTUAL_S,
         {FILTERING: speed.encoder_setup_s, ("learn", "tokens"): speed.base_setup_s},
-        report_s=2.0 + 1e-3 * answers, elsewhere=asked, once=once,
+        report_s=2.0 + 1e-3 * answers, elsewhere=frozenset({ASKING}), once=once,
     )  # fmt: skip
 
 

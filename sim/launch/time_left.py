@@ -52,8 +52,8 @@ class Guess:
         setup_s: Seconds that a step needs before its first unit, the first time: to load models.
         round_s: Seconds of a round beside its steps.
         report_s: Seconds of the report.
-        elsewhere: Steps that something else than this machine does, such as a language model in the cloud: how fast it
-            is says nothing of the other steps.
+        elsewhere: Steps that wait for something else than what this machine computes, such as a cloud: how long says
+            nothing of the other steps.
         once: Steps that each device does once a seed, in whichever round: what early rounds did is not left to later
             ones.
     """

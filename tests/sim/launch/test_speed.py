@@ -65,13 +65,15 @@ def test_models_that_do_not_load_are_the_users_mistake(measured, monkeypatch):
     assert speed.kept(experiment()) is None
 
 
-def test_a_language_model_in_the_cloud_is_no_measure_of_this_machine():
-    """Nor do more workers make it faster; what the embedded world writes is this machine's own work."""
+def test_no_cloud_is_a_measure_of_this_machine():
+    """More workers make a language model no faster, but the embedded world. Of that one's requests, answered in a tenth
+    of the time, a run of nine minutes was once said to be over in two.
+    """
     model = {"cloud.provider": "llama_cpp", "cloud.model": "qwen2.5-coder-1.5b"}
     step, cost = ("fetch", "requests"), Speed(request_s=30.0)
     theirs, own = (guess_of(Experiment.read(None, fields), {step: 8.0}, cost, 2) for fields in (model, {}))
-    assert theirs.elsewhere == {step} and theirs.cost_s[step] == 30.0
-    assert not own.elsewhere and own.cost_s[step] == 15.0
+    assert theirs.elsewhere == own.elsewhere == {step}
+    assert theirs.cost_s[step] == 30.0 and own.cost_s[step] == 15.0
 
 
 def test_devices_that_do_not_learn_cost_memory_and_a_plan_and_no_work():
