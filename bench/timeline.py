@@ -15,7 +15,7 @@ import time
 from collections import Counter
 
 from untether.sim.experiment import Experiment
-from untether.sim.rounds.planner import uncollected
+from untether.sim.rounds.garbage import uncollected
 from untether.sim.time.asking import Ask, Size
 from untether.sim.time.timeline import Timeline, VirtualWork
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -194,3 +195,18 @@ def test_shared_adapters_come_back_and_a_disk_that_takes_none_is_a_stop(tmp_path
     (tmp_path / "run" / "adapters" / "seed-4").write_text("a file where a folder should be")
     with pytest.raises(ResumableStop, match=r"cannot write .*shared\.safetensors"):
         SharedAdapters(RunDirectory(tmp_path / "run"), 4).write({"a": array}, {})
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 6, 7, 20])
+def test_rows_are_written_as_they_come_whatever_their_number(tmp_path, experiment, monkeypatch, rows):
+    """In batches of three, two of them together; and a frame that may not be changed holds what others do."""
+    monkeypatch.setattr("untether.sim.run.directory.BATCH_ROWS", 3)
+    monkeypatch.setattr("untether.sim.run.directory.GROUP_ROWS", 6)
+    run = RunDirectory.create(tmp_path / "run", experiment)
+    seed = experiment.seeds[0]
+    part = run.write_part("metrics", seed, 0, "a", (_metric(f"d{number:05d}", number / 8) for number in range(rows)))
+    run.commit(seed, 0, {"metrics": [part]}, {})
+    run.merge(experiment)
+    frame = run.read("metrics")
+    assert list(frame["value"]) == [number / 8 for number in range(rows)] and set(frame["seed"]) <= {seed}
+    pd.testing.assert_frame_equal(frame, run.read("metrics", fixed=True))
