@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from untether.sim.experiment import Experiment, fields
-from untether.sim.run.directory import TABLES, TRUTH, RunDirectory
+from untether.sim.run.directory import RunDirectory
+from untether.sim.run.tables import TABLES, TRUTH
 from untether.sim.studies import Study
 
 ROOT = Path(__file__).resolve().parent.parent

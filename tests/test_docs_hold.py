@@ -17,7 +17,8 @@ from tests.sim.timelines import run, timeline
 from untether.clients.hosting.node import Node
 from untether.plugins import apart
 from untether.sim.experiment import Experiment, fields
-from untether.sim.run.directory import TABLES, RunDirectory
+from untether.sim.run.directory import RunDirectory
+from untether.sim.run.tables import TABLES
 from untether.sim.studies import Study
 from untether.sim.terminal.cli import app
 

@@ -31,7 +31,8 @@ from untether.sim.experiment.arms import FEDERATED, ORACLE
 from untether.sim.launch.deploy import free_ports
 from untether.sim.population.order import over_s
 from untether.sim.population.source import device_id, open_population
-from untether.sim.run.directory import TABLES, RunDirectory
+from untether.sim.run.directory import RunDirectory
+from untether.sim.run.tables import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = tuple(name for name in ALL_ARMS if name not in (FEDERATED, ORACLE))

@@ -28,7 +28,8 @@ from untether.sim.experiment.deployed import NODES
 from untether.sim.population.formats.nodes import told
 from untether.sim.population.source import device_id, open_population
 from untether.sim.rounds.messages import Order, Reply
-from untether.sim.run.directory import TABLES, RunDirectory
+from untether.sim.run.directory import RunDirectory
+from untether.sim.run.tables import TABLES
 
 OWN: Mapping[str, tuple[str, ...]] = {
     "population": ("source", "path", "split"),

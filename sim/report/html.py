@@ -26,7 +26,8 @@ from untether.sim.report.fleet import FleetSummary
 from untether.sim.report.funnel import Funnel, faults, precision
 from untether.sim.report.summary import Summary
 from untether.sim.report.tables import write_tables
-from untether.sim.run.directory import TABLES, RunDirectory
+from untether.sim.run.directory import RunDirectory
+from untether.sim.run.tables import TABLES
 from untether.sim.run.whole import refuse_links
 
 TEXTS = ("input", "output", "prediction", "gold")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,17 +27,11 @@ from untether.sim.core.errors import UserError
 from untether.sim.core.records import Part
 from untether.sim.experiment import Experiment
 from untether.sim.population.source import device_id
+from untether.sim.run.tables import ORDER, SCHEMA_VERSION, STAGED, TABLES, TRUTH, table_writer, write_rows
 from untether.sim.run.whole import REMEDY, commit_of, damaged, is_whole, read_json, read_table, refuse_code, to_json
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SCHEMA_VERSION = "4"
-
-GROUP_ROWS, BATCH_ROWS = 100_000, 4_000
-"""Rows that are written together; and those of them that are turned into columns together: of more, the processor's
-cache does not hold the dictionaries, and turning them takes three times as long.
-"""
 
 
 def versions() -> dict[str, str]:
@@ -48,48 +41,6 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         program = "unknown"
     return {"untether": program, "schema_version": SCHEMA_VERSION}
-
-
-def _schema(columns: str) -> pa.Schema:
-    kinds = {"i": pa.int64(), "f": pa.float64(), "s": pa.string()}
-    fields = [pa.field(name, kinds[kind]) for name, kind in (word.split(":") for word in columns.split())]
-    return pa.schema(fields, metadata={"schema_version": SCHEMA_VERSION})
-
-
-#: The tables of a run directory and their columns (i: int64, f: float64, s: string).
-TABLES: dict[str, pa.Schema] = {
-    "metrics": _schema(
-        "seed:i round:i time_s:f device_id:s user_id:s arm:s task:s metric:s value:f n:i"
-    ),
-    "events": _schema(
-        "seed:i round:i time_s:f event_id:s request_id:s attempt:i device_id:s arm:s kind:s outcome:s duration_s:f "
-        "bytes_up:i bytes_down:i tokens_in:i tokens_out:i energy_j:f queued_s:f steps:i detail:s"
-    ),
-    "samples": _schema(
-        "seed:i round:i sample_id:s request_id:s device_id:s user_id:s task:s form:s input:s output:s semantic:f "
-        "diversity:f length_ratio:f verdict:s truth:s scores:s"
-    ),
-    "predictions": _schema(
-        "seed:i round:i device_id:s user_id:s arm:s task:s query_id:s query_time_s:f answered_time_s:f input:s "
-        "prediction:s gold:s score:f outcome:s answered_by:s adapter_version:s adapter_time_s:f data_until_s:f "
-        "cluster:s"
-    ),
-    "ledger": _schema(
-        "seed:i round:i time_s:f device_id:s request_id:s attempt:i kind:s item_id:s chars:i tokens:i masked:i"
-    ),
-    "training": _schema("seed:i round:i device_id:s arm:s step:i loss:f lr:f tokens:i"),
-}
-
-#: What one pass of a round leaves to the next, on the hosts' side; no table of the run directory.
-STAGED: dict[str, pa.Schema] = {
-    "answers": _schema("seed:i round:i device_id:s request_id:s query_id:s outcome:s text:s"),
-}
-
-#: Beside them, where users of the embedded world change: how far each has, by round.
-TRUTH = _schema("seed:i round:i device_id:s user_id:s task:s progress:f changed_on_round:i")
-
-#: The order of rows in a finished table: whatever the number of workers, the same file.
-_ORDER = ("device_id", "arm", "task", "request_id", "attempt", "sample_id", "query_id", "metric", "item_id", "step")
 
 
 class RunDirectory:
@@ -218,10 +169,8 @@ class RunDirectory:
         """
         schema = (TABLES | STAGED)[table]
         relative = f"state/parts/seed-{seed}/round-{round}/{table}/{part}.parquet"
-        batches = _batches(schema, {"seed": seed, "round": round}, iter(rows))
-        with written(self.path / relative) as temporary, _writer(temporary, schema) as writer:
-            while group := list(itertools.islice(batches, GROUP_ROWS // BATCH_ROWS)):
-                writer.write_table(pa.Table.from_batches(group))
+        with written(self.path / relative) as temporary:
+            write_rows(temporary, schema, {"seed": seed, "round": round}, rows)
         return relative
 
     def read_parts(self, parts: Iterable[str]) -> pd.DataFrame:
@@ -355,7 +304,7 @@ class RunDirectory:
                             texts = zip(*(rows.column(c).to_pylist() for c in ("task", "input", "output")), strict=True)
                             known = pa.array(map(truth.get, texts), pa.string())
                             rows = rows.set_column(schema.get_field_index("truth"), "truth", known)
-                        order = [(name, "ascending") for name in _ORDER if name in schema.names]
+                        order = [(name, "ascending") for name in ORDER if name in schema.names]
                         writer.write_table(rows.cast(schema).sort_by(order))
 
     def write_truth(self, batches: Iterable[Sequence[Mapping[str, Any]]]) -> None:
@@ -414,24 +363,8 @@ class RunDirectory:
         return read_json(path) if path.exists() else None
 
     def _write_table(self, table: pa.Table, path: Path) -> None:
-        with written(path) as temporary, _writer(temporary, table.schema) as writer:
+        with written(path) as temporary, table_writer(temporary, table.schema) as writer:
             writer.write_table(table)
-
-
-def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
-
-
-def _batches(
-    schema: pa.Schema, same: Mapping[str, int], rows: Iterator[Mapping[str, Any]]
-) -> Iterator[pa.RecordBatch]:
-    """Rows as columns, a few at a time. `same`: the columns that are the same in all."""
-    while some := list(itertools.islice(rows, BATCH_ROWS)):
-        yield pa.RecordBatch.from_arrays([
-            pa.array([same[field.name]] * len(some) if field.name in same else [row.get(field.name) for row in some],
-                     type=field.type)
-            for field in schema
-        ], schema=schema)  # fmt: skip
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:

@@ -17,7 +17,7 @@ from untether.sim.rounds.flower_records import order_columns
 from untether.sim.rounds.material import Material
 from untether.sim.rounds.messages import Order, Samples
 from untether.sim.rounds.planner import Rounds
-from untether.sim.run.directory import TABLES
+from untether.sim.run.tables import TABLES
 from untether.sim.time.asking import Size
 from untether.sim.time.timeline_state import REAL, SAMPLES, STALE
 

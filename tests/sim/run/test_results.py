@@ -14,9 +14,10 @@ import torch
 from untether.clients.stores.adapter_store import AdapterStore
 from untether.sim.core.errors import ResumableStop, UserError
 from untether.sim.experiment import Experiment
-from untether.sim.run.directory import SCHEMA_VERSION, TABLES, RunDirectory
+from untether.sim.run.directory import RunDirectory
 from untether.sim.run.lock import RunLock
 from untether.sim.run.shared import SharedAdapters
+from untether.sim.run.tables import SCHEMA_VERSION, TABLES
 
 
 def _metric(device, value):
@@ -200,8 +201,8 @@ def test_shared_adapters_come_back_and_a_disk_that_takes_none_is_a_stop(tmp_path
 @pytest.mark.parametrize("rows", [0, 1, 3, 6, 7, 20])
 def test_rows_are_written_as_they_come_whatever_their_number(tmp_path, experiment, monkeypatch, rows):
     """In batches of three, two of them together; and a frame that may not be changed holds what others do."""
-    monkeypatch.setattr("untether.sim.run.directory.BATCH_ROWS", 3)
-    monkeypatch.setattr("untether.sim.run.directory.GROUP_ROWS", 6)
+    monkeypatch.setattr("untether.sim.run.tables.BATCH_ROWS", 3)
+    monkeypatch.setattr("untether.sim.run.tables.GROUP_ROWS", 6)
     run = RunDirectory.create(tmp_path / "run", experiment)
     seed = experiment.seeds[0]
     part = run.write_part("metrics", seed, 0, "a", (_metric(f"d{number:05d}", number / 8) for number in range(rows)))

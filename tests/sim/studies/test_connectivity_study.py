@@ -8,7 +8,7 @@ import pytest
 from untether.sim.core.clock import DAY_S
 from untether.sim.core.errors import UserError
 from untether.sim.experiment import Experiment
-from untether.sim.run.directory import TABLES
+from untether.sim.run.tables import TABLES
 from untether.sim.studies import Study
 from untether.sim.studies.connectivity.connectivity import by_user, findings, label_answers, measure, places
 from untether.sim.studies.connectivity.figures import span

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.sim.timelines import HARD, SIZE, asks, timeline, works
 from untether.sim.experiment.virtual_sections import CloudCapacity
-from untether.sim.run.directory import TABLES
+from untether.sim.run.tables import TABLES
 from untether.sim.time import asking
 from untether.sim.time.service import (
     attempts,

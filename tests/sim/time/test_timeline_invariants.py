@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sim.timelines import HARD, SIZE, asks, run, timeline, trained, works
-from untether.sim.run.directory import TABLES
+from untether.sim.run.tables import TABLES
 from untether.sim.time.asking import traffic
 from untether.sim.time.timeline import Schedule, Timeline
 from untether.sim.time.wall import WallTimeline
